@@ -1,0 +1,168 @@
+"""MoEISR (Oh et al., arXiv 2311.12077), and dense LIIF and LTE as its case of one expert.
+
+Shapes: B images, C_in and C_out channels, (H, W) LR size, (R, S) output rows and columns, Q queries, J experts.
+"""
+from collections.abc import Sequence
+
+import torch
+from basicsr.archs import build_network
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+
+from moeisr_basicsr.core import Decoded, MoEDecoder, Rendered, make_cell, make_coord, output_size, render
+from moeisr_basicsr.core.coords import pixel_centres
+from moeisr_basicsr.core.skip import SKIPS, skip_at, skip_grid
+
+LTE_SCALE_MAX = 4  # LTE was trained up to x4; its test code shows it no smaller cell than x4's
+
+
+@ARCH_REGISTRY.register()
+class MoEISR(nn.Module):
+    """Any encoder x decoder family x experts x mapper. Images go in and out as RGB in [0, 1].
+
+    Args:
+        encoder: Options of a registered encoder, for example {'type': 'EDSREncoder', 'num_feat': 64}.
+        decoder: Decoder family, 'liif' or 'lte'.
+        experts: Hidden widths of each expert, for example [[256], [256, 256]]; one expert is the dense decoder.
+        mapper: num_layers (1 to 5), num_feat, hidden, granularity ('pixel' or 'cell').
+        tau: Gumbel temperature where the training loop gives none.
+        skip: Image that the decoder's output is added to: 'none', 'bilinear', 'bicubic'.
+        in_channels: C_in.
+        out_channels: C_out; a skip needs C_in = C_out.
+        scale: Factor of `net(lq)`, one or [rows, columns]; at least 1.
+        hidden_dim: Width of LTE's Fourier basis; None for its default of 256.
+        zero_init_last: Start with a decoder output of zero; by default only with the bicubic skip.
+        cell_scale_max: Largest factor whose cell the decoder is shown when a whole image is rendered; None for 4
+            with LTE (its official test code) and no limit with LIIF; 0 for no limit.
+        expert_grad: How training gets its gradients: 'exact', 'naive', 'sampled'; see `core.MoEDecoder`.
+        sample_rate: rho of 'sampled'.
+    """
+
+    def __init__(self, encoder: dict, decoder: str = 'liif',
+                 experts: Sequence[Sequence[int]] = ((256, ), (256, ) * 2, (256, ) * 3, (256, ) * 4),
+                 mapper: dict | None = None, tau: float = 1.0, skip: str = 'none', in_channels: int = 3,
+                 out_channels: int = 3, scale: float | Sequence[float] | None = None, hidden_dim: int | None = None,
+                 zero_init_last: bool | None = None, cell_scale_max: float | None = None, expert_grad: str = 'exact',
+                 sample_rate: float = 0.125):
+        super().__init__()
+        if skip not in SKIPS:
+            raise ValueError(f'skip must be one of {SKIPS}; got {skip!r}.')
+        if skip != 'none' and in_channels != out_channels:
+            raise ValueError(f"skip '{skip}' needs in_channels = out_channels; got {in_channels} and {out_channels}.")
+        if hidden_dim is not None and decoder != 'lte':
+            raise ValueError(f"hidden_dim belongs to the decoder 'lte'; the decoder is {decoder!r}.")
+        self.skip = skip
+        self.scale = scale
+        self.cell_scale_max = (LTE_SCALE_MAX if decoder == 'lte' else 0) if cell_scale_max is None else cell_scale_max
+        self.encoder = build_network({'num_in_ch': in_channels, **encoder})
+        family = {} if hidden_dim is None else {'hidden_dim': hidden_dim}
+        self.decoder = MoEDecoder(
+            self.encoder.num_feat, out_channels, decoder, experts, mapper, tau=tau, expert_grad=expert_grad,
+            sample_rate=sample_rate, zero_init_last=skip == 'bicubic' if zero_init_last is None else zero_init_last,
+            **family)
+
+    @property
+    def num_experts(self) -> int:
+        """J."""
+        return self.decoder.num_experts
+
+    @property
+    def expert_macs(self) -> list[int]:
+        """Multiply-adds of each expert per output pixel, LR tables and mapper not counted."""
+        return self.decoder.expert_macs
+
+    @property
+    def expert_costs(self) -> Tensor:
+        """(J,) each expert's multiply-adds over the heaviest's."""
+        return self.decoder.expert_costs
+
+    def encode(self, lq: Tensor) -> Tensor:
+        """The implicit representation z = E(lq): (B, C_in, H, W) in [0, 1] -> (B, C, H, W)."""
+        return self.encoder(lq * 2 - 1)  # LIIF feeds its encoder [-1, 1]
+
+    def forward(self, lq: Tensor, coord: Tensor | None = None, cell: Tensor | None = None, noise: Tensor | None = None,
+                tau: float | None = None, keep: Tensor | None = None,
+                with_routing: bool = False) -> Tensor | Decoded:
+        """Upscale by the network's own `scale`, or answer queries.
+
+        Args:
+            lq: (B, C_in, H, W) in [0, 1].
+            coord: (B, Q, 2) in [-1, 1], rows first; None for a whole image at `scale`.
+            cell: (B, Q, 2), 2 / output size.
+            noise: Gumbel noise (B, Q, J) for training; drawn from torch's generator where not given.
+            tau: Gumbel temperature; the constructor's where not given.
+            keep: (B, Q, J) bool for expert_grad 'sampled': unchosen experts to run; drawn where not given.
+            with_routing: Return `Decoded`, with the routing beside the answers.
+
+        Returns:
+            (B, C_out, R, S) without coordinates; (B, Q, C_out), or `Decoded`, with them.
+        """
+        if coord is None:
+            return self.upscale(lq)
+        output, routing = self.decoder(self.encode(lq), coord, cell, noise, tau, keep)
+        base = 0.5 if self.skip == 'none' else skip_at(lq, coord, self.skip)
+        output = output * 0.5 + base  # the decoder works in [-1, 1], the image lies in [0, 1]
+        return Decoded(output, routing) if with_routing else output
+
+    def upscale(self, lq: Tensor) -> Tensor:
+        """The whole image at the network's `scale`, with gradients in training: (B, C_out, R, S)."""
+        if self.scale is None:
+            raise ValueError('net(lq) without coordinates needs `scale` in network_g.')
+        size = output_size(tuple(lq.shape[-2:]), self.scale)
+        if not self.training:
+            return self.render(lq, self.encode(lq), size).output
+        batch = lq.shape[0]
+        coord = make_coord(size, lq.device).expand(batch, -1, -1)  # (B, R * S, 2)
+        cell = make_cell(size, lq.device).expand(batch, coord.shape[1], -1)
+        return self.forward(lq, coord, cell).transpose(1, 2).unflatten(-1, size)
+
+    def render(self, lq: Tensor, feat: Tensor, size: tuple[int, int], **options) -> Rendered:
+        """The whole image at any size, without gradients.
+
+        Args:
+            lq: (B, C_in, H, W) in [0, 1].
+            feat: `encode(lq)`.
+            size: (R, S).
+            **options: Of `core.render` (cost_weight, backend, tile).
+        """
+        rendered = render(self.decoder, feat, size, self.test_cell(tuple(lq.shape[-2:]), size), **options)
+        return rendered._replace(output=self.add_skip(rendered.output, lq, size))
+
+    def add_skip(self, output: Tensor, lq: Tensor, size: tuple[int, int], rows: slice = slice(None)) -> Tensor:
+        """Decoder output to image: `output` (B, C_out, r, S) holds the output rows `rows` of a whole of `size`."""
+        if self.skip == 'none':
+            return output * 0.5 + 0.5
+        row_coord, col_coord = (pixel_centres(n, lq.device) for n in size)
+        return output * 0.5 + skip_grid(lq, row_coord[rows], col_coord, self.skip)
+
+    def test_cell(self, lr_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """The cell that the decoder is shown for a whole image: (2,), 2 / size, at least that of `cell_scale_max`."""
+        cell = make_cell(size)
+        if self.cell_scale_max:
+            factor = [max(n_out / n_lr / self.cell_scale_max, 1) for n_out, n_lr in zip(size, lr_size)]
+            cell = cell * torch.tensor(factor)
+        return cell
+
+
+@ARCH_REGISTRY.register()
+class LIIF(MoEISR):
+    """Dense LIIF (Chen et al., CVPR 2021, arXiv 2012.09161): one expert of four hidden layers."""
+
+    def __init__(self, encoder: dict, hidden_list: Sequence[int] = (256, ) * 4, skip: str = 'none',
+                 in_channels: int = 3, out_channels: int = 3, scale: float | Sequence[float] | None = None,
+                 zero_init_last: bool | None = None, cell_scale_max: float | None = None):
+        super().__init__(encoder, 'liif', [hidden_list], skip=skip, in_channels=in_channels, out_channels=out_channels,
+                         scale=scale, zero_init_last=zero_init_last, cell_scale_max=cell_scale_max)
+
+
+@ARCH_REGISTRY.register()
+class LTE(MoEISR):
+    """Dense LTE (Lee and Jin, CVPR 2022, arXiv 2111.08918): one expert of three hidden layers, bilinear skip."""
+
+    def __init__(self, encoder: dict, hidden_list: Sequence[int] = (256, ) * 3, hidden_dim: int = 256,
+                 skip: str = 'bilinear', in_channels: int = 3, out_channels: int = 3,
+                 scale: float | Sequence[float] | None = None, zero_init_last: bool | None = None,
+                 cell_scale_max: float | None = None):
+        super().__init__(encoder, 'lte', [hidden_list], skip=skip, in_channels=in_channels, out_channels=out_channels,
+                         scale=scale, hidden_dim=hidden_dim, zero_init_last=zero_init_last,
+                         cell_scale_max=cell_scale_max)

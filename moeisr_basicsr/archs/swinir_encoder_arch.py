@@ -1,0 +1,73 @@
+"""SwinIR (Liang et al., ICCVW 2021, arXiv 2108.10257) up to its features, as LTE and MoEISR use it.
+
+Shapes: B images, C_in channels in [-1, 1], (H, W) LR size.
+"""
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from basicsr.archs.swinir_arch import SwinIR
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+
+NUM_FEAT = 64  # channels after SwinIR's own `conv_before_upsample`
+
+
+@ARCH_REGISTRY.register()
+class SwinIREncoder(SwinIR):
+    """SwinIR without upsampler and without mean shift, for inputs of any size.
+
+    The input is padded to whole windows inside, by repeating mirrored pixels, and the features are cut back.
+
+    Args:
+        num_in_ch: C_in.
+        embed_dim: Channels inside the Transformer.
+        depths: Layers of each residual Swin Transformer block.
+        num_heads: Attention heads of each block.
+        window_size: Side of an attention window in pixels.
+        mlp_ratio: Hidden width of a layer's MLP over `embed_dim`.
+        drop_path_rate: Stochastic depth.
+        img_size: Training patch; only sets for which size attention masks are precomputed.
+        resi_connection: '1conv' or '3conv'.
+        use_checkpoint: Trade time for memory in training.
+    """
+
+    def __init__(self, num_in_ch: int = 3, embed_dim: int = 180, depths: Sequence[int] = (6, ) * 6,
+                 num_heads: Sequence[int] = (6, ) * 6, window_size: int = 8, mlp_ratio: float = 2.0,
+                 drop_path_rate: float = 0.1, img_size: int = 48, resi_connection: str = '1conv',
+                 use_checkpoint: bool = False):
+        if len(depths) != len(num_heads):
+            raise ValueError(f'SwinIREncoder depths and num_heads must be equally long; got {list(depths)} and '
+                             f'{list(num_heads)}.')
+        if embed_dim % 2 or any(embed_dim % heads for heads in num_heads):
+            raise ValueError(f'SwinIREncoder embed_dim must be divisible by every num_heads; got {embed_dim} and '
+                             f'{list(num_heads)}.')
+        super().__init__(img_size=img_size, in_chans=num_in_ch, embed_dim=embed_dim, depths=tuple(depths),
+                         num_heads=tuple(num_heads), window_size=window_size, mlp_ratio=mlp_ratio,
+                         drop_path_rate=drop_path_rate, resi_connection=resi_connection, use_checkpoint=use_checkpoint,
+                         upsampler='')
+        del self.conv_last  # of the upsampler '', which restores an image of the same size
+        self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, NUM_FEAT, 3, padding=1), nn.LeakyReLU())
+        self.num_feat = NUM_FEAT
+        self.window_size = window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, 64, H, W)."""
+        height, width = x.shape[-2:]
+        x = self.conv_first(self.pad(x))
+        x = self.conv_after_body(self.forward_features(x)) + x
+        return self.conv_before_upsample(x)[..., :height, :width]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Mirror the image at its bottom and right edge up to whole windows; the edge pixel is not repeated.
+
+        An image smaller than the padding is mirrored several times.
+        """
+        for axis in (-2, -1):
+            missing = -x.shape[axis] % self.window_size
+            while missing > 0:
+                size = x.shape[axis]
+                step = min(missing, size - 1) or missing  # one pixel has no mirror image: it is repeated
+                mode = 'reflect' if size > 1 else 'replicate'
+                x = F.pad(x, (0, 0, 0, step) if axis == -2 else (0, step, 0, 0), mode)
+                missing -= step
+        return x

@@ -1,0 +1,86 @@
+"""The LIIF decoder family (Chen et al., CVPR 2021, arXiv 2012.09161) with its first layer folded to LR resolution.
+
+A LIIF expert reads 3x3-unfolded features, the relative coordinate and the cell. Its first linear layer is linear in
+the features, and nearest sampling commutes with a linear layer: the feature part equals one 3x3 convolution at LR
+resolution followed by a gather, zero padding included. Weights keep the published layout (9C + 4 inputs); they are
+cut apart at run time.
+
+Shapes: B images, C feature channels, T = H * W latent codes, N queries, D1 first hidden width.
+"""
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .experts import Expert
+from .queries import Queries
+
+
+class LIIFExperts(nn.Module):
+    """A pool of LIIF decoders over one feature map.
+
+    Args:
+        in_channels: C.
+        out_channels: Channels of the signal.
+        experts: Hidden widths of each expert.
+        zero_init_last: See `Expert`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, experts: Sequence[Sequence[int]],
+                 zero_init_last: bool = False):
+        super().__init__()
+        self.in_channels = in_channels
+        self.experts = nn.ModuleList(
+            Expert(in_channels * 9 + 4, out_channels, hidden, zero_init_last) for hidden in experts)
+
+    def first_layer(self, j: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Expert j's first layer cut apart: kernel (D1, C, 3, 3), w_rel (D1, 2), w_cell (D1, 2), bias (D1,)."""
+        first = self.experts[j].linears[0]
+        unfolded = self.in_channels * 9
+        kernel = first.weight[:, :unfolded].reshape(-1, self.in_channels, 3, 3)  # F.unfold is channel-major
+        return kernel, first.weight[:, unfolded:unfolded + 2], first.weight[:, unfolded + 2:], first.bias
+
+    def tables(self, feat: Tensor, padding: int = 1) -> list[Tensor]:
+        """The feature part of every expert's first layer at LR resolution.
+
+        Args:
+            feat: (B, C, H, W), or with its halo of one code per side and `padding` 0.
+
+        Returns:
+            One (B, T, D1) per expert, first-layer bias included.
+        """
+        kernels, _, _, biases = zip(*(self.first_layer(j) for j in range(len(self.experts))))
+        table = F.conv2d(feat, torch.cat(kernels), torch.cat(biases), padding=padding)  # (B, sum of D1, H, W)
+        table = table.permute(0, 2, 3, 1).flatten(1, 2)  # (B, T, sum of D1)
+        return list(table.split([kernel.shape[0] for kernel in kernels], dim=-1))
+
+    def evaluate(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
+        """Expert j's answers to N queries of one image: (N, out_channels).
+
+        Args:
+            j: Expert.
+            tables: One (T, D1) per expert.
+        """
+        _, w_rel, w_cell, _ = self.first_layer(j)
+        linears = self.experts[j].linears
+        x = tables[j][queries.index]  # (4, N, D1)
+        x = x + queries.rel @ w_rel.t() + queries.cell @ w_cell.t()
+        for linear in linears[1:]:
+            x = F.relu(x)
+            if linear is linears[-1]:
+                break
+            x = linear(x)
+        blended = torch.einsum('cnd,cn->nd', x, queries.weight)  # the last layer is linear: one pass serves 4 corners
+        return linears[-1](blended) if len(linears) > 1 else blended
+
+    def macs(self, j: int) -> int:
+        """Multiply-adds of expert j's linear layers for one query, LR tables not counted."""
+        linears = self.experts[j].linears
+        per_corner = 2 * linears[0].out_features + sum(layer.weight.numel() for layer in linears[1:-1])
+        last = linears[-1].weight.numel() if len(linears) > 1 else 0
+        return 4 * per_corner + last
+
+    def table_macs(self) -> int:
+        """Multiply-adds of the LR tables of all experts for one LR cell."""
+        return sum(9 * self.in_channels * expert.linears[0].out_features for expert in self.experts)

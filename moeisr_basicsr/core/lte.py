@@ -1,0 +1,78 @@
+"""The LTE decoder family (Lee and Jin, CVPR 2022, arXiv 2111.08918).
+
+Two 3x3 convolutions at LR resolution give a coefficient and a frequency per latent code; the phase follows from the
+cell. An expert reads coefficient * [cos, sin](pi (frequency . relative coordinate + phase)). All experts share the
+convolutions and the phase, and differ in the MLP behind them.
+
+Shapes: B images, C feature channels, T = H * W latent codes, N queries, K = hidden_dim / 2 frequencies.
+"""
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .experts import Expert
+from .queries import Queries
+
+
+class LTEExperts(nn.Module):
+    """A pool of LTE decoders over one feature map. `tables` is a list of two: coefficient and frequency.
+
+    Args:
+        in_channels: C.
+        out_channels: Channels of the signal.
+        experts: Hidden widths of each expert; an empty list is one linear layer on the Fourier basis.
+        hidden_dim: 2 K, width of the Fourier basis; even.
+        zero_init_last: See `Expert`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, experts: Sequence[Sequence[int]], hidden_dim: int = 256,
+                 zero_init_last: bool = False):
+        super().__init__()
+        if hidden_dim < 2 or hidden_dim % 2:
+            raise ValueError(f'hidden_dim must be a positive even number; got {hidden_dim}.')
+        self.in_channels = in_channels
+        self.hidden_dim = hidden_dim
+        self.coef = nn.Conv2d(in_channels, hidden_dim, 3, padding=1)
+        self.freq = nn.Conv2d(in_channels, hidden_dim, 3, padding=1)
+        self.phase = nn.Linear(2, hidden_dim // 2, bias=False)
+        self.experts = nn.ModuleList(Expert(hidden_dim, out_channels, hidden, zero_init_last) for hidden in experts)
+
+    def tables(self, feat: Tensor, padding: int = 1) -> list[Tensor]:
+        """Coefficient and frequency at LR resolution.
+
+        Args:
+            feat: (B, C, H, W), or with its halo of one code per side and `padding` 0.
+
+        Returns:
+            Two of (B, T, 2 K).
+        """
+        maps = (nn.functional.conv2d(feat, conv.weight, conv.bias, padding=padding) for conv in (self.coef, self.freq))
+        return [table.permute(0, 2, 3, 1).flatten(1, 2) for table in maps]
+
+    def basis(self, tables: list[Tensor], queries: Queries) -> Tensor:
+        """What the MLPs read, per corner: (4, N, 2 K). LTE, equations 4 and 5."""
+        coef, freq = (table[queries.index] for table in tables)  # (4, N, 2 K)
+        freq = freq.unflatten(-1, (-1, 2))  # (4, N, K, 2), row part and column part of each frequency
+        angle = (freq * queries.rel.unsqueeze(-2)).sum(dim=-1) + self.phase(queries.cell)  # (4, N, K)
+        angle = math.pi * angle
+        return coef * torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+    def evaluate(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
+        """Expert j's answers to N queries of one image: (N, out_channels); `tables` are two of (T, 2 K)."""
+        x = self.basis(tables, queries)
+        for layer in self.experts[j].layers[:-1]:
+            x = layer(x)
+        blended = torch.einsum('cnd,cn->nd', x, queries.weight)  # the last layer is linear: one pass serves 4 corners
+        return self.experts[j].layers[-1](blended)
+
+    def macs(self, j: int) -> int:
+        """Multiply-adds of expert j for one query, LR tables not counted: angles, MLP."""
+        linears = self.experts[j].linears
+        per_corner = self.hidden_dim + sum(layer.weight.numel() for layer in linears[:-1])
+        return 4 * per_corner + linears[-1].weight.numel()
+
+    def table_macs(self) -> int:
+        """Multiply-adds of both convolutions for one LR cell."""
+        return 2 * 9 * self.in_channels * self.hidden_dim

@@ -1,0 +1,68 @@
+"""Routing: from the mapper's logits to one expert per query (MoEISR, section 3).
+
+Shapes: B images, Q queries, J experts.
+"""
+import hashlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Which expert answers which query; the same type in training and test."""
+    expert: Tensor  # (B, Q) int64, the expert map
+    gates: Tensor | None  # (B, Q, J) one-hot forward, softmax backward; None where nothing is learned
+    logits: Tensor | None  # (B, Q, J); None without a mapper
+
+
+def gumbel_noise(shape: tuple[int, ...], seed: int, iteration: int, slot: int) -> Tensor:
+    """Standard Gumbel noise that depends on its key only, so that resume and other rank counts draw it again.
+
+    Args:
+        shape: Shape of one sample's noise, (Q, J).
+        seed: The run's `manual_seed`.
+        iteration: Training iteration.
+        slot: Position of the sample in the batch of all ranks.
+    """
+    digest = hashlib.blake2b(f'gumbel/{seed}/{iteration}/{slot}'.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, 'little') >> 1)
+    return torch.empty(shape).exponential_(generator=generator).log_().neg_()
+
+
+def route_gumbel(logits: Tensor, noise: Tensor, tau: float) -> Routing:
+    """Hard Gumbel-softmax with the straight-through gradient (Jang et al., arXiv 1611.01144).
+
+    The gates are written hard + (p - sg p): exactly one-hot forward, the gradient of p = softmax((l + g) / tau)
+    backward.
+
+    Args:
+        logits: (B, Q, J).
+        noise: Gumbel noise g, (B, Q, J).
+        tau: Temperature, above 0.
+    """
+    if tau <= 0:
+        raise ValueError(f'The Gumbel temperature tau must be above 0; got {tau}.')
+    prob = F.softmax((logits + noise) / tau, dim=-1)
+    expert = prob.argmax(dim=-1)
+    hard = F.one_hot(expert, logits.shape[-1]).to(prob)
+    return Routing(expert, hard + (prob - prob.detach()), logits)
+
+
+def route_argmax(logits: Tensor, costs: Tensor | None = None, cost_weight: float = 0.0) -> Tensor:
+    """The expert map at test time, argmax_j (log p_j - kappa cost_j).
+
+    Per query the chosen cost never rises with kappa; kappa = 0 is the trained routing. Ties go to the first expert.
+
+    Args:
+        logits: (..., J).
+        costs: (J,) relative costs of the experts; needed where `cost_weight` is not 0.
+        cost_weight: kappa.
+
+    Returns:
+        (...) int64.
+    """
+    if cost_weight == 0:
+        return logits.argmax(dim=-1)
+    return (F.log_softmax(logits, dim=-1) - cost_weight * costs).argmax(dim=-1)

@@ -1,0 +1,213 @@
+"""The decoder against its plain twins: folding, dispatch, exact straight-through training, rendering."""
+import pytest
+import torch
+from reference import FAMILIES, grid, mixture
+
+from moeisr_basicsr.core import MoEDecoder, render
+from moeisr_basicsr.core.routing import Routing, gumbel_noise, route_gumbel
+
+EXPERTS = {'liif': [[12], [8, 20], [16, 4, 8]], 'lte': [[], [12], [8, 20]]}
+
+
+def make_decoder(family='liif', experts=None, seed=0, **options):
+    torch.manual_seed(seed)
+    extra = {'hidden_dim': 12} if family == 'lte' else {}
+    decoder = MoEDecoder(6, 3, family, experts or EXPERTS[family],
+                         mapper={'num_layers': 2, 'num_feat': 8, 'hidden': 8}, **extra, **options)
+    if decoder.mapper is not None:  # make neighbouring queries differ in their expert
+        with torch.no_grad():
+            decoder.mapper.query_in.weight[:, -4:-2].mul_(8)
+            decoder.mapper.query_out.weight.sub_(decoder.mapper.query_out.weight.mean(dim=0)).mul_(8)
+            decoder.mapper.query_out.bias.zero_()
+    return decoder
+
+
+def random_queries(batch=2, count=37, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    coord = torch.rand(batch, count, 2, generator=generator) * 2 - 1
+    cell = torch.rand(batch, count, 2, generator=generator) * 0.2 + 0.02
+    return coord, cell
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('size', [(5, 7), (1, 1), (1, 6), (2, 3)])
+def test_folded_equals_unfolded(family, size):
+    decoder = make_decoder(family).eval()
+    feat = torch.randn(2, 6, *size)
+    coord, cell = random_queries()
+    output, routing = decoder(feat, coord, cell)
+    one_hot = torch.nn.functional.one_hot(routing.expert, 3).float()
+    assert len(routing.expert.unique()) > 1 or size == (1, 1), 'the case must use several experts to prove anything'
+    close(output, mixture(decoder, feat, coord, cell, one_hot))
+
+
+@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('factor', [(2, 2), (3, 3), (2, 3.5), (5, 1), (1.3, 2.7), (7, 7)])
+def test_render_equals_plain_grid(family, factor):
+    decoder = make_decoder(family).eval()
+    feat = torch.randn(2, 6, 9, 7)
+    size = round(9 * factor[0]), round(7 * factor[1])
+    coord, cell = grid(size, batch=2)
+    rendered = render(decoder, feat, size, tile=4)
+    gates = torch.nn.functional.one_hot(rendered.expert_map.long().flatten(1), 3).float()
+    expected = mixture(decoder, feat, coord, cell, gates).transpose(1, 2).unflatten(-1, size)
+    close(rendered.output, expected)
+    scattered = decoder(feat, coord, cell)
+    assert torch.equal(scattered.routing.expert, rendered.expert_map.long().flatten(1))
+
+
+@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('experts', [None, [[10, 6]]])
+def test_tiled_equals_whole(family, experts):
+    decoder = make_decoder(family, experts).eval()
+    feat = torch.randn(1, 6, 23, 17)
+    whole = render(decoder, feat, (61, 50), tile=64)
+    for tile in (1, 5, 16):
+        tiled = render(decoder, feat, (61, 50), tile=tile)
+        close(tiled.output, whole.output, 2e-6)
+        if experts is None:
+            assert torch.equal(tiled.expert_map, whole.expert_map)
+        else:
+            assert tiled.expert_map is None
+
+
+def gradients(decoder, feat, coord, cell, noise, tau, **options):
+    decoder.zero_grad()
+    feat = feat.clone().requires_grad_()
+    output, routing = decoder(feat, coord, cell, noise, tau, **options)
+    target = torch.linspace(-1, 1, output.numel()).view_as(output)
+    (output - target).abs().mean().backward()
+    grads = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
+    return output.detach(), routing, {**grads, 'feat': feat.grad}
+
+
+@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('tau', [0.5, 5.0])
+def test_exact_straight_through_equals_naive_sum(family, tau):
+    """Against the plain twin under autograd: encoder features, every expert, the mapper."""
+    decoder = make_decoder(family).double()
+    feat = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    coord, cell = (part.double() for part in random_queries())
+    noise = gumbel_noise((2, 37, 3), seed=3, iteration=1, slot=0).double()
+    results = {}
+    for form in ('exact', 'naive'):
+        decoder.expert_grad = form
+        results[form] = gradients(decoder, feat, coord, cell, noise, tau)
+    output, routing, exact = results['exact']
+    assert routing.expert.unique().numel() == 3
+    close(output, results['naive'][0], 1e-12)
+
+    decoder.zero_grad()
+    leaf = feat.clone().requires_grad_()
+    logits = decoder.mapper(decoder.mapper.table(leaf), coord, cell * cell.new_tensor((5, 7)), (5, 7))
+    plain = mixture(decoder, leaf, coord, cell, route_gumbel(logits, noise, tau).gates)
+    close(output, plain.detach(), 1e-9)
+    target = torch.linspace(-1, 1, plain.numel(), dtype=torch.float64).view_as(plain)
+    (plain - target).abs().mean().backward()
+    for name, parameter in [*decoder.named_parameters(), ('feat', leaf)]:
+        assert parameter.grad.abs().max() > 0, name
+        close(exact[name], parameter.grad, 2e-6 * float(parameter.grad.abs().max()))
+        close(exact[name], results['naive'][2][name], 2e-6 * float(parameter.grad.abs().max()))
+
+
+def test_sampled_is_unbiased_and_exact_at_rate_one():
+    decoder = make_decoder().double()
+    feat = torch.randn(1, 6, 5, 7, dtype=torch.float64)
+    coord, cell = (part.double() for part in random_queries(batch=1, count=64))
+    noise = gumbel_noise((1, 64, 3), seed=3, iteration=1, slot=0).double()
+    decoder.expert_grad = 'exact'
+    output, _, exact = gradients(decoder, feat, coord, cell, noise, 1.0)
+
+    decoder.expert_grad, decoder.sample_rate = 'sampled', 1.0
+    everything = torch.ones(1, 64, 3, dtype=torch.bool)
+    same_output, _, same = gradients(decoder, feat, coord, cell, noise, 1.0, keep=everything)
+    close(same_output, output, 1e-12)
+    for name, grad in exact.items():
+        close(same[name], grad, 1e-6 * float(grad.abs().max()))
+
+    decoder.sample_rate = 0.25  # averaged over draws that cover each pair equally often: exactly the full gradient
+    draws = [torch.zeros(1, 64, 3, dtype=torch.bool) for _ in range(4)]
+    for part, keep in enumerate(draws):
+        keep.view(-1)[part::4] = True
+    sampled = [gradients(decoder, feat, coord, cell, noise, 1.0, keep=keep)[2] for keep in draws]
+    assert any(not torch.allclose(sampled[0][name], exact[name]) for name in exact)
+    for name, grad in exact.items():
+        close(sum(draw[name] for draw in sampled) / 4, grad, 1e-6 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize('form', ['exact', 'sampled'])
+def test_idle_expert_gets_a_zero_gradient(form):
+    decoder = make_decoder(expert_grad=form)
+    with torch.no_grad():
+        decoder.mapper.query_out.bias.copy_(torch.tensor([0.0, 0.0, -1e4]))
+    coord, cell = random_queries()
+    feat = torch.randn(2, 6, 5, 7)
+    _, routing, grads = gradients(decoder, feat, coord, cell, torch.zeros(2, 37, 3), 1.0)
+    assert not (routing.expert == 2).any()
+    idle = [grad for name, grad in grads.items() if 'experts.2.' in name]
+    assert idle and all(torch.count_nonzero(grad) == 0 for grad in idle)
+    busy = [grad for name, grad in grads.items() if 'experts.0.' in name]
+    assert all(torch.count_nonzero(grad) > 0 for grad in busy)
+
+
+@pytest.mark.parametrize('family', ['liif', 'lte'])
+def test_one_query(family):
+    decoder = make_decoder(family).eval()
+    feat = torch.randn(1, 6, 4, 4)
+    coord, cell = random_queries(batch=1, count=1)
+    output, routing = decoder(feat, coord, cell)
+    assert output.shape == (1, 1, 3)
+    close(output, FAMILIES[family](decoder.pool, int(routing.expert), feat, coord, cell))
+
+
+@pytest.mark.parametrize('family', ['liif', 'lte'])
+def test_one_expert_is_the_dense_decoder(family):
+    """No mapper, no routing, the same code: in training and in test, output and gradients."""
+    decoder = make_decoder(family, [[10, 6]])
+    assert decoder.mapper is None
+    coord, cell = random_queries()
+    feat = torch.randn(2, 6, 5, 7)
+    output, routing, grads = gradients(decoder, feat, coord, cell, None, None)
+    assert routing.gates is None and not routing.expert.any()
+    leaf = feat.clone().requires_grad_()
+    plain = FAMILIES[family](decoder.pool, 0, leaf, coord, cell)
+    close(output, plain.detach())
+    target = torch.linspace(-1, 1, plain.numel()).view_as(plain)
+    (plain - target).abs().mean().backward()
+    close(grads['feat'], leaf.grad, 1e-6)
+    assert isinstance(routing, Routing)
+
+
+def test_queries_are_independent_of_their_company():
+    """Chunked = whole: a query's answer and expert do not depend on the other queries."""
+    decoder = make_decoder().eval()
+    feat = torch.randn(1, 6, 5, 7)
+    coord, cell = random_queries(batch=1, count=40)
+    whole = decoder(feat, coord, cell)
+    parts = [decoder(feat, coord[:, at:at + 7], cell[:, at:at + 7]) for at in range(0, 40, 7)]
+    close(torch.cat([part.output for part in parts], dim=1), whole.output, 1e-6)
+    assert torch.equal(torch.cat([part.routing.expert for part in parts], dim=1), whole.routing.expert)
+
+
+def test_costs_and_macs_by_hand():
+    decoder = MoEDecoder(64, 3, 'liif', [[256] * 4, [256]])
+    heavy = 4 * (2 * 256 + 3 * 256 * 256) + 256 * 3
+    light = 4 * 2 * 256 + 256 * 3
+    assert decoder.expert_macs == [heavy, light]
+    assert decoder.expert_costs.tolist() == pytest.approx([1.0, light / heavy])
+    assert decoder.pool.table_macs() == 2 * 9 * 64 * 256
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ({'family': 'lif'}, 'decoder must be one of'), ({'experts': []}, 'experts must list'),
+    ({'experts': [256]}, 'experts must list'), ({'experts': [[0]]}, 'experts must list'), ({'tau': 0}, 'tau'),
+    ({'expert_grad': 'fast'}, 'expert_grad'), ({'sample_rate': 0}, 'sample_rate'),
+    ({'family': 'lte', 'hidden_dim': 7}, 'hidden_dim'), ({'mapper': {'num_layers': 6}}, 'num_layers'),
+    ({'mapper': {'granularity': 'image'}}, 'granularity')])
+def test_bad_options_say_what_is_allowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoEDecoder(4, **options)
