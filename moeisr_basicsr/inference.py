@@ -1,20 +1,41 @@
-"""Upscaling with a network in hand: any size, routing under the caller's control.
+"""Upscaling with a network in hand: any size, large images in tiles, cost under the caller's control.
+
+The encoder runs on tiles of the input with the halo that its receptive field needs, so the features of a large image
+are never held whole; the decoder renders each tile's part of the output. Tiled equals whole to rounding.
 
 Shapes: B images, C channels, (H, W) LR size, (R, S) output size.
 """
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moeisr_basicsr.core import output_size
+from moeisr_basicsr.core.control import Budget, CostWeight
+from moeisr_basicsr.core.render import FeatureWindow, Renderer, spans
 from moeisr_basicsr.errors import UserError
+
+# Input pixels that the encoder sees at once by default: 64-channel fp32 features of 640 x 640 take 100 MiB, and an
+# encoder holds several of them. The halo of EDSR-baseline then costs a quarter more.
+TILE_PIXELS = 640 * 640
+PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 class Upscaled(NamedTuple):
     """The result of `upscale`."""
     image: Tensor  # (B, C, R, S) fp32, not clamped
     expert_map: Tensor | None  # (B, R, S) uint8, the expert of each output pixel; None for a dense decoder
+
+
+class Strip(NamedTuple):
+    """Consecutive rows of an output image."""
+    top: int
+    bottom: int  # one past the last row
+    image: Tensor  # (C, r, S) fp32, not clamped
+    expert_map: Tensor | None  # (r, S) uint8
 
 
 def target_size(lq_size: tuple[int, int], scale: float | tuple[float, float] | None,
@@ -37,26 +58,152 @@ def target_size(lq_size: tuple[int, int], scale: float | tuple[float, float] | N
     return int(size[0]), int(size[1])
 
 
-@torch.no_grad()
+def make_control(net: nn.Module, cost_weight: float, budget: float | None) -> CostWeight | Budget:
+    """The routing rule for one image.
+
+    Raises:
+        UserError: Both are given, the budget cannot be met, or the network has one expert and nothing to choose.
+    """
+    if budget is None and cost_weight == 0:
+        return CostWeight()
+    if net.num_experts == 1:
+        raise UserError('a dense decoder has one expert: there is no cost weight or budget to set.')
+    if budget is not None and cost_weight != 0:
+        raise UserError(f'give either a cost weight or a budget; got {cost_weight} and {budget}.')
+    try:
+        return CostWeight(cost_weight) if budget is None else Budget(budget, net.expert_costs)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def encoder_tiles(net: nn.Module, lq_size: tuple[int, int], size: tuple[int, int], tile: int | None
+                  ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Output row spans and column spans, one pair of them per encoder tile.
+
+    Args:
+        tile: LR pixels per side; None chooses, 0 takes the image whole.
+    """
+    if tile is not None and (tile < 0 or 0 < tile < 16):
+        raise UserError(f'tile must be 0 (the whole image) or at least 16 pixels; got {tile}.')
+    whole = lq_size[0] * lq_size[1] <= TILE_PIXELS if tile is None else tile == 0
+    if whole or getattr(net.encoder, 'halo', None) is None:  # without a known receptive radius tiles would show
+        return [(0, size[0])], [(0, size[1])]
+    side = tile or math.isqrt(TILE_PIXELS)
+    return tuple(spans(0, n_out, math.ceil(n_lr / side)) for n_out, n_lr in zip(size, lq_size))
+
+
+def encode_window(net: nn.Module, lq: Tensor, bounds: tuple[int, int, int, int]) -> FeatureWindow:
+    """Features of the LR codes (top, bottom, left, right; ends excluded), exact up to their edges.
+
+    Args:
+        lq: (1, C, H, W), the whole image.
+    """
+    top, bottom, left, right = bounds
+    height, width = lq.shape[-2:]
+    if (top, bottom, left, right) == (0, height, 0, width):
+        return FeatureWindow(net.encode(lq), 0, 0, (height, width))
+    halo, multiple = net.encoder.halo, getattr(net.encoder, 'tile_multiple', 1)
+    row0, row1 = aligned(top - halo, bottom + halo, height, multiple)
+    col0, col1 = aligned(left - halo, right + halo, width, multiple)
+    feat = net.encode(lq[..., row0:row1, col0:col1])
+    return FeatureWindow(feat[..., top - row0:bottom - row0, left - col0:right - col0], top, left, (height, width))
+
+
+def aligned(start: int, stop: int, size: int, multiple: int) -> tuple[int, int]:
+    """The span widened to multiples of `multiple` (attention windows) and clipped to the image."""
+    return max(start // multiple * multiple, 0), min(-(-stop // multiple) * multiple, size)
+
+
+@contextmanager
+def evaluation(net: nn.Module, device_type: str, precision: str) -> Iterator[None]:
+    """Eval mode, no gradients, autocast for 16-bit precisions; the training mode comes back afterwards."""
+    if precision not in PRECISIONS:
+        raise UserError(f'precision must be one of {", ".join(PRECISIONS)}; got {precision!r}.')
+    dtype = PRECISIONS[precision]
+    was_training = net.training
+    net.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device_type, dtype) if dtype else nullcontext():
+            yield
+    finally:
+        net.train(was_training)
+
+
+def upscale_strips(net: nn.Module, lq: Tensor, size: tuple[int, int], cost_weight: float = 0.0,
+                   budget: float | None = None, tile: int | None = None, precision: str = 'fp32') -> Iterator[Strip]:
+    """Upscale one image, strip by strip from top to bottom, in memory that does not grow with the output.
+
+    Args:
+        net: `MoEISR`, `LIIF` or `LTE`.
+        lq: (1, C, H, W) RGB in [0, 1] on the network's device.
+        size: (R, S) from `target_size`.
+        cost_weight: kappa; above 0 cheaper, below 0 dearer than the trained routing.
+        budget: Fraction of the all-heaviest decoder cost, in place of `cost_weight`. Encodes a tiled image twice.
+        tile: Input pixels per side that the encoder sees at once, without halo; None chooses, 0 is the whole image.
+        precision: 'fp32', 'bf16' or 'fp16' for encoder and experts; the mapper is always fp32.
+
+    Raises:
+        UserError: See `make_control` and `encoder_tiles`.
+    """
+    control = make_control(net, cost_weight, budget)
+    lq_size = tuple(lq.shape[-2:])
+    row_spans, col_spans = encoder_tiles(net, lq_size, size, tile)
+    with evaluation(net, lq.device.type, precision):
+        renderer = Renderer(net.decoder, size, lq_size, net.test_cell(lq_size, size), control, device=lq.device)
+        windows: dict[tuple, FeatureWindow] = {}
+
+        def window(rows: tuple[int, int], cols: tuple[int, int]) -> FeatureWindow:
+            if (rows, cols) not in windows:
+                windows.clear()  # one tile's features at a time
+                windows[rows, cols] = encode_window(net, lq, renderer.window_of(rows, cols))
+            return windows[rows, cols]
+
+        if isinstance(control, Budget):
+            for rows in row_spans:
+                for cols in col_spans:
+                    renderer.observe(window(rows, cols), rows, cols)
+        for rows in row_spans:
+            if len(col_spans) == 1:
+                for top, bottom, strip in renderer.render(window(rows, col_spans[0]), rows, col_spans[0]):
+                    yield finish(net, lq, size, top, bottom, strip.output[0], strip.expert_map)
+                continue
+            band = torch.empty(net.decoder.out_channels, rows[1] - rows[0], size[1], device=lq.device)
+            experts = None if net.num_experts == 1 else torch.empty(band.shape[1:], dtype=torch.uint8, device=lq.device)
+            for cols in col_spans:
+                for top, bottom, strip in renderer.render(window(rows, cols), rows, cols):
+                    band[:, top - rows[0]:bottom - rows[0], cols[0]:cols[1]] = strip.output[0]
+                    if experts is not None:
+                        experts[top - rows[0]:bottom - rows[0], cols[0]:cols[1]] = strip.expert_map[0]
+            yield finish(net, lq, size, *rows, band, None if experts is None else experts[None])
+
+
+def finish(net: nn.Module, lq: Tensor, size: tuple[int, int], top: int, bottom: int, output: Tensor,
+           expert_map: Tensor | None) -> Strip:
+    """Decoder output (C, r, S) and map (1, r, S) of the rows top to bottom as a strip of the image."""
+    image = net.add_skip(output.float()[None], lq, size, slice(top, bottom))[0]
+    return Strip(top, bottom, image, None if expert_map is None else expert_map[0])
+
+
 def upscale(net: nn.Module, lq: Tensor, scale: float | tuple[float, float] | None = None,
-            size: tuple[int, int] | None = None, cost_weight: float = 0.0) -> Upscaled:
-    """Upscale a batch by any factor with a network of this package.
+            size: tuple[int, int] | None = None, cost_weight: float = 0.0, budget: float | None = None,
+            tile: int | None = None, precision: str = 'fp32') -> Upscaled:
+    """Upscale a batch by any factor; each image by itself, so that a budget holds for each.
 
     Args:
         net: `MoEISR`, `LIIF` or `LTE`; its training mode is restored afterwards.
         lq: (B, C, H, W) RGB in [0, 1] on the network's device.
         scale: One factor of at least 1, or (rows, columns).
         size: Output (rows, columns), in place of `scale`.
-        cost_weight: kappa; above 0 cheaper, below 0 dearer than the trained routing.
+        cost_weight, budget, tile, precision: As in `upscale_strips`.
 
     Raises:
-        UserError: See `target_size`.
+        UserError: See `target_size` and `upscale_strips`.
     """
     size = target_size(tuple(lq.shape[-2:]), scale, size)
-    was_training = net.training
-    net.eval()
-    try:
-        rendered = net.render(lq, net.encode(lq), size, cost_weight=cost_weight)
-    finally:
-        net.train(was_training)
-    return Upscaled(rendered.output, rendered.expert_map)
+    images, maps = [], []
+    for image in lq.split(1):
+        strips = list(upscale_strips(net, image, size, cost_weight, budget, tile, precision))
+        images.append(torch.cat([strip.image for strip in strips], dim=1))
+        if strips[0].expert_map is not None:
+            maps.append(torch.cat([strip.expert_map for strip in strips]))
+    return Upscaled(torch.stack(images), torch.stack(maps) if maps else None)

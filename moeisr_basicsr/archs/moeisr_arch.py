@@ -123,7 +123,7 @@ class MoEISR(nn.Module):
             lq: (B, C_in, H, W) in [0, 1].
             feat: `encode(lq)`.
             size: (R, S).
-            **options: Of `core.render` (cost_weight, backend, tile).
+            **options: Of `core.render` (control, backend, tile).
         """
         rendered = render(self.decoder, feat, size, self.test_cell(tuple(lq.shape[-2:]), size), **options)
         return rendered._replace(output=self.add_skip(rendered.output, lq, size))

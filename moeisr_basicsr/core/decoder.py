@@ -17,8 +17,8 @@ from .experts import check_experts
 from .liif import LIIFExperts
 from .lte import LTEExperts
 from .mapper import Mapper
-from .queries import Queries, image_queries
-from .routing import Routing, route_argmax, route_gumbel
+from .queries import Queries, make_queries
+from .routing import SMALLEST, Routing, route_gumbel
 
 FAMILIES = {'liif': LIIFExperts, 'lte': LTEExperts}
 EXPERT_GRADS = ('exact', 'naive', 'sampled')
@@ -107,7 +107,7 @@ class MoEDecoder(nn.Module):
         tables = self.pool.tables(feat)
         # Image by image: a batch's activations would fall out of the cache, and above 32 MiB each temporary is mapped
         # anew by the C library.
-        output = [self.decode(image_queries(corners, cell, image), [table[image] for table in tables],
+        output = [self.decode(make_queries(corners, cell[image], image), [table[image] for table in tables],
                               routing, image, keep) for image in range(feat.shape[0])]
         return Decoded(torch.stack(output), routing)
 
@@ -117,9 +117,9 @@ class MoEDecoder(nn.Module):
         if logits is None:
             return Routing(torch.zeros(tuple(shape), dtype=torch.long, device=device), None, None)
         if not self.training:
-            return Routing(route_argmax(logits), None, logits)
+            return Routing(logits.argmax(dim=-1), None, logits)
         if noise is None:
-            noise = -torch.empty_like(logits).exponential_().log()
+            noise = -torch.empty_like(logits).exponential_().clamp_(min=SMALLEST).log()
         return route_gumbel(logits, noise.to(logits), self.tau if tau is None else tau)
 
     def decode(self, queries: Queries, tables: list[Tensor], routing: Routing, image: int,

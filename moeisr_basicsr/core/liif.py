@@ -34,12 +34,11 @@ class LIIFExperts(nn.Module):
         self.experts = nn.ModuleList(
             Expert(in_channels * 9 + 4, out_channels, hidden, zero_init_last) for hidden in experts)
 
-    def first_layer(self, j: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Expert j's first layer cut apart: kernel (D1, C, 3, 3), w_rel (D1, 2), w_cell (D1, 2), bias (D1,)."""
-        first = self.experts[j].linears[0]
+    def split_first(self, j: int) -> tuple[Tensor, Tensor]:
+        """Expert j's first weight cut apart: for the features (D1, C, 3, 3), for coordinate and cell (D1, 4)."""
+        weight = self.experts[j].linears[0].weight
         unfolded = self.in_channels * 9
-        kernel = first.weight[:, :unfolded].reshape(-1, self.in_channels, 3, 3)  # F.unfold is channel-major
-        return kernel, first.weight[:, unfolded:unfolded + 2], first.weight[:, unfolded + 2:], first.bias
+        return weight[:, :unfolded].unflatten(1, (-1, 3, 3)), weight[:, unfolded:]  # F.unfold is channel-major
 
     def tables(self, feat: Tensor, padding: int = 1) -> list[Tensor]:
         """The feature part of every expert's first layer at LR resolution.
@@ -50,10 +49,11 @@ class LIIFExperts(nn.Module):
         Returns:
             One (B, T, D1) per expert, first-layer bias included.
         """
-        kernels, _, _, biases = zip(*(self.first_layer(j) for j in range(len(self.experts))))
+        kernels = [self.split_first(j)[0] for j in range(len(self.experts))]
+        biases = [expert.linears[0].bias for expert in self.experts]
         table = F.conv2d(feat, torch.cat(kernels), torch.cat(biases), padding=padding)  # (B, sum of D1, H, W)
         table = table.permute(0, 2, 3, 1).flatten(1, 2)  # (B, T, sum of D1)
-        return list(table.split([kernel.shape[0] for kernel in kernels], dim=-1))
+        return list(table.split([bias.shape[0] for bias in biases], dim=-1))
 
     def evaluate(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
         """Expert j's answers to N queries of one image: (N, out_channels).
@@ -62,17 +62,15 @@ class LIIFExperts(nn.Module):
             j: Expert.
             tables: One (T, D1) per expert.
         """
-        _, w_rel, w_cell, _ = self.first_layer(j)
-        linears = self.experts[j].linears
-        x = tables[j][queries.index]  # (4, N, D1)
-        x = x + queries.rel @ w_rel.t() + queries.cell @ w_cell.t()
-        for linear in linears[1:]:
-            x = F.relu(x)
-            if linear is linears[-1]:
-                break
-            x = linear(x)
-        blended = torch.einsum('cnd,cn->nd', x, queries.weight)  # the last layer is linear: one pass serves 4 corners
-        return linears[-1](blended) if len(linears) > 1 else blended
+        hidden = self.experts[j].linears[1:]
+        x = queries.gather(tables[j])  # (4 N, D1)
+        x = x.addmm_(queries.local().to(x), self.split_first(j)[1].t().to(x))
+        for linear in hidden[:-1]:
+            x = linear(F.relu_(x))
+        if not hidden:
+            return queries.blend(x)
+        # The last layer is linear: blended before it, the four corners need one pass.
+        return hidden[-1](queries.blend(F.relu_(x)))
 
     def macs(self, j: int) -> int:
         """Multiply-adds of expert j's linear layers for one query, LR tables not counted."""

@@ -52,20 +52,22 @@ class LTEExperts(nn.Module):
         return [table.permute(0, 2, 3, 1).flatten(1, 2) for table in maps]
 
     def basis(self, tables: list[Tensor], queries: Queries) -> Tensor:
-        """What the MLPs read, per corner: (4, N, 2 K). LTE, equations 4 and 5."""
-        coef, freq = (table[queries.index] for table in tables)  # (4, N, 2 K)
-        freq = freq.unflatten(-1, (-1, 2))  # (4, N, K, 2), row part and column part of each frequency
-        angle = (freq * queries.rel.unsqueeze(-2)).sum(dim=-1) + self.phase(queries.cell)  # (4, N, K)
-        angle = math.pi * angle
+        """What the MLPs read: (4 N, 2 K). LTE, equations 4 and 5."""
+        coef, freq = (queries.gather(table) for table in tables)  # (4 N, 2 K)
+        rel = queries.rel.flatten(0, 1).to(freq)  # (4 N, 2)
+        phase = self.phase(queries.cell)  # (N, K) or (1, K)
+        freq = freq.unflatten(-1, (-1, 2))  # (4 N, K, 2), row part and column part of each frequency
+        angle = freq[..., 0] * rel[:, :1] + freq[..., 1] * rel[:, 1:]  # (4 N, K)
+        angle = math.pi * (angle.unflatten(0, (-1, 4)) + phase.unsqueeze(1)).flatten(0, 1)
         return coef * torch.cat([angle.cos(), angle.sin()], dim=-1)
 
     def evaluate(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
         """Expert j's answers to N queries of one image: (N, out_channels); `tables` are two of (T, 2 K)."""
         x = self.basis(tables, queries)
-        for layer in self.experts[j].layers[:-1]:
-            x = layer(x)
-        blended = torch.einsum('cnd,cn->nd', x, queries.weight)  # the last layer is linear: one pass serves 4 corners
-        return self.experts[j].layers[-1](blended)
+        *hidden, last = self.experts[j].linears
+        for linear in hidden:
+            x = nn.functional.relu_(linear(x))
+        return last(queries.blend(x))  # the last layer is linear: blended before it, the four corners need one pass
 
     def macs(self, j: int) -> int:
         """Multiply-adds of expert j for one query, LR tables not counted: angles, MLP."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALLEST = torch.finfo(torch.float32).tiny  # the least exponential draw that Gumbel noise is made of
+
 
 class Routing(NamedTuple):
     """Which expert answers which query; the same type in training and test."""
@@ -28,7 +30,8 @@ def gumbel_noise(shape: tuple[int, ...], seed: int, iteration: int, slot: int) -
     """
     digest = hashlib.blake2b(f'gumbel/{seed}/{iteration}/{slot}'.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, 'little') >> 1)
-    return torch.empty(shape).exponential_(generator=generator).log_().neg_()
+    # Without MKL one draw in 2^24 is 0: its noise would be infinite, and the softmax not a number.
+    return torch.empty(shape).exponential_(generator=generator).clamp_(min=SMALLEST).log_().neg_()
 
 
 def route_gumbel(logits: Tensor, noise: Tensor, tau: float) -> Routing:
@@ -48,21 +51,3 @@ def route_gumbel(logits: Tensor, noise: Tensor, tau: float) -> Routing:
     expert = prob.argmax(dim=-1)
     hard = F.one_hot(expert, logits.shape[-1]).to(prob)
     return Routing(expert, hard + (prob - prob.detach()), logits)
-
-
-def route_argmax(logits: Tensor, costs: Tensor | None = None, cost_weight: float = 0.0) -> Tensor:
-    """The expert map at test time, argmax_j (log p_j - kappa cost_j).
-
-    Per query the chosen cost never rises with kappa; kappa = 0 is the trained routing. Ties go to the first expert.
-
-    Args:
-        logits: (..., J).
-        costs: (J,) relative costs of the experts; needed where `cost_weight` is not 0.
-        cost_weight: kappa.
-
-    Returns:
-        (...) int64.
-    """
-    if cost_weight == 0:
-        return logits.argmax(dim=-1)
-    return (F.log_softmax(logits, dim=-1) - cost_weight * costs).argmax(dim=-1)

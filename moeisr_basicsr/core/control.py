@@ -1,0 +1,134 @@
+"""Cost control at test time: a weight on cost, or a budget that is met (design after PCSR's test-time control).
+
+Scores are l_j - kappa c_j; softmax only adds a constant per query, so the logits serve as log-probabilities. As kappa
+grows from minus to plus infinity a query moves along the upper envelope of these lines from the heaviest to the
+cheapest expert and never back.
+
+A budget is a fraction of the cost of sending every query to the heaviest expert. Queries are seen twice in the same
+order: once to collect the kappas at which they change their expert, in a histogram of fixed size; once to route.
+
+Shapes: N queries in pixel order, J experts.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+BINS = 1 << 14  # of arctan(kappa / KAPPA_SCALE); what falls into one bin is split in pixel order
+KAPPA_SCALE = 4.0  # logits differ by a few units, relative costs by less than one
+
+
+def route_by_cost(logits: Tensor, costs: Tensor, cost_weight: float) -> Tensor:
+    """argmax_j (l_j - kappa c_j): (..., J) -> (...) int64; ties go to the first expert.
+
+    kappa = 0 is the trained routing. In float64, so that rounding cannot make a query dearer as kappa grows.
+    """
+    if cost_weight == 0:
+        return logits.argmax(dim=-1)
+    if math.isinf(cost_weight):
+        extreme = costs == (costs.min() if cost_weight > 0 else costs.max())
+        return logits.masked_fill(~extreme, -math.inf).argmax(dim=-1)
+    return (logits.double() - cost_weight * costs.double()).argmax(dim=-1)
+
+
+class CostWeight:
+    """Routing with a fixed kappa."""
+
+    def __init__(self, cost_weight: float = 0.0):
+        if not math.isfinite(cost_weight):
+            raise ValueError(f'cost_weight must be a finite number; got {cost_weight}.')
+        self.cost_weight = float(cost_weight)
+
+    def route(self, logits: Tensor, costs: Tensor) -> Tensor:
+        """(..., J) -> (...) int64."""
+        return route_by_cost(logits, costs, self.cost_weight)
+
+
+class Budget:
+    """Routing that spends a given fraction of the all-heaviest cost: `observe` everything, then `route` everything.
+
+    The mean cost misses the budget by at most one query's cost.
+
+    Args:
+        budget: Fraction, from the cheapest expert's relative cost to 1.
+        costs: (J,) relative costs, the heaviest 1.
+
+    Raises:
+        ValueError: The budget is out of this range.
+    """
+
+    def __init__(self, budget: float, costs: Tensor):
+        least = float(costs.min())
+        if not least - 1e-6 <= budget <= 1:  # costs are fp32
+            raise ValueError(f'budget must lie between {math.ceil((least - 1e-6) * 1e4) / 1e4:.4f} (all pixels to the cheapest '
+                             f'expert) and 1 (all to the heaviest); got {budget}.')
+        self.budget = float(budget)
+        self.costs = costs.double()
+        self.count = 0
+        # saved[b]: relative cost saved by the queries that change their expert at a kappa in bin b
+        self.saved = torch.zeros(BINS, dtype=torch.float64)
+        self.bounds: tuple[float, float] | None = None
+        self.spare = 0.0
+
+    def observe(self, logits: Tensor) -> None:
+        """Add queries, (..., J), to the histogram."""
+        logits = logits.reshape(-1, logits.shape[-1]).double()
+        costs = self.costs.to(logits.device)
+        current = route_by_cost(logits, costs, -math.inf)  # walk each query's envelope from the heaviest expert down
+        saved = torch.zeros(BINS, dtype=torch.float64, device=logits.device)
+        for _ in range(len(costs) - 1):
+            here = logits.gather(1, current[:, None])
+            gap = costs[current][:, None] - costs  # (N, J) cost saved by a change
+            kappa = torch.where(gap > 0, (here - logits) / gap, math.inf)
+            first, target = kappa.min(dim=1)
+            moving = torch.isfinite(first)
+            saved.index_add_(0, bin_of(first[moving]), gap.gather(1, target[:, None])[moving, 0])
+            current = torch.where(moving, target, current)
+        self.saved += saved.cpu()
+        self.count += logits.shape[0]
+        self.bounds = None
+
+    def solve(self) -> tuple[float, float]:
+        """The edges (lower, upper) of the bin of kappa in which the budget is crossed."""
+        if self.bounds is None:
+            to_save = (1 - self.budget) * self.count
+            cumulative = self.saved.cumsum(0)
+            at = int(torch.searchsorted(cumulative, to_save))
+            if at >= BINS:
+                self.bounds = (math.inf, math.inf)
+            elif to_save <= 0:
+                self.bounds = (-math.inf, -math.inf)
+            else:
+                self.bounds = (edge_of(at), edge_of(at + 1))
+            # what the queries of this bin may spend above the cheaper routing of its upper edge
+            spent = self.count - (float(cumulative[at]) if at < BINS else float(cumulative[-1]))
+            self.spare = max(self.budget * self.count - spent, 0.0)
+        return self.bounds
+
+    def route(self, logits: Tensor, costs: Tensor) -> Tensor:
+        """(..., J) -> (...) int64. Stateful: the queries of a bin are split in the order in which they come."""
+        lower, upper = self.solve()
+        cheap = route_by_cost(logits, costs, upper)
+        if lower == upper:
+            return cheap
+        dear = route_by_cost(logits, costs, lower)
+        extra = (self.costs.to(logits.device)[dear] - self.costs.to(logits.device)[cheap]).flatten()
+        spent = extra.cumsum(0)
+        granted = spent <= self.spare * (1 + 1e-12)
+        self.spare -= float(torch.where(granted, extra, 0).sum())
+        return torch.where(granted.view(cheap.shape), dear, cheap)
+
+
+def bin_of(kappa: Tensor) -> Tensor:
+    """Histogram bin of each kappa; the last bins hold what lies far out."""
+    unit = torch.atan(kappa / KAPPA_SCALE) / math.pi + 0.5  # (0, 1)
+    return (unit * BINS).long().clamp_(0, BINS - 1)
+
+
+def edge_of(position: int) -> float:
+    """Lower edge of bin `position`; minus and plus infinity at both ends."""
+    if position <= 0:
+        return -math.inf
+    if position >= BINS:
+        return math.inf
+    return KAPPA_SCALE * math.tan(math.pi * (position / BINS - 0.5))

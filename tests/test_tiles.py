@@ -1,0 +1,77 @@
+"""Tiled encoding and strips: the same image as the whole, for each encoder, with and without a budget."""
+import pytest
+import torch
+
+from moeisr_basicsr.archs.moeisr_arch import LIIF, MoEISR
+from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.inference import upscale, upscale_strips
+
+ENCODERS = [{'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 2},
+            {'type': 'RDNEncoder', 'num_feat': 8, 'num_block': 2, 'num_conv': 2, 'growth': 4},
+            {'type': 'SwinIREncoder', 'embed_dim': 12, 'depths': [2, 2], 'num_heads': [2, 2]}]
+
+
+def make_net(encoder, seed=0):
+    torch.manual_seed(seed)
+    net = MoEISR(encoder, 'liif', [[8], [8, 8], [8] * 3], mapper={'num_layers': 2, 'num_feat': 8, 'hidden': 8})
+    with torch.no_grad():  # neighbouring pixels differ in their expert
+        net.decoder.mapper.query_in.weight[:, -4:-2].mul_(8)
+        weight = net.decoder.mapper.query_out.weight
+        weight.sub_(weight.mean(dim=0)).mul_(8)
+        net.decoder.mapper.query_out.bias.zero_()
+    return net
+
+
+@pytest.mark.parametrize('encoder', ENCODERS, ids=lambda encoder: encoder['type'])
+@pytest.mark.parametrize('budget', [None, 0.5])
+def test_tiled_equals_whole(encoder, budget):
+    net = make_net(encoder)
+    lq = torch.rand(1, 3, 71, 53)
+    whole = upscale(net, lq, (2.3, 3), tile=0, budget=budget)
+    assert whole.expert_map.unique().numel() > 1
+    for tile in (16, 40):
+        tiled = upscale(net, lq, (2.3, 3), tile=tile, budget=budget)
+        assert len(list(upscale_strips(net, lq, tuple(whole.image.shape[-2:]), tile=tile))) > 1
+        if budget is None:
+            torch.testing.assert_close(tiled.image, whole.image, rtol=0, atol=1e-5)
+            agreement = (tiled.expert_map == whole.expert_map).float().mean()
+            assert agreement >= 0.999  # rounding may turn a near tie
+        cost = [net.expert_costs[result.expert_map.long()].double().mean().item() for result in (tiled, whole)]
+        assert cost[0] == pytest.approx(cost[1], abs=1e-3)
+
+
+def test_halo_is_needed():
+    """The test above can fail: a halo cut short shows at the tile borders."""
+    net = make_net(ENCODERS[0])
+    lq = torch.rand(1, 3, 71, 53)
+    whole = upscale(net, lq, 2, tile=0).image
+    net.encoder.halo = 2
+    assert (upscale(net, lq, 2, tile=16).image - whole).abs().max() > 1e-4
+
+
+def test_encoder_without_known_halo_is_not_tiled():
+    net = make_net(ENCODERS[0])
+    lq = torch.rand(1, 3, 40, 40)
+    whole = upscale(net, lq, 2, tile=0).image
+    net.encoder.halo = None
+    torch.testing.assert_close(upscale(net, lq, 2, tile=16).image, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ({'scale': 0.5}, 'at least 1'), ({'scale': (2, 0.9)}, 'at least 1'), ({}, 'either a scale or a size'),
+    ({'scale': 2, 'size': (40, 40)}, 'either a scale or a size'), ({'size': (10, 90)}, 'at least the input size'),
+    ({'scale': 2, 'tile': 3}, 'tile must be'), ({'scale': 2, 'precision': 'int8'}, 'fp32, bf16, fp16'),
+    ({'scale': 2, 'budget': 0.001}, 'budget must lie between'), ({'scale': 2, 'budget': 1.1}, 'budget must lie'),
+    ({'scale': 2, 'budget': 0.5, 'cost_weight': 1.0}, 'either a cost weight or a budget')])
+def test_bad_requests(options, message):
+    net = make_net(ENCODERS[0]).train()
+    with pytest.raises(UserError, match=message):
+        upscale(net, torch.rand(1, 3, 20, 20), **options)
+    assert net.training
+
+
+def test_dense_decoder_has_nothing_to_choose():
+    net = LIIF(ENCODERS[0], [8])
+    assert upscale(net, torch.rand(1, 3, 9, 9), 2).expert_map is None
+    with pytest.raises(UserError, match='dense decoder'):
+        upscale(net, torch.rand(1, 3, 9, 9), 2, budget=0.5)
