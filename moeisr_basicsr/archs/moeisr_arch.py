@@ -101,7 +101,8 @@ class MoEISR(nn.Module):
             return self.upscale(lq)
         output, routing = self.decoder(self.encode(lq), coord, cell, noise, tau, keep)
         base = 0.5 if self.skip == 'none' else skip_at(lq, coord, self.skip)
-        output = output * 0.5 + base  # the decoder works in [-1, 1], the image lies in [0, 1]
+        # The decoder works in [-1, 1], the image lies in [0, 1]; under autocast the image keeps the input's precision.
+        output = output.to(lq.dtype) * 0.5 + base
         return Decoded(output, routing) if with_routing else output
 
     def upscale(self, lq: Tensor) -> Tensor:

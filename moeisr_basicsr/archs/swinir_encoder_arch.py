@@ -41,6 +41,8 @@ class SwinIREncoder(SwinIR):
         if embed_dim % 2 or any(embed_dim % heads for heads in num_heads):
             raise ValueError(f'SwinIREncoder embed_dim must be divisible by every num_heads; got {embed_dim} and '
                              f'{list(num_heads)}.')
+        if img_size <= window_size:  # BasicSR's blocks then stop shifting their windows, without a word
+            raise ValueError(f'SwinIREncoder img_size must be above window_size; got {img_size} and {window_size}.')
         super().__init__(img_size=img_size, in_chans=num_in_ch, embed_dim=embed_dim, depths=tuple(depths),
                          num_heads=tuple(num_heads), window_size=window_size, mlp_ratio=mlp_ratio,
                          drop_path_rate=drop_path_rate, resi_connection=resi_connection, use_checkpoint=use_checkpoint,

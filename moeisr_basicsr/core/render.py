@@ -42,59 +42,67 @@ class Tile(NamedTuple):
     expert_map: Tensor | None  # (R, S) uint8
 
 
+class Near(NamedTuple):
+    """The LR cell under each output position of one axis."""
+    index: Tensor  # (R,) int64
+    rel: Tensor  # (R,) fp32, distance to the cell's centre in units of LR cells
+
+
 class Backend(Protocol):
-    """Decodes one tile: the torch code below, or a fused kernel."""
+    """Computes tiles: the torch code below, or fused kernels with the same results to rounding."""
 
-    def __call__(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
-        """(C_out, R, S) fp32."""
+    def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
+        """The tile's pixels, each from its expert: (C_out, R, S) fp32."""
 
+    def logits(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
+        """The mapper's logits on a grid, (R, S, J) fp32; `table` (h, w, D) from `Mapper.table`, `cell` (2,)."""
 
-def decode_tile(decoder: MoEDecoder, tile: Tile) -> Tensor:
-    """The torch backend: LR tables of the window, each pixel to its expert, in chunks. (C_out, R, S)."""
-    tables = [table[0] for table in decoder.pool.tables(tile.window, padding=0)]
-    width = tile.window.shape[-1] - 2
-    corners = grid_corners(tile.rows, tile.cols, width)
-    queries = make_queries(corners, tile.cell[None])
-
-    def evaluate(j: int, group: Queries) -> Tensor:
-        return torch.cat([decoder.pool.evaluate(j, tables, chunk) for chunk in group.split(CHUNK)])
-
-    if tile.expert_map is None:
-        answers = evaluate(0, queries)
-    else:
-        answers = dispatch(evaluate, queries, tile.expert_map.flatten(), decoder.num_experts)
-    size = tile.rows.rel.shape[1], tile.cols.rel.shape[1]
-    return answers.t().reshape(-1, *size).float()  # (C_out, R, S)
+    def route(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
+        """The expert with the largest logit, (R, S) uint8; arguments as for `logits`."""
 
 
-def tile_logits(mapper: Mapper, table: Tensor, rows: tuple[Tensor, Tensor], cols: tuple[Tensor, Tensor], width: int,
-                cell: Tensor) -> Tensor:
-    """The mapper's logits on a grid; the same numbers as `Mapper.forward` gives for these positions.
+class TorchBackend:
+    """Plain torch, on any device."""
 
-    Args:
-        table: (T, D), one image of `Mapper.table`.
-        rows: Nearest LR row and distance of each output row, both (R,).
-        cols: The same for the columns, both (S,).
-        width: LR columns of the table.
-        cell: (2,) in units of LR cells.
+    def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
+        """LR tables of the window, then each pixel to its expert, in chunks."""
+        tables = [table[0] for table in decoder.pool.tables(tile.window, padding=0)]
+        width = tile.window.shape[-1] - 2
+        queries = make_queries(grid_corners(tile.rows, tile.cols, width), tile.cell[None])
 
-    Returns:
-        (R, S, J) fp32.
-    """
-    with torch.autocast(table.device.type, enabled=False):
+        def evaluate(j: int, group: Queries) -> Tensor:
+            return torch.cat([decoder.pool.evaluate(j, tables, chunk) for chunk in group.split(CHUNK)])
+
+        if tile.expert_map is None:
+            answers = evaluate(0, queries)
+        else:
+            answers = dispatch(evaluate, queries, tile.expert_map.flatten(), decoder.num_experts)
+        size = tile.rows.rel.shape[1], tile.cols.rel.shape[1]
+        return answers.t().reshape(-1, *size).float()  # (C_out, R, S)
+
+    def logits(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
+        """The same numbers as `Mapper.forward` gives for these positions."""
         w_rel, w_cell = mapper.split_query_in()
-        x = table[rows[0][:, None] * width + cols[0]] + (cell[None] @ w_cell.t())  # (R, S, D)
-        if mapper.granularity == 'pixel':
-            size = rows[1].shape[0], cols[1].shape[0]
-            rel = torch.stack([rows[1][:, None].expand(size), cols[1][None].expand(size)], dim=-1)  # (R, S, 2)
-            x = x + rel @ w_rel.t()
-        return mapper.query_out(F.relu(x))
+        with torch.autocast(table.device.type, enabled=False):
+            x = table[rows.index[:, None], cols.index] + cell[None] @ w_cell.t()  # (R, S, D)
+            if mapper.granularity == 'pixel':
+                size = rows.rel.shape[0], cols.rel.shape[0]
+                rel = torch.stack([rows.rel[:, None].expand(size), cols.rel[None].expand(size)], dim=-1)  # (R, S, 2)
+                x = x + rel @ w_rel.t()
+            return mapper.query_out(F.relu(x))
+
+    def route(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
+        """argmax of `logits`."""
+        return self.logits(mapper, table, rows, cols, cell).argmax(dim=-1).to(torch.uint8)
 
 
 def spans(start: int, stop: int, count: int) -> list[tuple[int, int]]:
     """Output positions `start` to `stop` in at most `count` consecutive spans of nearly equal length."""
     edges = sorted({start + round((stop - start) * at / count) for at in range(max(count, 1) + 1)})
     return list(zip(edges[:-1], edges[1:]))
+
+
+TORCH = TorchBackend()
 
 
 class FeatureWindow(NamedTuple):
@@ -114,13 +122,13 @@ class Renderer:
         lr_size: (H, W) of the whole feature map.
         cell: (2,) 2 / size, or what the network was trained to see in its place.
         control: Routes a strip's logits; the trained routing where it is None.
-        backend: Decodes one tile.
+        backend: Computes routing and tiles.
         tile: LR cells per side of a tile.
         device: Device of the features.
     """
 
     def __init__(self, decoder: MoEDecoder, size: tuple[int, int], lr_size: tuple[int, int], cell: Tensor | None = None,
-                 control: Control | None = None, backend: Backend = decode_tile, tile: int = TILE,
+                 control: Control | None = None, backend: Backend = TORCH, tile: int = TILE,
                  device: torch.device | str | None = None):
         self.decoder = decoder
         self.size, self.lr_size, self.tile = size, lr_size, tile
@@ -129,7 +137,7 @@ class Renderer:
         cell = make_cell(size) if cell is None else cell
         self.cell = (cell * torch.tensor(lr_size, dtype=torch.float32)).to(device)  # in units of LR cells
         self.rows, self.cols = (grid_axis(n_out, n_lr, device=device) for n_out, n_lr in zip(size, lr_size))
-        self.near_rows, self.near_cols = (nearest_axis(pixel_centres(n_out, device), n_lr)
+        self.near_rows, self.near_cols = (Near(*nearest_axis(pixel_centres(n_out, device), n_lr))
                                           for n_out, n_lr in zip(size, lr_size))
         self.costs = decoder.expert_costs.to(device)
 
@@ -146,30 +154,42 @@ class Renderer:
             bounds += [max(int(index.min()) - self.margin, 0), min(int(index.max()) + self.margin + 1, n_lr)]
         return tuple(bounds)
 
-    def logits(self, window: FeatureWindow, table: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
-        """The mapper's logits of an output region: (r, s, J); `table` is `Mapper.table` of the window, (T, D)."""
-        near_rows, near_cols = ((near[0][start:stop] - origin, near[1][start:stop]) for near, (start, stop), origin in
-                                ((self.near_rows, rows, window.top), (self.near_cols, cols, window.left)))
-        return tile_logits(self.decoder.mapper, table, near_rows, near_cols, window.feat.shape[-1], self.cell)
+    def mapper_table(self, window: FeatureWindow) -> Tensor:
+        """The mapper's LR table of a window: (h, w, D)."""
+        return self.decoder.mapper.table(window.feat)[0].unflatten(0, window.feat.shape[-2:])
+
+    def near(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]) -> tuple[Near, Near]:
+        """The LR cells under an output region, relative to the window."""
+        return tuple(Near(near.index[start:stop] - origin, near.rel[start:stop]) for near, (start, stop), origin in
+                     ((self.near_rows, rows, window.top), (self.near_cols, cols, window.left)))
+
+    def row_spans(self, rows: tuple[int, int]) -> list[tuple[int, int]]:
+        """Output rows in strips of `tile` LR rows."""
+        return spans(*rows, math.ceil((rows[1] - rows[0]) * self.lr_size[0] / self.size[0] / self.tile))
 
     def strips(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
                ) -> Iterator[tuple[int, int, Tensor | None]]:
         """Row strips of an output region with their expert maps, (r, s) uint8."""
-        table = None if self.decoder.mapper is None else self.decoder.mapper.table(window.feat)[0]
-        count = math.ceil((rows[1] - rows[0]) * self.lr_size[0] / self.size[0] / self.tile)
-        for top, bottom in spans(*rows, count):
-            yield top, bottom, None if table is None else self.expert_map(window, table, (top, bottom), cols)
-
-    def expert_map(self, window: FeatureWindow, table: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
-        """Experts of an output region: (r, s) uint8."""
-        return self.control.route(self.logits(window, table, rows, cols), self.costs).to(torch.uint8)
+        mapper = self.decoder.mapper
+        table = None if mapper is None else self.mapper_table(window)
+        trained = isinstance(self.control, CostWeight) and self.control.cost_weight == 0
+        for top, bottom in self.row_spans(rows):
+            if table is None:
+                yield top, bottom, None
+                continue
+            where = self.near(window, (top, bottom), cols)
+            if trained:
+                yield top, bottom, self.backend.route(mapper, table, *where, self.cell)
+            else:
+                logits = self.backend.logits(mapper, table, *where, self.cell)
+                yield top, bottom, self.control.route(logits, self.costs).to(torch.uint8)
 
     def observe(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]) -> None:
         """Show a region's logits to a `Budget` before anything is rendered."""
-        table = self.decoder.mapper.table(window.feat)[0]
-        count = math.ceil((rows[1] - rows[0]) * self.lr_size[0] / self.size[0] / self.tile)
-        for strip in spans(*rows, count):
-            self.control.observe(self.logits(window, table, strip, cols))
+        table = self.mapper_table(window)
+        for strip in self.row_spans(rows):
+            where = self.near(window, strip, cols)
+            self.control.observe(self.backend.logits(self.decoder.mapper, table, *where, self.cell))
 
     def render(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
                ) -> Iterator[tuple[int, int, Rendered]]:
@@ -186,7 +206,7 @@ class Renderer:
                 tile_rows = GridAxis(self.rows.index[:, top:bottom] - window.top, self.rows.rel[:, top:bottom])
                 tile_cols = GridAxis(self.cols.index[:, left:right] - window.left, self.cols.rel[:, left:right])
                 crop, tile_rows, tile_cols = crop_window(window.feat, tile_rows, tile_cols)
-                pieces.append(self.backend(self.decoder, Tile(crop, tile_rows, tile_cols, self.cell, piece)))
+                pieces.append(self.backend.decode(self.decoder, Tile(crop, tile_rows, tile_cols, self.cell, piece)))
             yield top, bottom, Rendered(torch.cat(pieces, dim=-1)[None], None if expert_map is None else expert_map[None])
 
 
@@ -209,7 +229,7 @@ def crop_window(feat: Tensor, rows: GridAxis, cols: GridAxis) -> tuple[Tensor, G
 
 @torch.no_grad()
 def render(decoder: MoEDecoder, feat: Tensor, size: tuple[int, int], cell: Tensor | None = None,
-           control: Control | None = None, backend: Backend = decode_tile, tile: int = TILE) -> Rendered:
+           control: Control | None = None, backend: Backend = TORCH, tile: int = TILE) -> Rendered:
     """The whole output of a batch of feature maps (B, C, H, W), without gradients; arguments as in `Renderer`."""
     lr_size = tuple(feat.shape[-2:])
     renderer = Renderer(decoder, size, lr_size, cell, control, backend, tile, feat.device)

@@ -1,0 +1,100 @@
+"""The fused CPU kernels as a backend of `core.render`.
+
+Shapes: as in `core.render`; D first hidden width, K frequencies of LTE.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeisr_basicsr.core.coords import GridAxis
+from moeisr_basicsr.core.decoder import MoEDecoder
+from moeisr_basicsr.core.mapper import Mapper
+from moeisr_basicsr.core.render import Near, Tile
+
+from . import cpu
+
+
+class FusedCPUBackend:
+    """Decodes tiles of one decoder in C++; weights are packed once, at construction.
+
+    Args:
+        decoder: Its weights must not change afterwards; build a new backend then.
+        precision: 'fp32' or 'bf16' for the experts. The mapper is fp32 always.
+    """
+
+    def __init__(self, decoder: MoEDecoder, precision: str = 'fp32'):
+        self.dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
+        pool = decoder.pool
+        experts = []
+        for j, expert in enumerate(pool.experts):
+            first, *rest = expert.linears
+            layers = [(layer.weight, layer.bias) for layer in (rest if decoder.family == 'liif' else expert.linears)]
+            w_rel = pool.split_first(j)[1][:, :2].t() if decoder.family == 'liif' else None
+            experts.append({'w_rel': w_rel, 'hidden': layers[:-1], 'last': layers[-1]})
+        self.packed = cpu.PackedExperts(experts, precision)
+        if decoder.family == 'liif':
+            kernels, self.w_local = zip(*(pool.split_first(j) for j in range(len(experts))))
+            self.kernels = [kernel.detach().to(self.dtype).contiguous(memory_format=torch.channels_last)
+                            for kernel in kernels]
+
+    @staticmethod
+    def supports(decoder: MoEDecoder) -> bool:
+        """Whether the kernels can decode these experts: a LIIF expert needs a hidden layer, weights are fp32."""
+        experts = decoder.pool.experts
+        return (decoder.family == 'lte' or all(expert.depth > 0 for expert in experts)) and len(experts) <= 256 and all(
+            parameter.dtype == torch.float32 for parameter in experts.parameters())
+
+    def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
+        """(C_out, R, S) fp32."""
+        size = tile.rows.rel.shape[1], tile.cols.rel.shape[1]
+        expert_map = tile.expert_map
+        if expert_map is None:
+            expert_map = torch.zeros(size, dtype=torch.uint8)
+        out = torch.empty(decoder.out_channels, *size)
+        with torch.autocast('cpu', enabled=False):
+            tables = self._liif_tables(decoder, tile) if decoder.family == 'liif' else self._lte_tables(decoder, tile)
+        cpu.decode(self.packed, tables, tile.rows, tile.cols, expert_map, out)
+        return out
+
+    def _liif_tables(self, decoder: MoEDecoder, tile: Tile) -> list[Tensor | None]:
+        """First-layer pre-activations (h, w, D) of the experts that the tile uses; bias and cell term included."""
+        used = range(decoder.num_experts)
+        if tile.expert_map is not None:
+            counts = torch.bincount(tile.expert_map.flatten(), minlength=decoder.num_experts).tolist()
+            used = [j for j in used if counts[j]]
+        bias = torch.cat([decoder.pool.experts[j].linears[0].bias + self.w_local[j][:, 2:] @ tile.cell for j in used])
+        window = tile.window.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        table = F.conv2d(window, torch.cat([self.kernels[j] for j in used]), bias.to(self.dtype))
+        table = table.contiguous(memory_format=torch.channels_last)[0].permute(1, 2, 0)  # (h, w, sum of D)
+        pieces = iter(table.split([self.kernels[j].shape[0] for j in used], dim=-1))
+        return [next(pieces) if j in used else None for j in range(decoder.num_experts)]
+
+    def _lte_tables(self, decoder: MoEDecoder, tile: Tile) -> cpu.LteTables:
+        """Coefficient and frequency (h, w, 2 K), the latter with its row parts first, and the phase."""
+        pool = decoder.pool
+        height, width = (n - 2 for n in tile.window.shape[-2:])
+        coef, freq = (table[0].unflatten(0, (height, width)) for table in pool.tables(tile.window.float(), padding=0))
+        freq = freq.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).contiguous()
+        return cpu.LteTables(coef.contiguous(), freq, pool.phase(tile.cell))
+
+    def logits(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
+        """(R, S, J) fp32."""
+        logits = torch.empty(rows.rel.shape[0], cols.rel.shape[0], mapper.query_out.out_features)
+        self._map(mapper, table, rows, cols, cell, logits)
+        return logits
+
+    def route(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
+        """(R, S) uint8."""
+        return self._map(mapper, table, rows, cols, cell, None)
+
+    def _map(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor,
+             logits: Tensor | None) -> Tensor:
+        w_rel, w_cell = mapper.split_query_in()
+        w_rel = w_rel.t() if mapper.granularity == 'pixel' else torch.zeros_like(w_rel).t()
+        experts = torch.empty(rows.rel.shape[0], cols.rel.shape[0], dtype=torch.uint8)
+        first, last = int(rows.index[0]), int(rows.index[-1])
+        with torch.autocast('cpu', enabled=False):
+            table = (table[first:last + 1] + w_cell @ cell).contiguous()
+        cpu.route(table, GridAxis(rows.index - first, rows.rel), GridAxis(*cols), w_rel, mapper.query_out.weight,
+                  mapper.query_out.bias, experts, logits=logits)
+        return experts
