@@ -120,13 +120,14 @@ def evaluation(net: nn.Module, device_type: str, precision: str) -> Iterator[Non
     if precision not in PRECISIONS:
         raise UserError(f'precision must be one of {", ".join(PRECISIONS)}; got {precision!r}.')
     dtype = PRECISIONS[precision]
-    was_training = net.training
+    modes = [(module, module.training) for module in net.modules()]  # a frozen part may stay in eval mode for good
     net.eval()
     try:
         with torch.no_grad(), torch.autocast(device_type, dtype) if dtype else nullcontext():
             yield
     finally:
-        net.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def upscale_strips(net: nn.Module, lq: Tensor, size: tuple[int, int], cost_weight: float = 0.0,
@@ -146,35 +147,47 @@ def upscale_strips(net: nn.Module, lq: Tensor, size: tuple[int, int], cost_weigh
         UserError: See `make_control` and `encoder_tiles`.
     """
     control = make_control(net, cost_weight, budget)
+    row_spans, col_spans = encoder_tiles(net, tuple(lq.shape[-2:]), size, tile)
+    strips = render_tiles(net, lq, size, control, row_spans, col_spans)
+    while True:
+        # Entered anew for each strip: between strips the caller runs, and keeps its own modes.
+        with evaluation(net, lq.device.type, precision):
+            strip = next(strips, None)
+        if strip is None:
+            return
+        yield strip
+
+
+def render_tiles(net: nn.Module, lq: Tensor, size: tuple[int, int], control: CostWeight | Budget,
+                 row_spans: list[tuple[int, int]], col_spans: list[tuple[int, int]]) -> Iterator[Strip]:
+    """The strips of `upscale_strips`; each step must run under `evaluation`."""
     lq_size = tuple(lq.shape[-2:])
-    row_spans, col_spans = encoder_tiles(net, lq_size, size, tile)
-    with evaluation(net, lq.device.type, precision):
-        renderer = Renderer(net.decoder, size, lq_size, net.test_cell(lq_size, size), control, device=lq.device)
-        windows: dict[tuple, FeatureWindow] = {}
+    renderer = Renderer(net.decoder, size, lq_size, net.test_cell(lq_size, size), control, device=lq.device)
+    windows: dict[tuple, FeatureWindow] = {}
 
-        def window(rows: tuple[int, int], cols: tuple[int, int]) -> FeatureWindow:
-            if (rows, cols) not in windows:
-                windows.clear()  # one tile's features at a time
-                windows[rows, cols] = encode_window(net, lq, renderer.window_of(rows, cols))
-            return windows[rows, cols]
+    def window(rows: tuple[int, int], cols: tuple[int, int]) -> FeatureWindow:
+        if (rows, cols) not in windows:
+            windows.clear()  # one tile's features at a time
+            windows[rows, cols] = encode_window(net, lq, renderer.window_of(rows, cols))
+        return windows[rows, cols]
 
-        if isinstance(control, Budget):
-            for rows in row_spans:
-                for cols in col_spans:
-                    renderer.observe(window(rows, cols), rows, cols)
+    if isinstance(control, Budget):
         for rows in row_spans:
-            if len(col_spans) == 1:
-                for top, bottom, strip in renderer.render(window(rows, col_spans[0]), rows, col_spans[0]):
-                    yield finish(net, lq, size, top, bottom, strip.output[0], strip.expert_map)
-                continue
-            band = torch.empty(net.decoder.out_channels, rows[1] - rows[0], size[1], device=lq.device)
-            experts = None if net.num_experts == 1 else torch.empty(band.shape[1:], dtype=torch.uint8, device=lq.device)
             for cols in col_spans:
-                for top, bottom, strip in renderer.render(window(rows, cols), rows, cols):
-                    band[:, top - rows[0]:bottom - rows[0], cols[0]:cols[1]] = strip.output[0]
-                    if experts is not None:
-                        experts[top - rows[0]:bottom - rows[0], cols[0]:cols[1]] = strip.expert_map[0]
-            yield finish(net, lq, size, *rows, band, None if experts is None else experts[None])
+                renderer.observe(window(rows, cols), rows, cols)
+    for rows in row_spans:
+        if len(col_spans) == 1:
+            for top, bottom, strip in renderer.render(window(rows, col_spans[0]), rows, col_spans[0]):
+                yield finish(net, lq, size, top, bottom, strip.output[0], strip.expert_map)
+            continue
+        band = torch.empty(net.decoder.out_channels, rows[1] - rows[0], size[1], device=lq.device)
+        experts = None if net.num_experts == 1 else torch.empty(band.shape[1:], dtype=torch.uint8, device=lq.device)
+        for cols in col_spans:
+            for top, bottom, strip in renderer.render(window(rows, cols), rows, cols):
+                band[:, top - rows[0]:bottom - rows[0], cols[0]:cols[1]] = strip.output[0]
+                if experts is not None:
+                    experts[top - rows[0]:bottom - rows[0], cols[0]:cols[1]] = strip.expert_map[0]
+        yield finish(net, lq, size, *rows, band, None if experts is None else experts[None])
 
 
 def finish(net: nn.Module, lq: Tensor, size: tuple[int, int], top: int, bottom: int, output: Tensor,

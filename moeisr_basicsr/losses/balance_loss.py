@@ -2,6 +2,7 @@
 
 Shapes: B images, Q queries, J experts.
 """
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ def average_over_ranks(load: Tensor) -> Tensor:
         return load
     mean = load.detach().clone()
     dist.all_reduce(mean)
-    return load + (mean / dist.get_world_size() - load.detach())
+    return (load - load.detach()) + mean / dist.get_world_size()  # in this order: the same bits on every rank
 
 
 @LOSS_REGISTRY.register()
@@ -72,9 +73,10 @@ class MoEBalanceLoss(nn.Module):
                                  f'{num_experts}.')
             gap = load - load.new_tensor(self.target)
         else:
-            if self.target < float(costs.min()):
+            least = float(costs.min())
+            if self.target < least * (1 - 1e-6):  # fp32 costs: the cheapest expert's own cost is a valid target
                 raise ValueError(f'MoEBalanceLoss target {self.target} is below the cheapest expert; at least '
-                                 f'{float(costs.min()):.4f} is possible.')
+                                 f'{math.ceil(least * 1e4) / 1e4:.4f} is possible.')
             return self.loss_weight * ((load * costs.to(load)).sum() - self.target).square()
         # times J: the same pull per expert whatever their number
         return self.loss_weight * num_experts * torch.sum(gap.square())

@@ -1,0 +1,119 @@
+"""The published decoders without any of our shortcuts: what speed and equality are measured against.
+
+LIIF (Chen et al., CVPR 2021, section 3) and LTE (Lee and Jin, CVPR 2022, section 3) as their official code runs them:
+queries in chunks; LIIF unfolds the features anew for each chunk; each of the four corners samples the maps with
+`grid_sample` and takes a full pass through the MLP. Weights are those of our modules.
+
+Shapes: B images, C feature channels, (H, W) LR size, Q queries.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeisr_basicsr.core import MoEDecoder, make_coord
+from moeisr_basicsr.core.coords import EPS_AREA, EPS_SHIFT
+
+CHUNK = 30000  # queries; the official test and demo scripts' default
+
+
+def sample_nearest(image: Tensor, coord: Tensor) -> Tensor:
+    """(B, D, H, W) at (B, Q, 2) -> (B, Q, D)."""
+    taken = F.grid_sample(image, coord.flip(-1).unsqueeze(1), mode='nearest', align_corners=False)
+    return taken[:, :, 0].permute(0, 2, 1)
+
+
+def lte_maps(decoder: MoEDecoder, feat: Tensor) -> list[Tensor] | None:
+    """LTE's coefficients and frequencies, which it computes once per image; None for LIIF."""
+    return [decoder.pool.coef(feat), decoder.pool.freq(feat)] if decoder.family == 'lte' else None
+
+
+def plain_queries(decoder: MoEDecoder, j: int, feat: Tensor, coord: Tensor, cell: Tensor,
+                  maps: list[Tensor] | None = None) -> Tensor:
+    """Expert j's answers, (B, Q, C_out).
+
+    Args:
+        feat: (B, C, H, W).
+        coord: (B, Q, 2).
+        cell: (B, Q, 2), 2 / output size.
+        maps: `lte_maps`, where several calls share them.
+    """
+    height, width = feat.shape[-2:]
+    maps = maps or lte_maps(decoder, feat)
+    if maps is None:
+        maps = [F.unfold(feat, 3, padding=1).view(feat.shape[0], -1, height, width)]  # (B, 9 C, H, W), in every chunk
+    positions = make_coord((height, width), feat.device).view(height, width, 2).permute(2, 0, 1)  # (2, H, W)
+    positions = positions.expand(feat.shape[0], -1, -1, -1)
+    cell = cell * cell.new_tensor([height, width])
+    answers, areas = [], []
+    for row_side in (-1, 1):
+        for col_side in (-1, 1):
+            shifted = coord.clone()
+            shifted[..., 0] += row_side / height + EPS_SHIFT
+            shifted[..., 1] += col_side / width + EPS_SHIFT
+            shifted.clamp_(-1 + EPS_SHIFT, 1 - EPS_SHIFT)
+            sampled = [sample_nearest(one, shifted) for one in maps]
+            rel = coord - sample_nearest(positions, shifted)
+            rel[..., 0] *= height
+            rel[..., 1] *= width
+            answers.append(answer_corner(decoder, j, sampled, rel, cell))
+            areas.append((rel[..., 0] * rel[..., 1]).abs() + EPS_AREA)
+    total = torch.stack(areas).sum(dim=0)
+    output = 0
+    for answer, opposite in zip(answers, reversed(areas)):
+        output = output + answer * (opposite / total).unsqueeze(-1)
+    return output
+
+
+def answer_corner(decoder: MoEDecoder, j: int, sampled: list[Tensor], rel: Tensor, cell: Tensor) -> Tensor:
+    """One full pass through expert j: (B, Q, C_out)."""
+    mlp = decoder.pool.experts[j].layers
+    if decoder.family == 'liif':
+        inputs = torch.cat([sampled[0], rel, cell], dim=-1)  # (B, Q, 9 C + 4)
+    else:
+        coef, freq = sampled
+        angle = (freq.unflatten(-1, (-1, 2)) * rel.unsqueeze(-2)).sum(dim=-1)  # (B, Q, K)
+        angle = angle + decoder.pool.phase(cell)
+        inputs = coef * torch.cat([torch.cos(math.pi * angle), torch.sin(math.pi * angle)], dim=-1)  # (B, Q, 2 K)
+    return mlp(inputs.flatten(0, 1)).view(*rel.shape[:2], -1)
+
+
+@torch.no_grad()
+def plain_image(decoder: MoEDecoder, j: int, feat: Tensor, size: tuple[int, int], cell: Tensor, chunk: int = CHUNK,
+                max_chunks: int | None = None) -> Tensor:
+    """Expert j's answers for a whole image, (B, Q, C_out) in row-major order.
+
+    Args:
+        size: (R, S).
+        cell: (2,), 2 / size, or what the network is shown in its place.
+        chunk: Queries at once.
+        max_chunks: Stop after that many chunks. All chunks cost the same, so a part is enough to know the time.
+    """
+    coord = make_coord(size, feat.device).expand(feat.shape[0], -1, -1)
+    cells = cell.to(feat).expand_as(coord)
+    stop = coord.shape[1] if max_chunks is None else min(chunk * max_chunks, coord.shape[1])
+    maps = lte_maps(decoder, feat)
+    parts = [plain_queries(decoder, j, feat, coord[:, at:min(at + chunk, stop)], cells[:, at:min(at + chunk, stop)], maps)
+             for at in range(0, stop, chunk)]
+    return torch.cat(parts, dim=1)
+
+
+def plain_pixels(decoder: MoEDecoder, feat: Tensor, size: tuple[int, int], cell: Tensor, pixels: Tensor,
+                 experts: Tensor) -> Tensor:
+    """Chosen output pixels of one image, each from its expert: (N, C_out).
+
+    Args:
+        feat: (1, C, H, W).
+        pixels: (N,) positions in row-major order.
+        experts: (N,) expert of each.
+    """
+    coord = make_coord(size, feat.device)[pixels][None]  # (1, N, 2)
+    output = torch.empty(len(pixels), decoder.out_channels, device=feat.device)
+    with torch.no_grad():
+        for j in range(decoder.num_experts):
+            mine = (experts == j).nonzero().squeeze(1)
+            for part in mine.split(CHUNK):
+                at = coord[:, part]
+                output[part] = plain_queries(decoder, j, feat, at, cell.to(feat).expand_as(at))[0].float()
+    return output

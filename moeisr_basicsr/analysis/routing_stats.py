@@ -1,0 +1,119 @@
+"""What the routing did to an image: loads, cost, and whether depth follows texture.
+
+Shapes: (R, S) output size, J experts, N pixels.
+"""
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeisr_basicsr.core import MoEDecoder
+
+from .complexity import check_loads, decoder_macs, dense_plain_macs
+
+LUMA = (0.299, 0.587, 0.114)  # BT.601, as every edge detector uses it
+
+
+class RoutingStats(NamedTuple):
+    """The routing of one image."""
+    loads: list[float]  # each expert's share of the output pixels, J
+    mean_cost: float  # relative to sending every pixel to the heaviest expert
+    macs: float  # per output pixel: mapper, LR tables, chosen experts
+    dense_share: float  # `macs` over those of the plain dense decoder
+    texture_correlation: float | None  # Spearman, depth of the chosen expert against local gradient energy
+
+
+def expert_loads(expert_map: Tensor, num_experts: int) -> list[float]:
+    """Each expert's share of the pixels of an expert map of any shape."""
+    counts = torch.bincount(expert_map.flatten().long(), minlength=num_experts)
+    if len(counts) > num_experts:
+        raise ValueError(f'the expert map names expert {len(counts) - 1}; there are {num_experts}.')
+    return (counts.double() / counts.sum()).tolist()
+
+
+def mean_cost(loads: Sequence[float], costs: Tensor) -> float:
+    """Mean relative cost of a pixel; `costs` (J,) are `decoder.expert_costs`."""
+    check_loads(loads, len(costs))
+    return float((torch.tensor(loads, dtype=torch.float64) * costs.double().cpu()).sum())
+
+
+def routing_stats(decoder: MoEDecoder, lq_size: tuple[int, int], expert_map: Tensor,
+                  image: Tensor | None = None) -> RoutingStats:
+    """Statistics of one image.
+
+    Args:
+        lq_size: (H, W) of the input.
+        expert_map: (R, S).
+        image: (3, R, S) RGB in [0, 1], the truth or the output; without it there is no `texture_correlation`.
+    """
+    size = tuple(expert_map.shape)
+    loads = expert_loads(expert_map, decoder.num_experts)
+    macs = decoder_macs(decoder, lq_size, size).total(loads)
+    depths = [expert.depth for expert in decoder.pool.experts]
+    correlation = None if image is None else depth_correlation(expert_map, image, depths)
+    return RoutingStats(loads, mean_cost(loads, decoder.expert_costs), macs,
+                        macs / dense_plain_macs(decoder, lq_size, size), correlation)
+
+
+def gradient_energy(image: Tensor, window: int = 5) -> Tensor:
+    """Squared luma gradient, averaged over a window around each pixel: (3, R, S) -> (R, S).
+
+    Central differences; the border pixel is repeated.
+
+    Args:
+        image: RGB.
+        window: Side of the averaging window, odd.
+    """
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f'window must be odd and positive; got {window}.')
+    luma = (image.float() * image.new_tensor(LUMA, dtype=torch.float32)[:, None, None]).sum(0)
+    padded = F.pad(luma[None, None], (1, 1, 1, 1), mode='replicate')[0, 0]
+    row = (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
+    col = (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2
+    energy = F.pad((row.square() + col.square())[None, None], (window // 2, ) * 4, mode='replicate')
+    return F.avg_pool2d(energy, window, stride=1)[0, 0]
+
+
+def depth_correlation(expert_map: Tensor, image: Tensor, depths: Sequence[int], window: int = 5) -> float | None:
+    """Spearman correlation of the chosen expert's depth with the local gradient energy; None if either is constant.
+
+    Args:
+        expert_map: (R, S).
+        image: (3, R, S) RGB.
+        depths: Hidden layers of each expert.
+        window: See `gradient_energy`.
+    """
+    depth = torch.tensor(depths, dtype=torch.float64)[expert_map.long().cpu()]
+    return spearman(depth.flatten(), gradient_energy(image.cpu(), window).flatten())
+
+
+def spearman(a: Tensor, b: Tensor) -> float | None:
+    """Rank correlation of two vectors (N,), ties at their mean rank; None if either is constant."""
+    first, second = (ranks(x) - (len(x) + 1) / 2 for x in (a, b))
+    norm = (first.square().sum() * second.square().sum()).sqrt()
+    return float((first * second).sum() / norm) if norm > 0 else None
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Ranks from 1, float64; equal values share the mean of their ranks."""
+    _, place, counts = x.unique(return_inverse=True, return_counts=True)  # sorted
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[place]
+
+
+def share_table(stats: dict[str, RoutingStats]) -> list[dict]:
+    """One row per image, then their mean; ready for a table or JSON.
+
+    Args:
+        stats: Image name -> its statistics; all of one network.
+    """
+    rows = [{'image': name, **entry._asdict()} for name, entry in stats.items()]
+    if not rows:
+        return []
+    found = [row['texture_correlation'] for row in rows if row['texture_correlation'] is not None]
+    mean = {key: sum(row[key] for row in rows) / len(rows) for key in ('mean_cost', 'macs', 'dense_share')}
+    shares = [sum(column) / len(rows) for column in zip(*(row['loads'] for row in rows))]
+    return [*rows, {'image': 'mean', 'loads': shares, **mean,
+                    'texture_correlation': sum(found) / len(found) if found else None}]

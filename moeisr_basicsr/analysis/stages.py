@@ -1,0 +1,134 @@
+"""Where the time and memory of one upscale go: encode, map, decode.
+
+Shapes: (1, C, H, W) input, (R, S) output size, J experts.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moeisr_basicsr.core.render import TORCH, Backend, FeatureWindow, Renderer
+from moeisr_basicsr.core.control import Budget
+from moeisr_basicsr.inference import evaluation, make_control, upscale_strips
+
+from .complexity import decoder_macs, dense_folded_macs, dense_plain_macs, encoder_macs, heaviest
+from .measure import interleaved_ms, peak_mib
+from .plain import CHUNK, plain_image
+from .rendering import fused_backend, render_fixed
+from .routing_stats import expert_loads, mean_cost
+
+STAGES = ('encode', 'map', 'decode', 'total')
+
+
+class Setting(NamedTuple):
+    """How an image is upscaled."""
+    precision: str = 'fp32'
+    cost_weight: float = 0.0
+    budget: float | None = None
+    fused: bool = True  # use the fused kernels where they run
+    plain: bool = True  # measure the plain dense decoder too
+    repeats: int = 5
+
+
+class Stages:
+    """The stages of upscaling one image, each of them on its own.
+
+    Args:
+        net: `MoEISR`, `LIIF` or `LTE`.
+        lq: (1, C, H, W) RGB in [0, 1] on the network's device.
+        size: (R, S).
+        setting: How.
+    """
+
+    def __init__(self, net: nn.Module, lq: Tensor, size: tuple[int, int], setting: Setting):
+        self.net, self.lq, self.size, self.setting = net, lq, size, setting
+        self.decoder, self.device = net.decoder, lq.device
+        self.lq_size = tuple(lq.shape[-2:])
+        self.cell = net.test_cell(self.lq_size, size)
+        self.backend: Backend = TORCH
+        fused = fused_backend(self.decoder, self.device, setting.precision) if setting.fused else None
+        self.backend = fused or TORCH
+        self.kernel = 'torch' if fused is None else type(fused).__name__
+        self.feat = self.encode()
+        self.expert_map = self.map()
+
+    def encode(self) -> Tensor:
+        """Features (1, C, H, W) of the whole image."""
+        with evaluation(self.net, self.device.type, self.setting.precision):
+            return self.net.encode(self.lq)
+
+    def map(self) -> Tensor | None:
+        """The expert map, (R, S) uint8; None with one expert."""
+        if self.decoder.num_experts == 1:
+            return None
+        control = make_control(self.net, self.setting.cost_weight, self.setting.budget)  # a budget is spent once
+        window, everything = FeatureWindow(self.feat, 0, 0, self.lq_size), ((0, self.size[0]), (0, self.size[1]))
+        with evaluation(self.net, self.device.type, self.setting.precision):
+            renderer = Renderer(self.decoder, self.size, self.lq_size, self.cell, control, self.backend,
+                                device=self.device)
+            if isinstance(control, Budget):
+                renderer.observe(window, *everything)
+            return torch.cat([strip for _, _, strip in renderer.strips(window, *everything)])
+
+    def decode(self, expert_map: Tensor | None = None) -> Tensor:
+        """LR tables and experts: (C_out, R, S); `expert_map` in place of the mapper's own."""
+        chosen = self.expert_map if expert_map is None else expert_map
+        with evaluation(self.net, self.device.type, self.setting.precision):
+            return render_fixed(self.decoder, self.feat, self.size, chosen, self.cell, self.backend)
+
+    def total(self) -> None:
+        """The whole upscale as the `upscale` command does it, without files."""
+        for _ in upscale_strips(self.net, self.lq, self.size, self.setting.cost_weight, self.setting.budget,
+                                precision=self.setting.precision):
+            pass
+
+    def dense_folded(self) -> None:
+        """The heaviest expert on every pixel, by the same code."""
+        if self.expert_map is None:
+            self.decode()
+        else:
+            self.decode(torch.full_like(self.expert_map, heaviest(self.decoder)))
+
+    def dense_plain_chunk(self) -> None:
+        """One chunk of the plain algorithm with the heaviest expert, fp32."""
+        with evaluation(self.net, self.device.type, 'fp32'):
+            plain_image(self.decoder, heaviest(self.decoder), self.feat.float(), self.size, self.cell, max_chunks=1)
+
+    def times(self) -> dict[str, float]:
+        """Median milliseconds of every stage and of the dense baselines."""
+        cases = {name: getattr(self, name) for name in (*STAGES, 'dense_folded')}
+        if self.setting.plain:
+            cases['dense_plain'] = self.dense_plain_chunk
+        times = interleaved_ms(cases, self.setting.repeats, self.device)
+        if self.setting.plain:  # chunks cost the same: the last one may be shorter
+            pixels = self.size[0] * self.size[1]
+            times['dense_plain'] *= pixels / min(CHUNK, pixels)
+        return times
+
+    def memory(self) -> dict[str, float | None]:
+        """Peak MiB of every stage beyond what was in use before."""
+        return {name: peak_mib(getattr(self, name), self.device) for name in STAGES}
+
+    def macs(self) -> dict:
+        """Multiply-adds per output pixel as routed."""
+        counts = decoder_macs(self.decoder, self.lq_size, self.size)
+        loads = self.loads()
+        encoder = encoder_macs(self.net.encoder, self.lq_size, self.lq.shape[1]) / (self.size[0] * self.size[1])
+        return {'encoder': encoder, 'mapper': counts.mapper, 'tables': counts.tables,
+                'experts': counts.experts_at(loads), 'total': encoder + counts.total(loads),
+                'dense_folded': dense_folded_macs(self.decoder, self.lq_size, self.size),
+                'dense_plain': dense_plain_macs(self.decoder, self.lq_size, self.size),
+                'each_expert': counts.experts}
+
+    def loads(self) -> list[float]:
+        """Each expert's share of the output pixels."""
+        return [1.0] if self.expert_map is None else expert_loads(self.expert_map, self.decoder.num_experts)
+
+    def row(self, scale: tuple[float, float]) -> dict:
+        """One row of a results document (see `schema`): everything above."""
+        loads = self.loads()
+        return {'case': 'profile', 'lq_size': list(self.lq_size), 'size': list(self.size), 'scale': list(scale),
+                'precision': self.setting.precision, 'budget': self.setting.budget,
+                'cost_weight': self.setting.cost_weight, 'time_ms': self.times(), 'repeats': self.setting.repeats,
+                'peak_mib': self.memory(), 'macs': self.macs(),
+                'routing': {'loads': loads, 'mean_cost': mean_cost(loads, self.decoder.expert_costs)}}

@@ -1,0 +1,60 @@
+"""`basicsr convert`."""
+import argparse
+import logging
+from pathlib import Path
+
+from moeisr_basicsr.errors import UserError
+
+from .options import add_import, import_modules
+
+EPILOG = """\
+examples:
+  basicsr convert experiments/moeisr_edsr/models/net_g_latest.pth -o moeisr_edsr.safetensors
+  basicsr convert net_g.pth -opt options/moeisr_edsr.yml -o moeisr_edsr.safetensors
+  basicsr convert edsr-baseline-liif.pth -o liif.safetensors
+
+Known are checkpoints of BasicSR (params, params_ema) and of the official LIIF and LTE code. The file that is written
+has the weights and the network's options: `basicsr upscale --model` needs nothing else. Nothing in a checkpoint is
+ever run."""
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the subcommand."""
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='.pth or .safetensors file')
+    parser.add_argument('-o', '--output', required=True, metavar='OUT.safetensors', help='model file to write')
+    parser.add_argument('-opt', metavar='YAML', help='options file that describes the network, where neither the '
+                                                     'checkpoint nor the folder it lies in does')
+    parser.add_argument('--force_yml', nargs='+', metavar='KEY:KEY=VALUE',
+                        help='the changes of the options file that the training had')
+    parser.add_argument('--param-key', choices=('params', 'params_ema'),
+                        help='which weights of a BasicSR checkpoint (default: the averaged ones, params_ema, if any)')
+    parser.add_argument('--overwrite', action='store_true', help='replace the output file if it exists')
+    add_import(parser)
+    parser.epilog = EPILOG
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert one checkpoint."""
+    import_modules(args.modules)
+    out = Path(args.output)
+    if out.exists() and not args.overwrite:
+        raise UserError(f'{out} already exists: give --overwrite to replace it.')
+    from basicsr.utils import get_root_logger
+
+    from moeisr_basicsr.convert import convert
+    from moeisr_basicsr.options import force, read_yaml
+    get_root_logger(log_level=logging.WARNING)  # not one line for each network that is built
+    network_opt = None
+    if args.force_yml and not args.opt:
+        raise UserError('--force_yml changes the options file that -opt names; give both.')
+    if args.opt:
+        data = read_yaml(args.opt).data
+        for entry in args.force_yml or []:
+            force(data, entry)
+        network_opt = data.get('network_g')
+        if network_opt is None:
+            raise UserError(f"{args.opt}: the key 'network_g' is missing.")
+    options = convert(args.checkpoint, out, network_opt, args.param_key)
+    encoder = options.get('encoder', {}).get('type', 'no encoder')
+    print(f'{out}: {options["type"]} with {encoder}, {out.stat().st_size / 2**20:.1f} MiB')
+    return 0

@@ -1,0 +1,62 @@
+"""Arguments that several subcommands share."""
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from moeisr_basicsr.errors import UserError
+
+
+def add_options_file(parser: argparse.ArgumentParser) -> None:
+    """What `basicsr train` and `basicsr test` take; the names and meanings are BasicSR's."""
+    parser.add_argument('-opt', metavar='YAML', help='options file, for example options/moeisr_edsr.yml')
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm'), default='none',
+                        help='how processes are started: none for one process, pytorch under torchrun, slurm under srun')
+    parser.add_argument('--auto_resume', action='store_true', help='go on from the newest checkpoint of this run')
+    parser.add_argument('--debug', action='store_true',
+                        help='a short trial: the name gets the prefix debug_, and everything happens every 8 iterations')
+    parser.add_argument('--force_yml', nargs='+', metavar='KEY:KEY=VALUE',
+                        help='change the options file for this run, for example train:ema_decay=0.999 '
+                             'datasets:train:batch_size_per_gpu=4')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument('--keys', action='store_true', help='list the keys that an options file may have, and stop')
+    add_import(parser)
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """`--import`, for classes that users register."""
+    parser.add_argument('--import', action='append', default=[], dest='modules', metavar='MODULE',
+                        help='a Python module of yours to import first: a file, or a dotted name; what it registers '
+                             'in BasicSR\'s registries can be named in the options file')
+
+
+def import_modules(names: list[str]) -> None:
+    """Import the modules of `--import`.
+
+    Raises:
+        UserError: There is no such module, or it fails.
+    """
+    for name in names:
+        path = Path(name)
+        if path.suffix == '.py':
+            if not path.is_file():
+                raise UserError(f'--import {name}: there is no such file.')
+            folder, name = str(path.resolve().parent), path.stem
+        else:
+            folder = str(Path.cwd())
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever the user's own code raises
+            raise UserError(f'--import {name}: {type(error).__name__}: {error}') from error
+
+
+def require_options_file(args: argparse.Namespace) -> None:
+    """`-opt` must be there.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not args.opt:
+        raise UserError(f'basicsr {args.command} needs an options file: -opt options/NAME.yml.')

@@ -1,0 +1,78 @@
+"""`basicsr profile`."""
+import argparse
+import re
+
+from moeisr_basicsr.errors import UserError
+
+from .options import add_import, import_modules
+from .upscale import parse_number, parse_scale
+
+EPILOG = """\
+examples:
+  basicsr profile --model model.safetensors --lq-size 180x320 --scale 2 4 8
+  basicsr profile -opt options/moeisr_edsr.yml --scale 4 --budget 0.3 --json profile.json --plot profile.png
+  basicsr profile -opt options/moeisr_edsr.yml --train
+
+Multiply-adds are those of linear layers, convolutions and attention, one per multiply-add, per output pixel. Times are
+medians of runs that take turns; memory is the peak beyond what was in use before the stage. 'dense' is the decoder's
+heaviest expert on every pixel: folded by this package's code, plain as published (one chunk timed, times their number).
+With -opt the weights are random, and so is the routing; the input is noise unless --image names one."""
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the subcommand."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument('--model', metavar='FILE', help='model file, as `basicsr convert` writes it')
+    model.add_argument('-opt', metavar='YAML', help='options file whose network_g is built with random weights')
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument('--lq-size', type=parse_rows_cols, default=(128, 128), metavar='HxW',
+                        help='input rows x columns (default 128x128)')
+    source.add_argument('--image', metavar='FILE', help='an input image in place of noise')
+    parser.add_argument('--scale', type=parse_scale, nargs='+', default=[(2.0, 2.0), (4.0, 4.0)], metavar='S',
+                        help='factors, for example 2 3.3 2x4 (default 2 4)')
+    routing = parser.add_mutually_exclusive_group()
+    routing.add_argument('--cost-weight', type=parse_number, default=0.0, metavar='K',
+                         help='above 0 cheaper, below 0 dearer than the trained routing (default 0)')
+    routing.add_argument('--budget', type=parse_number, metavar='F',
+                         help='decoder cost, as a fraction of the dearest expert everywhere, in (0, 1]')
+    parser.add_argument('--device', metavar='D', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
+    parser.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default='fp32',
+                        help='number format of encoder and experts (default fp32)')
+    parser.add_argument('--repeats', type=parse_count, metavar='N',
+                        help='timed runs behind each median (default 5, with --train 3)')
+    parser.add_argument('--no-plain', action='store_true', help='do not time the plain dense decoder')
+    parser.add_argument('--json', metavar='FILE', help='write the results to a file')
+    parser.add_argument('--plot', metavar='FILE.png', help='draw the results')
+    parser.add_argument('--train', action='store_true',
+                        help="profile a training step by part instead, with every form of the experts' gradient")
+    parser.add_argument('--batch', type=parse_count, default=16, metavar='N', help='images of a training step (default 16)')
+    parser.add_argument('--patch', type=parse_count, default=48, metavar='N',
+                        help='input pixels per side in training (default 48)')
+    parser.add_argument('--queries', type=parse_count, default=2304, metavar='N',
+                        help='output pixels per image in training (default 2304)')
+    add_import(parser)
+    parser.epilog = EPILOG
+
+
+def parse_rows_cols(text: str) -> tuple[int, int]:
+    """'180x320' as (180, 320)."""
+    match = re.fullmatch(r'(\d+)[xX×](\d+)', text.strip())
+    if match is None or not (int(match[1]) and int(match[2])):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 180x320, rows x columns")
+    return int(match[1]), int(match[2])
+
+
+def parse_count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, then show and write."""
+    import_modules(args.modules)
+    if args.plot and not args.plot.lower().endswith('.png'):
+        raise UserError(f"--plot {args.plot}: the name of the picture must end in '.png'.")
+    from .profile_run import Profiler
+    return Profiler(args).run()

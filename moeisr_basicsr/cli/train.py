@@ -1,0 +1,37 @@
+"""`basicsr train`."""
+import argparse
+import os
+
+from .options import add_options_file, import_modules, require_options_file
+
+EPILOG = """\
+examples:
+  basicsr train -opt options/moeisr_edsr.yml
+  basicsr train -opt options/moeisr_edsr.yml --auto_resume
+  torchrun --nproc_per_node=8 -m moeisr_basicsr train -opt options/moeisr_rdn.yml --launcher pytorch
+
+Everything of the run goes to experiments/NAME in the current folder, where NAME is the options file's `name`.
+The options file is checked as a whole before anything starts. Ctrl-C finishes the step and saves; --auto_resume
+goes on from there.
+
+exit codes: 0 done, 1 a checkpoint could not be written, 2 wrong options or files, 3 a loss was not finite,
+130 stopped by Ctrl-C, 143 stopped by SIGTERM; in both cases the state was saved."""
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the subcommand."""
+    add_options_file(parser)
+    parser.epilog = EPILOG
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the options, then train."""
+    import_modules(args.modules)
+    if args.keys:
+        from .keys import print_keys
+        return print_keys(is_train=True)
+    require_options_file(args)
+    from moeisr_basicsr.options import parse_options
+    opt = parse_options(args, os.getcwd(), is_train=True)
+    from moeisr_basicsr.engine.train_loop import train
+    return train(opt)

@@ -1,0 +1,142 @@
+"""Writing what `basicsr upscale` computes, in a thread of its own and strip by strip.
+
+Shapes: (R, S) rows and columns of the output image; strips have r rows; C is 1 to 4 channels as stored.
+"""
+import queue
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import numpy as np
+
+from moeisr_basicsr.data.image_io import ImageData, join_channels, write_image
+from moeisr_basicsr.data.strip_writer import FORMATS, StripWriter
+
+from .expert_map import ExpertMapPicture
+from .upscale_jobs import Job
+
+STRIPS_WAITING = 2  # between the network and the disk
+POLL_SECONDS = 0.2
+END = object()
+
+
+class Part(NamedTuple):
+    """One strip."""
+    rgb: np.ndarray  # (r, S, 3) fp32 in [0, 1]
+    alpha: np.ndarray | None  # (r, S) uint8 or uint16
+    expert_map: np.ndarray | None  # (r, S) uint8
+
+
+class Target(NamedTuple):
+    """What is written, and where."""
+    job: Job
+    source: ImageData  # without its pixels: depth, grey, profile, and whether there is alpha
+    size: tuple[int, int]  # (R, S)
+    costs: list[float]  # of the experts, for the map's legend
+
+
+class Aborted(Exception):
+    """The image could not be computed; its files must not appear."""
+
+
+class Pipe:
+    """Strips on their way to a file.
+
+    Args:
+        pool: Runs the writing; one worker, so that files are written one after the other.
+        target: What is written.
+    """
+
+    def __init__(self, pool: Executor, target: Target):
+        self.parts: queue.Queue = queue.Queue(STRIPS_WAITING)
+        self.future: Future = pool.submit(write_files, target, self.parts)
+
+    def send(self, part: object) -> None:
+        """Hand on a strip; waits while the disk is slower than the network.
+
+        Raises:
+            UserError: Writing has failed.
+        """
+        while True:
+            try:
+                return self.parts.put(part, timeout=POLL_SECONDS)
+            except queue.Full:
+                if self.future.done():
+                    self.future.result()  # raises what stopped it
+
+    def close(self) -> Future:
+        """All strips are sent; the result is the experts' shares, once the files are there."""
+        self.send(END)
+        return self.future
+
+    def abort(self) -> None:
+        """Give up; neither file appears."""
+        while not self.future.done():
+            try:
+                return self.parts.put(Aborted(), timeout=POLL_SECONDS)
+            except queue.Full:
+                continue
+
+
+def write_files(target: Target, parts: queue.Queue) -> list[float]:
+    """Write the strips of `parts` until its end: the image, and the expert map before it.
+
+    Raises:
+        Aborted: As the queue says; no file appears.
+        UserError: The disk is full or fails.
+    """
+    job, picture = target.job, None
+    with ExitStack() as stack:
+        if job.expert_map is not None:
+            picture = ExpertMapPicture(target.size[1], target.costs)
+        image = stack.enter_context(ImageFile(target))  # left last, so that it appears last: then everything is there
+        drawing = None if picture is None else stack.enter_context(
+            StripWriter(job.expert_map, target.size[0] + picture.legend_rows, picture.width))
+        while (part := parts.get()) is not END:
+            if isinstance(part, Aborted):
+                raise part
+            image.write(part)
+            if drawing is not None:
+                drawing.write(picture.rows(part.expert_map))
+        if drawing is not None:
+            drawing.write(picture.legend())
+    return [] if picture is None else picture.shares()
+
+
+class ImageFile:
+    """The output image: PNG and TIFF strip by strip, other formats at the end."""
+
+    def __init__(self, target: Target):
+        self.target = target
+        self.waiting: list[Part] = []
+        self.writer: StripWriter | None = None
+
+    def __enter__(self) -> 'ImageFile':
+        target, source = self.target, self.target.source
+        if target.job.target.suffix.lower() in FORMATS:
+            channels = (1 if source.was_grey else 3) + (source.alpha is not None)
+            self.writer = StripWriter(target.job.target, *target.size, channels, source.bit_depth, self.profile)
+        return self
+
+    @property
+    def profile(self) -> bytes | None:
+        """The colour profile, if it is one for this number of channels."""
+        profile = self.target.source.icc_profile
+        return profile if profile is not None and (profile[16:20] == b'GRAY') == self.target.source.was_grey else None
+
+    def write(self, part: Part) -> None:
+        """Append a strip."""
+        source = self.target.source
+        if self.writer is None:
+            self.waiting.append(part)
+        else:
+            self.writer.write(join_channels(part.rgb, part.alpha, source.bit_depth, source.was_grey))
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.writer is not None:
+            self.writer.__exit__(kind, error, trace)
+        elif kind is None:
+            source = self.target.source
+            rgb = np.concatenate([part.rgb for part in self.waiting])
+            alpha = None if source.alpha is None else np.concatenate([part.alpha for part in self.waiting])
+            write_image(self.target.job.target, rgb, alpha, source.bit_depth, source.was_grey, self.profile)

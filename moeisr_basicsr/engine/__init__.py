@@ -1,0 +1,1 @@
+"""The plugin's own training and test loops, on BasicSR's builders."""

@@ -1,0 +1,133 @@
+"""The state of a training run as plain values and tensors, and back.
+
+Resumed on the CPU with the same number of ranks, a run goes on bit for bit as if it had never stopped.
+"""
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from basicsr.models.base_model import BaseModel
+from torch import Tensor, nn
+
+from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.models.weights import bare_weights
+
+from .checkpoint_store import Weights
+
+
+def plain(value: Any) -> Any:
+    """Containers, numbers and strings as themselves, tensors on the CPU; what `weights_only` loading accepts.
+
+    Raises:
+        TypeError: Something else is in it.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return tuple(plain(entry) for entry in value)
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f'A training state holds plain values and tensors only; got {type(value).__name__}.')
+
+
+def rng_state(device: torch.device) -> dict:
+    """The generators of python, numpy, torch and, on a GPU, its own."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {'python': random.getstate(),
+            'numpy': (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
+            'torch': torch.get_rng_state(),
+            'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None}
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    """Put the generators back to what `rng_state` saw."""
+    random.setstate(state['python'])
+    name, keys, *rest = state['numpy']
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state['torch'])
+    if device.type == 'cuda' and state['cuda'] is not None:
+        torch.cuda.set_rng_state(state['cuda'], device)
+
+
+def networks(model: BaseModel) -> dict[str, nn.Module]:
+    """The trained networks of any BasicSR model, without wrappers: {'net_g': ...}."""
+    return {name: model.get_bare_model(net) for name, net in vars(model).items()
+            if name.startswith('net_') and not name.endswith('_ema') and isinstance(net, nn.Module)}
+
+
+def model_weights(model: BaseModel) -> Weights:
+    """What BasicSR's weights files hold: 'params' and, with EMA, 'params_ema' of every network."""
+    weights = {}
+    for name, net in networks(model).items():
+        weights[name] = {'params': bare_weights(net)}
+        if hasattr(model, f'{name}_ema'):
+            weights[name]['params_ema'] = bare_weights(getattr(model, f'{name}_ema'))
+    return weights
+
+
+def set_model_weights(model: BaseModel, weights: Weights) -> list[str]:
+    """Fill every network and its EMA; what could not be restored exactly.
+
+    Raises:
+        UserError: The weights do not fit the network.
+    """
+    notes = []
+    for name, net in networks(model).items():
+        if name not in weights:
+            notes.append(f'{name} is not in the checkpoint and starts anew')
+            continue
+        try:
+            net.load_state_dict(weights[name]['params'])
+            if hasattr(model, f'{name}_ema'):
+                if 'params_ema' not in weights[name]:
+                    notes.append(f'the checkpoint has no EMA of {name}: it starts from the current weights')
+                getattr(model, f'{name}_ema').load_state_dict(weights[name].get('params_ema', weights[name]['params']))
+        except (KeyError, RuntimeError) as error:
+            reason = ' '.join(str(error).split())
+            raise UserError(f'The checkpoint does not fit network_{name.removeprefix("net_")} of the options: '
+                            f'{reason[:300]}') from error
+    return notes
+
+
+def model_state(model: BaseModel) -> dict:
+    """Optimizers, schedulers, AMP scaler, best metrics and counters of any BasicSR model."""
+    precision, guard = getattr(model, 'precision', None), getattr(model, 'guard', None)
+    return plain({'optimizers': [optimizer.state_dict() for optimizer in model.optimizers],
+                  'schedulers': [scheduler.state_dict() for scheduler in model.schedulers],
+                  'scaler': precision.scaler.state_dict() if precision else {},
+                  'skipped_steps': guard.skipped if guard else 0,
+                  'best_metric_results': getattr(model, 'best_metric_results', {})})
+
+
+def set_model_state(model: BaseModel, state: dict) -> list[str]:
+    """Put `model_state` back; what the checkpoint lacks (BasicSR's own states lack much).
+
+    Raises:
+        UserError: The state is of other optimizers.
+    """
+    notes = []
+    try:
+        model.resume_training(state)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f'The training state does not fit train: optim_g and scheduler: {error}') from error
+    if 'best_metric_results' in state:
+        model.best_metric_results = state['best_metric_results']
+    else:
+        notes.append('the checkpoint has no best metrics')
+    if getattr(model, 'guard', None):
+        model.guard.skipped = state.get('skipped_steps', 0)
+    precision = getattr(model, 'precision', None)
+    if precision and precision.scaler.is_enabled():
+        if state.get('scaler'):
+            precision.scaler.load_state_dict(state['scaler'])
+        else:
+            notes.append('the checkpoint has no AMP scaler: its factor starts anew')
+    return notes

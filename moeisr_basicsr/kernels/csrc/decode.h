@@ -1,0 +1,107 @@
+// Plain-C interface of the fused decode, shared by every instruction set and mirrored by ctypes in kernels/cpu.py:
+// every field is 8 bytes wide, so that both sides agree without padding rules.
+//
+// Legend: h x w output pixels of one strip, Ht x Wt cells of the LR tables, J experts, C output channels.
+// A "row" of an activation block is one corner of one pixel: row = 4 * pixel + corner, corners in the order
+// (-1,-1), (-1,+1), (+1,-1), (+1,+1).
+#pragma once
+
+#include <cstdint>
+
+namespace moeisr {
+
+constexpr int kPad = 32;         // every width is padded to this: one AMX k-step, two AVX-512 vectors
+constexpr int kBlockPixels = 32;  // most pixels per activation block; each kernel picks its own number
+constexpr int kBlockRows = 4 * kBlockPixels;
+constexpr int kColBits = 6, kMaxTileCols = 1 << kColBits, kMaxTileRows = 64;
+constexpr int kMaxTilePixels = kMaxTileRows * kMaxTileCols;
+
+struct Layer {
+    int64_t in, out;     // padded widths
+    const void *weight;  // panels of output channels, see kernels/cpu.py
+    const float *bias;   // (out), zero in the padding
+};
+
+struct Expert {
+    int64_t width;        // padded width of what the LR tables give: hidden layer 1 (LIIF) or the basis product (LTE)
+    int64_t num_layers;   // hidden layers still to do
+    int64_t last_width;   // padded input width of the last layer
+    const float *w_rel;   // (2, width), LIIF only
+    const Layer *layers;
+    const float *w_last;  // (C, last_width)
+    const float *b_last;  // (C)
+};
+
+struct Table {
+    const void *data;  // (Ht * Wt, width), fp32 or bf16; null where no pixel of this strip takes the expert
+    int64_t stride;    // elements from one LR cell to the next
+};
+
+struct Decode {
+    int64_t num_experts, channels;
+    const Expert *experts;
+    const Table *tables;      // (J), LIIF; null for LTE
+    int64_t table_is_bf16;
+    const float *coef;        // (Ht * Wt, 2 * basis): cosine part, then sine part; LTE
+    const float *freq;        // (Ht * Wt, 2 * basis): row part, then column part; LTE
+    const float *phase;       // (basis); LTE
+    int64_t coef_stride, freq_stride, basis;
+    int64_t table_width;      // Wt
+    int64_t height, width;    // h, w
+    const int64_t *row_index, *col_index;  // (2, h), (2, w)
+    const float *row_rel, *col_rel;        // (2, h), (2, w), in LR cells
+    const uint8_t *expert_map;  // (h, w)
+    int64_t map_stride;
+    float *out;                 // (C, h, w)
+    int64_t out_plane_stride, out_row_stride;
+    int64_t tile_rows, tile_cols;
+    int64_t num_threads;
+};
+
+struct Route {
+    int64_t num_experts, hidden;  // hidden: padded width
+    const float *table;           // (Ht * Wt, hidden): mapper features with bias and cell term
+    int64_t table_stride, table_width;
+    const float *w_rel;           // (2, hidden)
+    const float *w_out;           // (J, hidden)
+    const float *b_out;           // (J)
+    const float *score_bias;      // (J), added to the logits for the choice only
+    int64_t height, width;
+    const int64_t *row_index, *col_index;  // (h), (w)
+    const float *row_rel, *col_rel;        // (h), (w)
+    uint8_t *expert_map;  // (h, w)
+    int64_t map_stride;
+    float *logits;        // (h, w, J), or null
+    int64_t num_threads;
+};
+
+struct Tile {
+    int64_t row, col, rows, cols;
+};
+
+// Working memory of one thread.
+struct Scratch {
+    void *block[2];       // activation blocks, kBlockRows x stride elements
+    int64_t stride;       // elements from one row of a block to the next
+    float *last;          // last hidden vectors in fp32, kBlockRows x last_stride
+    int64_t last_stride;
+    float *partial;       // AMX: two pieces of sums, then per-pixel partial sums of the output channels
+};
+
+using DecodeTile = void (*)(const Decode &, const Tile &, const Scratch &, int *error);
+using RouteRow = void (*)(const Route &, int64_t row);
+
+enum Error { kOk = 0, kBadExpert = 1, kMissingTable = 2, kNoMemory = 3 };
+
+// One way to compute; null functions where the compiler could not build it.
+struct Kernel {
+    DecodeTile decode;
+    RouteRow route;  // fp32 only
+    int64_t element, split;  // of an activation block: bytes per element, elements per channel
+};
+Kernel avx2_kernel();
+Kernel avx512_kernel();
+Kernel avx512_bf16_kernel();
+Kernel amx_kernel(int split);  // 1: bf16; 2 and 3: bf16 parts that add up to near fp32, see gemm_amx.h
+
+}  // namespace moeisr

@@ -1,0 +1,38 @@
+// The kernels for AVX-512. The target pragma, not a compiler flag, selects the instructions: one build serves every
+// x86-64 machine. Standard headers come first, so that no shared inline function is compiled for this target only.
+#include <cmath>
+#include <cstring>
+
+#include "decode.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
+#endif
+
+namespace moeisr {
+namespace avx512 {
+#include "vec_avx512.h"
+#include "tile.h"
+#include "gemm_fp32.h"
+#include "route.h"
+}  // namespace avx512
+}  // namespace moeisr
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+// 32 registers: 12 rows x 2 vectors of sums, 2 of weights, broadcasts in flight.
+moeisr::Kernel moeisr::avx512_kernel() { return {avx512::decode_tile<avx512::GemmFp32<12, 2>>, avx512::route_row, 4, 1}; }
+
+#else
+moeisr::Kernel moeisr::avx512_kernel() { return {nullptr, nullptr, 0, 0}; }
+#endif

@@ -1,0 +1,39 @@
+// The kernels for AVX512_BF16. The target pragma, not a compiler flag, selects the instructions: one build serves every
+// x86-64 machine. Standard headers come first, so that no shared inline function is compiled for this target only.
+#include <cmath>
+#include <cstring>
+
+#include "decode.h"
+
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16")
+#endif
+
+namespace moeisr {
+namespace avx512_bf16 {
+#include "vec_avx512.h"
+#include "tile.h"
+#include "bf16.h"
+#include "gemm_bf16.h"
+}  // namespace avx512_bf16
+}  // namespace moeisr
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+moeisr::Kernel moeisr::avx512_bf16_kernel() {
+    return {avx512_bf16::decode_tile<avx512_bf16::GemmBf16>, nullptr, 2, 1};
+}
+
+#else
+moeisr::Kernel moeisr::avx512_bf16_kernel() { return {nullptr, nullptr, 0, 0}; }
+#endif

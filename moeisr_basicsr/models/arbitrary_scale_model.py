@@ -1,0 +1,260 @@
+"""Training on queries and validation at several scales, as a BasicSR model.
+
+BasicSR's own `train_pipeline` and the plugin's training loop both drive it. One iteration is one optimizer step.
+
+Shapes: B images, C channels, (h, w) LR size, Q queries, (R, S) output size.
+"""
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger
+from basicsr.utils.registry import MODEL_REGISTRY
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from moeisr_basicsr.atomic_file import save_atomic
+from moeisr_basicsr.errors import UserError
+
+from .batch import Batch
+from .evaluation import Evaluated
+from .image_evaluation import ImageEvaluator
+from .non_finite import NonFiniteGuard
+from .optimizers import build_optimizer, build_scheduler, step_schedulers
+from .precision import Precision, compile_network
+from .validator import report, run_validation
+from .weights import bare_weights, load_weights
+
+
+@MODEL_REGISTRY.register()
+class ArbitraryScaleModel(SRModel):
+    """SRModel for networks that answer queries at any position.
+
+    Training items with `coord` and `cell` go through `net(lq, coord, cell)`, items without through `net(lq)`.
+    Beyond SRModel it reads from `train`: amp, tf32, channels_last, compile, accumulate, grad_clip, non_finite,
+    non_finite_limit, every torch.optim class and scheduler; from `val`: bicubic_baseline, protocols per metric.
+    """
+
+    whole_batch_losses: tuple[str, ...] = ()  # losses of a part that already stand for the whole batch
+
+    def __init__(self, opt: dict):
+        if not torch.cuda.is_available():
+            opt = {**opt, 'num_gpu': 0}
+        super().__init__(opt)
+
+    def model_to_device(self, net: nn.Module) -> nn.Module:
+        """Move, lay out, compile and, in distributed training, wrap the network."""
+        train_opt = self.opt.get('train') or {}
+        self.precision = Precision(train_opt, self.device)
+        net = self.precision.network(net.to(self.device))
+        if not self.is_train:
+            return net
+        if train_opt.get('compile'):
+            compile_network(net, train_opt['compile'])
+        if self.opt['dist']:
+            devices = [torch.cuda.current_device()] if self.device.type == 'cuda' else None
+            return DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True,
+                                           find_unused_parameters=self.opt.get('find_unused_parameters', False))
+        if self.opt['num_gpu'] > 1:
+            get_root_logger().warning(f'num_gpu is {self.opt["num_gpu"]}, but one process uses one GPU: launch with '
+                                      'torchrun and --launcher pytorch to use them all.')
+        return net
+
+    def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'):
+        """Load weights (.pth or .safetensors) without running code from the file."""
+        get_root_logger().info(f'Loading {net.__class__.__name__} from {load_path}, parameters [{param_key}].')
+        load_weights(self.get_bare_model(net), load_path, strict, param_key)
+
+    def init_training_settings(self) -> None:
+        """EMA, losses, optimizer and scheduler, as SRModel; then what is ours."""
+        train_opt = self.opt['train']
+        super().init_training_settings()
+        if self.ema_decay > 0:
+            self.net_g_ema.float().requires_grad_(False)
+        self.accumulate = int(train_opt.get('accumulate', 1))
+        if self.accumulate < 1:
+            raise UserError(f'train: accumulate must be at least 1; got {self.accumulate}.')
+        self.grad_clip = float(train_opt.get('grad_clip') or float('inf'))
+        self.guard = NonFiniteGuard(train_opt)
+
+    def setup_optimizers(self) -> None:
+        """The optimizer of `train: optim_g`."""
+        parameters = []
+        for name, parameter in self.net_g.named_parameters():
+            if parameter.requires_grad:
+                parameters.append(parameter)
+            else:
+                get_root_logger().warning(f'Parameter {name} will not be optimized.')
+        self.optimizer_g = build_optimizer(self.opt['train']['optim_g'], parameters)
+        self.optimizers.append(self.optimizer_g)
+
+    def setup_schedulers(self) -> None:
+        """The scheduler of `train: scheduler`, for every optimizer."""
+        self.schedulers = [build_scheduler(self.opt['train']['scheduler'], optimizer) for optimizer in self.optimizers]
+
+    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
+        """Schedule times linear warm-up."""
+        step_schedulers(self.schedulers, current_iter, warmup_iter)
+
+    def feed_data(self, data: dict) -> None:
+        """Take a collated batch."""
+        self.batch = Batch.from_data(data, self.device)
+        self.lq = self.batch.lq
+        if self.batch.gt is not None:
+            self.gt = self.batch.gt
+        elif hasattr(self, 'gt'):
+            del self.gt
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        """One optimizer step on the batch, in `accumulate` parts: the gradient is the whole batch's.
+
+        Raises:
+            NonFiniteLossError: A loss or gradient is not finite, as `train: non_finite` decides.
+        """
+        self.optimizer_g.zero_grad(set_to_none=True)
+        parts = self.batch.split(self.accumulate)
+        losses, statistics = self.accumulate_gradients(parts, current_iter)
+        scaler = self.precision.scaler
+        scaler.unscale_(self.optimizer_g)
+        parameters = [parameter for group in self.optimizer_g.param_groups for parameter in group['params']]
+        norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+        # The scaler finds infinite fp16 gradients by itself, lowers its factor and goes on.
+        watched = losses if scaler.is_enabled() else {**losses, 'grad_norm': norm}
+        self.log_dict = self.average_over_ranks(OrderedDict({**losses, **statistics, 'grad_norm': norm}))
+        if self.guard.accept(watched, self.log_dict, self.batch, current_iter):
+            scaler.step(self.optimizer_g)
+            if self.ema_decay > 0:
+                self.model_ema(decay=self.ema_decay)
+        scaler.update()
+
+    def accumulate_gradients(self, parts: list[Batch], current_iter: int) -> tuple[dict, dict]:
+        """Forward and backward of every part: the losses and the statistics of the whole batch on this rank."""
+        losses, statistics = OrderedDict(), OrderedDict()
+        images = sum(part.lq.shape[0] for part in parts)
+        for part, draws in zip(parts, self.prepare_parts(parts, current_iter)):
+            weight = part.lq.shape[0] / images
+            with self.gradient_exchange(last=part is parts[-1]):
+                part_losses, part_statistics = self.part_losses(part, draws)
+                total = sum(loss * (1.0 if name in self.whole_batch_losses else weight)
+                            for name, loss in part_losses.items())
+                self.precision.scaler.scale(total).backward()
+            for sums, values in ((losses, part_losses), (statistics, part_statistics)):
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0) + value.detach() * weight
+        return losses, statistics
+
+    def prepare_parts(self, parts: list[Batch], current_iter: int) -> list:
+        """What `part_losses` needs beside each part; nothing here, random draws where there are experts."""
+        return [None] * len(parts)
+
+    def part_losses(self, part: Batch, draws: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weighted losses, and statistics without gradient, of one part of the batch."""
+        with self.precision.autocast():
+            lq = self.precision.images(part.lq)
+            output = self.net_g(lq) if part.coord is None else self.net_g(lq, part.coord, part.cell)
+        return self.reconstruction_losses(output, part), {}
+
+    def reconstruction_losses(self, output: Tensor, part: Batch) -> dict[str, Tensor]:
+        """BasicSR's pixel and perceptual losses, in fp32 or better."""
+        output = output if output.dtype == torch.float64 else output.float()
+        losses = OrderedDict()
+        if self.cri_pix:
+            losses['l_pix'] = self.cri_pix(output, part.gt)
+        if self.cri_perceptual:
+            if output.dim() != 4:
+                raise UserError('train: perceptual_opt compares images; this dataset gives queries. Remove it, or train '
+                                'with PairedImageDataset.')
+            for name, loss in zip(('l_percep', 'l_style'), self.cri_perceptual(output, part.gt)):
+                if loss is not None:
+                    losses[name] = loss
+        return losses
+
+    def gradient_exchange(self, last: bool) -> AbstractContextManager:
+        """DDP sends gradients with the last part of a batch only."""
+        return nullcontext() if last or not isinstance(self.net_g, DistributedDataParallel) else self.net_g.no_sync()
+
+    def average_over_ranks(self, values: 'OrderedDict[str, Tensor]') -> 'OrderedDict[str, float]':
+        """The mean of every value over all ranks, on every rank, with one transfer from the device."""
+        packed = torch.stack([torch.as_tensor(value, device=self.device).detach().double()
+                              for value in values.values()])
+        if self.opt['dist'] and dist.get_world_size() > 1:
+            dist.all_reduce(packed)
+            packed /= dist.get_world_size()
+        return OrderedDict(zip(values, packed.tolist()))
+
+    @torch.no_grad()
+    def model_ema(self, decay: float = 0.999) -> None:
+        """Move the averaged weights (fp32) towards the current ones; buffers are copied."""
+        current = self.get_bare_model(self.net_g).state_dict()
+        for name, average in self.net_g_ema.state_dict().items():
+            if average.is_floating_point():
+                average.lerp_(current[name].to(average.dtype), 1 - decay)
+            else:
+                average.copy_(current[name])
+
+    @property
+    def evaluated_net(self) -> nn.Module:
+        """The bare network that validation and inference use: the averaged one where there is one."""
+        return self.net_g_ema if hasattr(self, 'net_g_ema') else self.get_bare_model(self.net_g)
+
+    def test(self) -> None:
+        """Upscale `self.lq` to the size of `self.gt`, or by the network's own scale: `self.output`."""
+        size = tuple(self.gt.shape[-2:]) if hasattr(self, 'gt') and self.gt.dim() == 4 else None
+        self.output = ImageEvaluator(self.opt).upscale(self.evaluated_net, self.lq, size, None).image
+
+    def validation(self, dataloader: DataLoader, current_iter: int | str, tb_logger: object,
+                   save_img: bool = False) -> None:
+        """BasicSR's entry point: one dataset, its images shared among the ranks."""
+        self.validate([dataloader], current_iter, tb_logger, save_img)
+
+    def validate(self, dataloaders: list[DataLoader], current_iter: int | str, tb_logger: object,
+                 save_img: bool = False, should_stop: Callable[[], bool] | None = None) -> list[Evaluated] | None:
+        """Evaluate every dataset, images x scales shared among the ranks; the same results on every rank.
+
+        Args:
+            dataloaders: One per dataset; each dataset has one scale.
+            current_iter: Iteration, or the run's name in testing; part of the file names.
+            tb_logger: TensorBoard writer, or None.
+            save_img: Whether to write result images.
+            should_stop: Asked before every image; once True, validation is given up on all ranks.
+
+        Returns:
+            The results in the order of `dataloaders`; None where validation was given up.
+        """
+        results = run_validation(self.opt, self.evaluated_net, dataloaders, current_iter, tb_logger, save_img,
+                                 should_stop)
+        for result in results or []:
+            self.record_best(result, current_iter)
+            report(result, getattr(self, 'best_metric_results', {}), current_iter, tb_logger)
+        return results
+
+    def record_best(self, result: Evaluated, current_iter: int | str) -> None:
+        """Update `best_metric_results`, BasicSR's record of the best value and its iteration."""
+        if not self.is_train or not result.metrics:
+            return
+        self._initialize_best_metric_results(result.dataset)
+        for metric in self.opt['val']['metrics']:
+            if metric in result.metrics:
+                self._update_best_metric_result(result.dataset, metric, result.metrics[metric], current_iter)
+
+    def save_network(self, net: nn.Module | list[nn.Module], net_label: str, current_iter: int,
+                     param_key: str | list[str] = 'params') -> None:
+        """BasicSR's weights file, written so that it is complete or absent."""
+        if self.opt['rank'] != 0:
+            return
+        nets, keys = ([entry] if not isinstance(entry, list) else entry for entry in (net, param_key))
+        label = 'latest' if current_iter == -1 else current_iter
+        weights = {key: bare_weights(self.get_bare_model(one)) for one, key in zip(nets, keys)}
+        save_atomic(weights, f'{self.opt["path"]["models"]}/{net_label}_{label}.pth')
+
+    def save_training_state(self, epoch: int, current_iter: int) -> None:
+        """BasicSR's state file, for BasicSR's own loop; the plugin's loop keeps more."""
+        if current_iter != -1 and self.opt['rank'] == 0:
+            state = {'epoch': epoch, 'iter': current_iter,
+                     'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
+                     'schedulers': [scheduler.state_dict() for scheduler in self.schedulers]}
+            save_atomic(state, f'{self.opt["path"]["training_states"]}/{current_iter}.state')

@@ -1,0 +1,117 @@
+"""Training of a network with experts: routing noise, temperature, balance loss, statistics of the experts.
+
+Shapes: B images, C channels, Q queries, J experts.
+"""
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from basicsr.losses import build_loss
+from basicsr.utils.registry import MODEL_REGISTRY
+from torch import Tensor
+
+from moeisr_basicsr.core import Decoded, make_cell, make_coord
+from moeisr_basicsr.errors import UserError
+
+from .arbitrary_scale_model import ArbitraryScaleModel
+from .batch import Batch
+from .temperature import check_temperature, temperature_at
+from .training_draws import DrawKey, batch_keep, batch_noise
+
+
+class PartDraws(NamedTuple):
+    """What the routing of one part of a batch needs."""
+    noise: Tensor | None = None  # (B, Q, J) Gumbel noise; None with one expert
+    keep: Tensor | None = None  # (B, Q, J) bool, for expert_grad 'sampled' only
+    tau: float | None = None  # None for the network's own
+    before: tuple[Tensor, ...] = ()  # gates of the parts before this one, as constants
+    after: tuple[Tensor, ...] = ()
+
+
+@MODEL_REGISTRY.register()
+class MoEISRModel(ArbitraryScaleModel):
+    """ArbitraryScaleModel for `MoEISR`.
+
+    Reads from `train` also: `balance_opt` (a loss of the gates, MoEBalanceLoss) and `temperature`.
+    """
+
+    whole_batch_losses = ('l_balance',)
+
+    def init_training_settings(self) -> None:
+        """As the parent; then the balance loss and the temperature."""
+        super().init_training_settings()
+        net = self.get_bare_model(self.net_g)
+        if not hasattr(net, 'num_experts'):
+            raise UserError(f'model_type MoEISRModel needs a network with experts (MoEISR); network_g is '
+                            f'{type(net).__name__}. Use ArbitraryScaleModel or SRModel for it.')
+        self.num_experts = net.num_experts
+        self.expert_costs = net.expert_costs.to(self.device)
+        self.sample_rate = net.decoder.sample_rate if net.decoder.expert_grad == 'sampled' else None
+        train_opt = self.opt['train']
+        self.cri_balance = None
+        if train_opt.get('balance_opt') and self.num_experts > 1:
+            self.cri_balance = build_loss(train_opt['balance_opt']).to(self.device)
+        self.temperature = train_opt.get('temperature')
+        if self.temperature is not None:
+            check_temperature(self.temperature)
+
+    def prepare_parts(self, parts: list[Batch], current_iter: int) -> list[PartDraws]:
+        """Draw what the routing of this iteration needs, for the whole batch at once."""
+        tau = None if self.temperature is None else temperature_at(self.temperature, current_iter)
+        if self.num_experts == 1:
+            return [PartDraws()] * len(parts)
+        key = DrawKey(self.opt['manual_seed'], current_iter, self.opt['rank'], self.opt['world_size'])
+        sizes = [part.lq.shape[0] for part in parts]
+        shape = (sum(sizes), parts[0].queries // sizes[0], self.num_experts)
+        noise = batch_noise(key, shape).to(self.device, non_blocking=True).split(sizes)
+        keep = [None] * len(parts)
+        if self.sample_rate is not None:
+            keep = batch_keep(key, shape, self.sample_rate).to(self.device, non_blocking=True).split(sizes)
+        draws = [PartDraws(*of_part, tau) for of_part in zip(noise, keep)]
+        if self.cri_balance is None or len(parts) == 1:
+            return draws
+        # The balance loss is not a mean over images: each part needs the gates of the others.
+        with torch.no_grad():
+            gates = tuple(self.decode(part, of_part, bare=True).routing.gates for part, of_part in zip(parts, draws))
+        return [of_part._replace(before=gates[:place], after=gates[place + 1:]) for place, of_part in enumerate(draws)]
+
+    def decode(self, part: Batch, draws: PartDraws, bare: bool = False) -> Decoded:
+        """Answers and routing of one part; whole patches become queries of all their pixels.
+
+        Args:
+            part: The part.
+            draws: Its noise and temperature.
+            bare: Past the distributed wrapper, for a forward that no backward follows.
+        """
+        net = self.get_bare_model(self.net_g) if bare else self.net_g
+        coord, cell = part.coord, part.cell
+        if coord is None:
+            size = tuple(part.gt.shape[-2:])
+            coord = make_coord(size, part.lq.device).expand(part.lq.shape[0], -1, -1)  # (B, Q, 2)
+            cell = make_cell(size, part.lq.device).expand_as(coord)
+        with self.precision.autocast():
+            return net(self.precision.images(part.lq), coord, cell, noise=draws.noise, tau=draws.tau, keep=draws.keep,
+                       with_routing=True)
+
+    def part_losses(self, part: Batch, draws: PartDraws) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Reconstruction and balance losses; load of each expert, mean cost and temperature."""
+        output, routing = self.decode(part, draws)
+        if part.coord is None:
+            output = output.transpose(1, 2).reshape(part.gt.shape)  # (B, C, R, S)
+        losses = self.reconstruction_losses(output, part)
+        if routing.gates is None:
+            return losses, {}
+        if self.cri_balance is not None:
+            gates = torch.cat([*draws.before, routing.gates, *draws.after])
+            losses['l_balance'] = self.cri_balance(gates, self.expert_costs)
+        return losses, self.statistics(routing.gates, draws.tau)
+
+    @torch.no_grad()
+    def statistics(self, gates: Tensor, tau: float | None) -> dict[str, Tensor]:
+        """Share of the queries of each expert, mean relative cost of a query, temperature."""
+        load = gates.float().mean(dim=(0, 1))  # (J,)
+        values = OrderedDict((f'load/expert_{j}', share) for j, share in enumerate(load.unbind()))
+        values['mean_cost'] = (load * self.expert_costs).sum()
+        if tau is not None:
+            values['tau'] = torch.as_tensor(tau)
+        return values

@@ -1,0 +1,101 @@
+"""Optimizers and learning-rate schedulers by name: all of torch.optim's, and BasicSR's own schedulers."""
+import inspect
+from collections.abc import Iterable
+
+import torch
+from basicsr.models import lr_scheduler as basicsr_schedulers
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from moeisr_basicsr.errors import UserError, did_you_mean
+
+# LBFGS needs a closure that evaluates the loss again, SparseAdam needs sparse gradients: neither fits a training step.
+UNFIT_OPTIMIZERS = ('LBFGS', 'SparseAdam', 'Optimizer')
+# These take functions, other schedulers or a metric, which a YAML file cannot give.
+UNFIT_SCHEDULERS = ('LRScheduler', 'LambdaLR', 'MultiplicativeLR', 'SequentialLR', 'ChainedScheduler',
+                    'ReduceLROnPlateau')
+BASICSR_SCHEDULERS = {
+    'MultiStepLR': basicsr_schedulers.MultiStepRestartLR,
+    'MultiStepRestartLR': basicsr_schedulers.MultiStepRestartLR,
+    'CosineAnnealingRestartLR': basicsr_schedulers.CosineAnnealingRestartLR,
+}
+
+
+def _classes(module: object, base: type, unfit: tuple[str, ...]) -> dict[str, type]:
+    return {name: entry for name, entry in vars(module).items()
+            if inspect.isclass(entry) and issubclass(entry, base) and not name.startswith('_') and name not in unfit}
+
+
+def optimizer_classes() -> dict[str, type[Optimizer]]:
+    """Every class of torch.optim that a training step can drive, by name."""
+    return _classes(torch.optim, Optimizer, UNFIT_OPTIMIZERS)
+
+
+def scheduler_classes() -> dict[str, type[LRScheduler]]:
+    """BasicSR's schedulers, and those of torch.optim.lr_scheduler that numbers describe; BasicSR's win a name."""
+    return {**_classes(torch.optim.lr_scheduler, LRScheduler, UNFIT_SCHEDULERS), **BASICSR_SCHEDULERS}
+
+
+def check_options(where: str, options: dict, classes: dict[str, type]) -> tuple[type, dict]:
+    """The class named by `type`, and the other options as its keyword arguments.
+
+    Raises:
+        UserError: An unknown `type` or an option that the class does not have.
+    """
+    arguments = {key: value for key, value in options.items() if key != 'type'}
+    name = options.get('type')
+    if name not in classes:
+        raise UserError(f'{where}: type must be one of {", ".join(sorted(classes))}; got {name!r}.'
+                        f'{did_you_mean(name, classes)}')
+    known = [key for key in inspect.signature(classes[name]).parameters if key not in ('params', 'optimizer')]
+    for key in arguments:
+        if key not in known:
+            raise UserError(f'{where}: {name} has no option {key!r}; it has {", ".join(known)}.'
+                            f'{did_you_mean(key, known)}')
+    return classes[name], arguments
+
+
+def build_optimizer(options: dict, params: Iterable[nn.Parameter]) -> Optimizer:
+    """An optimizer from `{'type': 'AdamW', 'lr': 1e-4, ...}`.
+
+    Raises:
+        UserError: An unknown type or option, or a value that the optimizer refuses.
+    """
+    optimizer, arguments = check_options('train: optim_g', options, optimizer_classes())
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}  # betas
+    try:
+        return optimizer(params, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f'train: optim_g: {options["type"]} refuses its options: {error}') from error
+
+
+def build_scheduler(options: dict, optimizer: Optimizer) -> LRScheduler:
+    """A scheduler from `{'type': 'MultiStepLR', 'milestones': [...], ...}`, stepped once per iteration.
+
+    Raises:
+        UserError: An unknown type or option, or a value that the scheduler refuses.
+    """
+    scheduler, arguments = check_options('train: scheduler', options, scheduler_classes())
+    try:
+        return scheduler(optimizer, **arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f'train: scheduler: {options["type"]} refuses its options: {error}') from error
+
+
+def step_schedulers(schedulers: list[LRScheduler], iteration: int, warmup_iter: int) -> None:
+    """Move every scheduler to `iteration` and scale its rate by the linear warm-up.
+
+    BasicSR writes the warm-up rate over the scheduler's, and MultiStepRestartLR goes on from whatever it finds: the
+    rate then stays a little too low for ever. Here the scheduled rate is put back first, so that warm-up is a factor
+    on top of any schedule.
+    """
+    for scheduler in schedulers:
+        groups = scheduler.optimizer.param_groups
+        if iteration > 1:
+            for group, lr in zip(groups, scheduler.get_last_lr()):
+                group['lr'] = lr
+            scheduler.step()
+        if iteration < warmup_iter:
+            for group, lr in zip(groups, scheduler.get_last_lr()):
+                group['lr'] = lr * iteration / warmup_iter

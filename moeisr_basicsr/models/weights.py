@@ -1,0 +1,68 @@
+"""Weights in and out of files, without ever running code from a file."""
+import os
+from pathlib import Path
+
+from basicsr.utils import get_root_logger
+from torch import Tensor, nn
+
+from moeisr_basicsr.checkpoint import read_safetensors
+from moeisr_basicsr.compat import load_torch_file
+from moeisr_basicsr.errors import UserError
+
+
+def bare_weights(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU."""
+    return {name: value.detach().cpu() for name, value in net.state_dict().items()}
+
+
+def read_weights(path: str | os.PathLike, param_key: str | None = 'params') -> dict[str, Tensor]:
+    """The weights of one network.
+
+    Args:
+        path: A BasicSR .pth file, or safetensors.
+        param_key: Which entry of a .pth; 'params' stands in where it is missing, None takes the whole file.
+
+    Raises:
+        UserError: The file is missing, damaged, holds code, or has no such entry.
+    """
+    if not Path(path).is_file():
+        raise UserError(f'Weights {path} do not exist.')
+    if Path(path).suffix == '.safetensors':
+        return read_safetensors(path)[0]
+    weights = load_torch_file(path)
+    if param_key is not None and isinstance(weights, dict):
+        if param_key not in weights and 'params' in weights:
+            get_root_logger().info(f'{path} has no [{param_key}]; using [params].')
+            param_key = 'params'
+        if param_key not in weights:
+            raise UserError(f'{path} has no [{param_key}]; it has {", ".join(map(str, list(weights)[:8]))}.')
+        weights = weights[param_key]
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f'{path} holds no weights under [{param_key}].')
+    return {name.removeprefix('module.'): value for name, value in weights.items()}
+
+
+def load_weights(net: nn.Module, path: str | os.PathLike, strict: bool = True,
+                 param_key: str | None = 'params') -> None:
+    """Fill `net` from a file.
+
+    Args:
+        strict: Every parameter must be there with its shape; otherwise what does not fit is named and left out.
+
+    Raises:
+        UserError: See `read_weights`; or names or shapes differ under `strict`.
+    """
+    weights = read_weights(path, param_key)
+    own = net.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    other = sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
+    if strict and (missing or extra or other):
+        found = [f'{len(names)} {what} (such as {names[0]})'
+                 for what, names in (('missing', missing), ('unknown', extra), ('of another shape', other)) if names]
+        raise UserError(f'{path} does not fit the network {type(net).__name__}: {", ".join(found)}. Check network_g, '
+                        'or set path: strict_load_g to false.')
+    for what, names in (('not in the file', missing), ('not in the network', extra), ('of another shape', other)):
+        if names:
+            get_root_logger().warning(f'{path}: {what}, left alone: {", ".join(names)}')
+    net.load_state_dict({name: value for name, value in weights.items() if name in own and name not in other},
+                        strict=False)

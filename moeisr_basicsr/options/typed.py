@@ -1,0 +1,241 @@
+"""Sections whose keys depend on a name: what a `type` or a `model_type` may be, and which keys come with it.
+
+Classes of BasicSR and of this package have tables or signatures that are known to be complete. What other packages
+register keeps its freedom: unknown keys of their datasets and models pass, and so do those of a network that takes
+**kwargs.
+"""
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from moeisr_basicsr.core.mapper import GRANULARITIES, Mapper
+
+from .kinds import Choice, Int, Kind, ListOf, Number, kind_of
+from .schema import (BASICSR_DATASET, BASICSR_TOP, BASICSR_TRAIN, BASICSR_VAL, COUNT, DATASET, DATASET_OURS,
+                     DATASET_TRAIN, FACTOR, IMAGES, LOGGER, PATH, POSITIVE, TOP, TRAIN, TRAIN_MOEISR, TRAIN_OURS, VAL,
+                     VAL_OURS, Key, Section, Table, Typed)
+
+KNOWN_PACKAGES = ('basicsr', 'moeisr_basicsr')
+WIDTHS = ListOf(POSITIVE)
+
+# Limits of this package's constructors that an annotation cannot say; they hold in `moeisr_basicsr` only.
+LIMITS: dict[str, Kind] = {
+    **{name: POSITIVE for name in ('num_in_ch', 'num_feat', 'num_block', 'num_conv', 'growth', 'in_channels',
+                                   'out_channels', 'embed_dim', 'window_size', 'img_size', 'hidden')},
+    **{name: WIDTHS for name in ('hidden_list', 'depths', 'num_heads')},
+    'experts': ListOf(WIDTHS),
+    'encoder': Typed('network'),
+    'decoder': Choice(('liif', 'lte')),
+    'skip': Choice(('none', 'bilinear', 'bicubic')),
+    'expert_grad': Choice(('exact', 'naive', 'sampled')),
+    'config': Choice(('A', 'B')),
+    'resi_connection': Choice(('1conv', '3conv')),
+    'num_layers': Int(1, 5),
+    'granularity': Choice(GRANULARITIES),
+    'scale': FACTOR,
+    'tau': Number(above=0),
+    'sample_rate': Number(above=0, most=1),
+    'cell_scale_max': Number(least=0),
+    'hidden_dim': Int(least=2),
+    'loss_weight': Number(least=0),
+    'protocol': Choice(('benchmark', 'div2k')),
+}
+
+# torch.optim classes that do not fit a training step (LBFGS needs a closure, SparseAdam sparse gradients), and
+# schedulers that take functions, other schedulers or a metric.
+UNFIT = ('Optimizer', 'LBFGS', 'SparseAdam', 'LRScheduler', 'LambdaLR', 'MultiplicativeLR', 'SequentialLR',
+         'ChainedScheduler', 'ReduceLROnPlateau')
+
+
+class Resolved(NamedTuple):
+    """The keys of a section."""
+    table: Table
+    open: bool = False  # whether unknown keys pass
+
+
+class Type(NamedTuple):
+    """One sort of sections with a `type`."""
+    noun: str  # for messages
+    names: Callable[[], list[str]]
+    keys: Callable[[str, str], Resolved]  # of a valid `type`; the second argument is the section's own name
+
+
+def registry(name: str) -> Any:
+    """One of BasicSR's registries, filled: 'ARCH', 'DATASET', 'LOSS', 'METRIC', 'MODEL'."""
+    import importlib
+    for package in ('archs', 'data', 'losses', 'metrics', 'models'):
+        importlib.import_module(f'basicsr.{package}')
+    return getattr(importlib.import_module('basicsr.utils.registry'), f'{name}_REGISTRY')
+
+
+def registered(name: str, entry: str) -> Any:
+    """The class that BasicSR would take for `entry`, or None."""
+    entries = dict(iter(registry(name)))
+    return entries.get(entry, entries.get(f'{entry}_basicsr'))
+
+
+def is_known(entry: Any) -> bool:
+    """Whether a class or function belongs to BasicSR or to this package."""
+    return entry.__module__.split('.')[0] in KNOWN_PACKAGES
+
+
+def signature_keys(function: Any, leave_out: tuple[str, ...] = (), closed: bool = False) -> Resolved:
+    """The arguments of a class or function as keys.
+
+    Args:
+        function: What `type` names.
+        leave_out: Arguments that no file gives.
+        closed: Whether unknown keys are mistakes although the function takes **kwargs.
+    """
+    ours = function.__module__.split('.')[0] == 'moeisr_basicsr'
+    signature = inspect.signature(function)
+    target = function.__init__ if inspect.isclass(function) else function
+    annotations = inspect.get_annotations(target, eval_str=True) if ours else {}
+    table, takes_any = {}, False
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            takes_any = True
+        elif parameter.kind is not parameter.VAR_POSITIONAL and name not in leave_out:
+            kind = kind_of(parameter, annotations.get(name, parameter.empty))
+            null = parameter.default is None or kind.accepts(None)
+            if ours:
+                kind = LIMITS.get(name, kind)
+                if name == 'mapper':
+                    kind = Section(signature_keys(Mapper, ('in_channels', 'num_experts')).table)
+            table[name] = Key(kind, '', required=parameter.default is parameter.empty, null=null)
+    return Resolved(table, takes_any and not closed)
+
+
+def _torch_classes(module: Any, base: type) -> dict[str, type]:
+    return {name: entry for name, entry in vars(module).items() if inspect.isclass(entry) and issubclass(entry, base)
+            and not name.startswith('_') and name not in UNFIT}
+
+
+def optimizer_classes() -> dict[str, type]:
+    """Every class of torch.optim that a training step can drive, by name."""
+    import torch
+    return _torch_classes(torch.optim, torch.optim.Optimizer)
+
+
+def scheduler_classes() -> dict[str, type]:
+    """BasicSR's schedulers, and those of torch.optim.lr_scheduler that numbers describe; BasicSR's win a name."""
+    import torch
+    from basicsr.models import lr_scheduler
+    own = {'MultiStepLR': lr_scheduler.MultiStepRestartLR, 'MultiStepRestartLR': lr_scheduler.MultiStepRestartLR,
+           'CosineAnnealingRestartLR': lr_scheduler.CosineAnnealingRestartLR}
+    return {**_torch_classes(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler), **own}
+
+
+def _optimizer_keys(name: str, _: str) -> Resolved:
+    table = signature_keys(optimizer_classes()[name], ('params', )).table
+    table['lr'] = Key(Number(above=0), 'learning rate', required=True)
+    if 'betas' in table:
+        table['betas'] = Key(ListOf(Number(0, 1)), 'decay of the averages')
+    if 'weight_decay' in table:
+        table['weight_decay'] = Key(Number(least=0), 'weight decay')
+    return Resolved(table)
+
+
+def _scheduler_keys(name: str, _: str) -> Resolved:
+    table = signature_keys(scheduler_classes()[name], ('optimizer', )).table
+    for key, kind in (('milestones', ListOf(POSITIVE)), ('periods', ListOf(POSITIVE)), ('gamma', Number(above=0)),
+                      ('restarts', ListOf(COUNT)), ('eta_min', Number(least=0)), ('T_max', POSITIVE)):
+        if key in table:
+            table[key] = Key(kind, '', required=table[key].required)
+    return Resolved(table)
+
+
+def _class_keys(name: str) -> Callable[[str, str], Resolved]:
+    return lambda entry, _: signature_keys(registered(name, entry))
+
+
+def _metric_keys(entry: str, _: str) -> Resolved:
+    function = registered('METRIC', entry)
+    # BasicSR's metrics take **kwargs only because it hands them `better` as well.
+    table, is_open = signature_keys(function, ('img', 'img2', 'scale'), closed=is_known(function))
+    return Resolved({**table, 'better': Key(Choice(('higher', 'lower')), 'which value is the best one')}, is_open)
+
+
+def _dataset_keys(entry: str, phase: str) -> Resolved:
+    dataset = registered('DATASET', entry)
+    in_train = {} if phase.split('_')[0] == 'train' else {'required': False}
+    table = {**DATASET, **{key: Key(**{**vars(row), **in_train}) for key, row in DATASET_TRAIN.items()}}
+    if entry in DATASET_OURS:
+        return Resolved({**table, **DATASET_OURS[entry]})
+    if is_known(dataset):
+        return Resolved({**table, **IMAGES, **BASICSR_DATASET})
+    # A class of somebody else may mean something else by `dataroot_gt`: only what the loader reads is checked.
+    return Resolved(table, open=True)
+
+
+def _names(name: str) -> Callable[[], list[str]]:
+    return lambda: [key.removesuffix('_basicsr') for key in registry(name).keys()]
+
+
+TYPES: dict[str, Type] = {
+    'network': Type('a registered network', _names('ARCH'), _class_keys('ARCH')),
+    'loss': Type('a registered loss', _names('LOSS'), _class_keys('LOSS')),
+    'metric': Type('a registered metric', _names('METRIC'), _metric_keys),
+    'dataset': Type('a registered dataset', _names('DATASET'), _dataset_keys),
+    'optimizer': Type('an optimizer', lambda: list(optimizer_classes()), _optimizer_keys),
+    'scheduler': Type('a scheduler', lambda: list(scheduler_classes()), _scheduler_keys),
+    # BasicSR's own models build no others
+    'optimizer of BasicSR': Type('an optimizer', lambda: ['Adam'], _optimizer_keys),
+    'scheduler of BasicSR': Type('a scheduler', lambda: ['MultiStepLR', 'MultiStepRestartLR',
+                                                         'CosineAnnealingRestartLR'], _scheduler_keys),
+}
+
+
+def root_keys(data: dict, is_train: bool) -> Resolved:
+    """The keys of a whole file, as its `model_type` decides."""
+    name = data.get('model_type')
+    model = registered('MODEL', name) if isinstance(name, str) else None
+    parents = [] if model is None else [parent.__name__ for parent in inspect.getmro(model)]
+    ours = model is None or 'ArbitraryScaleModel' in parents
+    basicsr = model is None or (is_known(model) and not ours)
+    foreign = model is not None and not is_known(model)
+
+    top, train, val = dict(TOP), dict(TRAIN), dict(VAL)
+    if ours:
+        train.update(TRAIN_OURS)
+        val.update(VAL_OURS)
+    if model is None or 'MoEISRModel' in parents:
+        train.update(TRAIN_MOEISR)
+    if basicsr or foreign:
+        top.update(BASICSR_TOP)
+        train.update(BASICSR_TRAIN)
+        val.update(BASICSR_VAL)
+    if basicsr and model is not None:
+        for table in (train, ):
+            for key, row in table.items():
+                if isinstance(row.kind, Typed) and row.kind.what in ('optimizer', 'scheduler'):
+                    table[key] = Key(Typed(f'{row.kind.what} of BasicSR'), row.about, row.required, row.null)
+
+    path = dict(PATH)
+    for network in [key for key in data if isinstance(key, str) and key.startswith('network_') and key not in top]:
+        if basicsr or foreign:
+            top[network] = Key(Typed('network'), 'a further network')
+        label = network.removeprefix('network_')
+        for key, like in (('pretrain_network', 'g'), ('strict_load', 'g'), ('param_key', 'g')):
+            path[f'{key}_{label}'] = PATH[f'{key}_{like}']
+    val['val_freq'] = Key(val['val_freq'].kind, val['val_freq'].about, required=is_train)
+    top['path'] = Key(Section(path, open=foreign), 'files to start from', null=True)
+    top['val'] = Key(Section(val, open=foreign), 'validation', null=True)
+    top['train'] = Key(Section(train, open=foreign), 'training', required=is_train, null=not is_train)
+    top['logger'] = Key(Section(LOGGER), 'logging', null=True)
+    return Resolved(top, open=foreign)
+
+
+def section_keys(kind: Kind, value: Any, name: str) -> Resolved:
+    """The keys of the section `value`, which stands under `name`."""
+    if isinstance(kind, Section):
+        return Resolved(kind.table, kind.open)
+    if isinstance(kind, Typed):
+        entry = TYPES[kind.what]
+        chosen = value.get('type')
+        table = {'type': Key(Choice(entry.names, noun=f'the name of {entry.noun}:'), 'class', required=True)}
+        if not isinstance(chosen, str) or chosen not in entry.names():
+            return Resolved(table, open=True)  # the name is reported; what its keys may be is not known
+        keys = entry.keys(chosen, name)
+        return Resolved({**keys.table, **table}, keys.open)
+    return Resolved({}, open=True)

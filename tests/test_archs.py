@@ -1,0 +1,403 @@
+"""Architectures: registration, encoders, whole networks against the plain twins in reference.py."""
+import copy
+from types import SimpleNamespace
+
+import moeisr_basicsr  # noqa: F401, I001  before BasicSR, which needs its shims
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from basicsr.archs import build_network
+from reference import FAMILIES, grid
+from torch import nn
+
+from moeisr_basicsr.archs.edsr_encoder_arch import EDSREncoder
+from moeisr_basicsr.archs.rdn_encoder_arch import RDNEncoder
+from moeisr_basicsr.archs.swinir_encoder_arch import SwinIREncoder
+from moeisr_basicsr.convert import official
+from moeisr_basicsr.core import Decoded, make_coord
+from moeisr_basicsr.core.coords import pixel_centres
+from moeisr_basicsr.core.skip import skip_at, skip_grid
+
+EDSR = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
+RDN = {'type': 'RDNEncoder', 'num_feat': 8, 'num_block': 2, 'num_conv': 2, 'growth': 4}
+SWINIR = {'type': 'SwinIREncoder', 'embed_dim': 12, 'depths': [2], 'num_heads': [2]}
+SMALL = {'LIIF': {'type': 'LIIF', 'encoder': EDSR, 'hidden_list': [12, 10]},
+         'LTE': {'type': 'LTE', 'encoder': EDSR, 'hidden_list': [10], 'hidden_dim': 12},
+         'MoEISR': {'type': 'MoEISR', 'encoder': EDSR, 'experts': [[12], [8, 10], [10, 6, 8]],
+                    'mapper': {'num_layers': 2, 'num_feat': 8, 'hidden': 8}},
+         'MoEISR-LTE': {'type': 'MoEISR', 'encoder': EDSR, 'decoder': 'lte', 'experts': [[], [8]], 'hidden_dim': 12,
+                        'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8}, 'skip': 'bilinear'}}
+
+
+def build(name, seed=0, **options):
+    torch.manual_seed(seed)
+    net = build_network({**SMALL[name], **options})
+    if net.decoder.mapper is not None:  # make neighbouring queries differ in their expert
+        with torch.no_grad():
+            net.decoder.mapper.query_in.weight[:, -4:-2].mul_(8)
+            net.decoder.mapper.query_out.weight.mul_(8)
+            net.decoder.mapper.query_out.bias.zero_()
+    return net
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def conv(num_in, num_out, side=3):
+    return num_in * num_out * side * side + num_out
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize('options', [EDSR, RDN, SWINIR, *SMALL.values()], ids=lambda options: options['type'])
+def test_built_from_a_dict_that_stays_as_it_is(options):
+    given = copy.deepcopy(options)
+    net = build_network(given)
+    assert type(net).__name__ == options['type']
+    assert given == options
+
+
+@pytest.mark.parametrize('encoder', [RDN, SWINIR])
+def test_any_encoder_serves_any_decoder(encoder):
+    for name in SMALL:
+        net = build(name, encoder=encoder, scale=1.5).eval()
+        with torch.no_grad():
+            assert net(torch.rand(2, 3, 6, 10)).shape == (2, 3, 9, 15)
+
+
+def test_edsr_baseline_parameters():
+    """3 -> 64, 16 blocks of two 64 -> 64, one more: the 1.2 M of the EDSR-baseline features."""
+    assert count(EDSREncoder()) == conv(3, 64) + 33 * conv(64, 64) == 1220416
+    assert EDSREncoder(num_in_ch=1, num_feat=5, num_block=2)(torch.rand(2, 1, 7, 4)).shape == (2, 5, 7, 4)
+
+
+def test_rdn_parameters():
+    """Configurations A and B of the RDN paper, section 5; B has 22 M."""
+    for config, blocks, convs, growth in (('A', 20, 6, 32), ('B', 16, 8, 64)):
+        block = sum(conv(64 + i * growth, growth) for i in range(convs)) + conv(64 + convs * growth, 64, 1)
+        expected = conv(3, 64) + conv(64, 64) + blocks * block + conv(blocks * 64, 64, 1) + conv(64, 64)
+        assert count(RDNEncoder(config=config)) == expected
+    assert 21.9e6 < expected < 22.2e6
+    assert RDNEncoder(4, num_feat=6, num_block=2, num_conv=3, growth=5)(torch.rand(1, 4, 5, 3)).shape == (1, 6, 5, 3)
+
+
+def test_swinir_parameters():
+    width, window, heads = 180, 8, 6
+    attention = 3 * width * (width + 1) + width * (width + 1) + (2 * window - 1)**2 * heads
+    layer = 4 * width + attention + 2 * width * (width + 1) + width * (2 * width + 1)
+    body = 6 * (6 * layer + conv(width, width)) + conv(width, width)
+    norms = 2 * width + 2 * width  # after the patch embedding and after the body
+    assert count(SwinIREncoder()) == conv(3, width) + norms + body + conv(width, 64)
+
+
+def test_rdn_and_edsr_in_plain_operations():
+    """The forward passes written out from the papers."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 6, 5)
+    edsr = EDSREncoder(num_feat=6, num_block=2, res_scale=0.5)
+    weights = dict(edsr.named_parameters())
+
+    def apply(name, x, padding=1):
+        return F.conv2d(x, weights[f'{name}.weight'], weights[f'{name}.bias'], padding=padding)
+
+    head = body = apply('conv_first', x)
+    for i in range(2):
+        body = body + 0.5 * apply(f'body.{i}.conv2', apply(f'body.{i}.conv1', body).relu())
+    close(edsr(x), head + apply('conv_after_body', body))
+
+    rdn = RDNEncoder(num_feat=6, num_block=2, num_conv=3, growth=4)
+    weights = dict(rdn.named_parameters())
+    shallow = apply('SFENet1', x)
+    at, blocks = apply('SFENet2', shallow), []
+    for i in range(2):
+        dense = at
+        for j in range(3):
+            dense = torch.cat([dense, apply(f'RDBs.{i}.convs.{j}.conv.0', dense).relu()], dim=1)
+        at = at + apply(f'RDBs.{i}.LFF', dense, padding=0)
+        blocks.append(at)
+    close(rdn(x), apply('GFF.1', apply('GFF.0', torch.cat(blocks, dim=1), padding=0)) + shallow)
+
+
+@pytest.mark.parametrize(('encoder', 'options', 'halo'), [
+    (EDSREncoder, {}, 34), (EDSREncoder, {'num_block': 3}, 8), (RDNEncoder, {'growth': 2}, 131),
+    (RDNEncoder, {'config': 'A', 'growth': 2}, 123)])
+def test_halo_is_the_receptive_radius(encoder, options, halo):
+    """All weights positive, so that nothing cancels: exactly the pixels within the halo act on a feature."""
+    encoder = encoder(num_feat=4, **options).double()
+    assert encoder.halo == halo
+    with torch.no_grad():
+        for parameter in encoder.parameters():  # averages over three taps: sums stay finite in an image one pixel thin
+            parameter.fill_(1 / (parameter.shape[1] * parameter.shape[2]) if parameter.dim() == 4 else 0)
+    side = 2 * halo + 5
+    for shape in ((1, 3, 1, side), (1, 3, side, 1)):
+        x = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+        feat = encoder(x).flatten(2)[..., halo + 2]
+        grad, = torch.autograd.grad(feat.sum(), x)
+        acts = grad.sum(dim=1).flatten() > 0
+        assert acts[2:-2].all(), 'smaller than claimed'
+        assert not acts[:2].any() and not acts[-2:].any(), 'larger than claimed'
+
+
+def numpy_padded(x):
+    size = [(0, -n % 8) for n in x.shape[-2:]]
+    return torch.from_numpy(np.pad(x.numpy(), [(0, 0), (0, 0), *size], mode='reflect'))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (7, 9), (16, 16), (3, 8), (2, 17), (8, 1)])
+def test_swinir_takes_any_size(size):
+    """Padding inside = padding outside by NumPy's reflection, then cutting; nothing at whole windows."""
+    torch.manual_seed(0)
+    encoder = SwinIREncoder(embed_dim=12, depths=[2, 2], num_heads=[2, 3]).eval()
+    x = torch.rand(2, 3, *size)
+    padded = numpy_padded(x)
+    assert (padded.shape == x.shape) == (size == (16, 16))
+    with torch.no_grad():
+        shallow = encoder.conv_first(padded)
+        deep = encoder.conv_after_body(encoder.forward_features(shallow)) + shallow
+        feat = encoder(x)
+        expected = F.leaky_relu(encoder.conv_before_upsample[0](deep), 0.01)[..., :size[0], :size[1]]
+    assert feat.shape == (2, 64, *size)
+    assert torch.equal(feat, expected)
+
+
+def test_swinir_attention_shifts_between_layers():
+    """A change in one window reaches the neighbouring window, also at another size than `img_size`."""
+    torch.manual_seed(0)
+    encoder = SwinIREncoder(embed_dim=12, depths=[2], num_heads=[2], img_size=48).eval()
+    x = torch.rand(1, 3, 24, 24, requires_grad=True)
+    grad, = torch.autograd.grad(encoder(x)[..., 12, 12].sum(), x)
+    acts = grad.abs().sum(dim=(0, 1)) > 0
+    assert acts[8:16, 8:16].all()
+    assert acts[:6, :6].any() or acts[18:, 18:].any()
+
+
+@pytest.mark.parametrize('name', ['LIIF', 'LTE'])
+@pytest.mark.parametrize(('size', 'out'), [((6, 5), (12, 10)), ((5, 7), (16, 14)), ((1, 1), (3, 3)), ((4, 3), (11, 12))])
+def test_dense_equals_the_published_algorithm(name, size, out):
+    net = build(name).eval()
+    lq = torch.rand(2, 3, *size)
+    coord, cell = grid(out, batch=2)
+    with torch.no_grad():
+        plain = FAMILIES[name.lower()](net.decoder.pool, 0, net.encoder((lq - 0.5) / 0.5), coord, cell)
+        if name == 'LTE':
+            plain = plain + F.grid_sample((lq - 0.5) / 0.5, coord.flip(-1).unsqueeze(1), mode='bilinear',
+                                          padding_mode='border', align_corners=False)[:, :, 0].transpose(1, 2)
+        expected = plain * 0.5 + 0.5
+        close(net(lq, coord, cell), expected)
+        rendered = net.render(lq, net.encode(lq), out)
+    assert rendered.expert_map is None
+    close(rendered.output, expected.transpose(1, 2).unflatten(-1, out))
+
+
+@pytest.mark.parametrize(('name', 'limit'), [('LTE', 4), ('LIIF', None)])
+@pytest.mark.parametrize('out', [(40, 12), (25, 30), (8, 8)])
+def test_cell_factor_beyond_the_training_scales(name, limit, out):
+    """LTE's test code multiplies the cell by max(s / 4, 1); LIIF shows the true cell."""
+    net = build(name).eval()
+    lq = torch.rand(1, 3, 5, 4)
+    coord, cell = grid(out)
+    if limit:
+        cell = cell * torch.tensor([max(out[0] / 5 / limit, 1), max(out[1] / 4 / limit, 1)])
+    with torch.no_grad():
+        close(net.render(lq, net.encode(lq), out).output.flatten(2).transpose(1, 2), net(lq, coord, cell))
+
+
+def test_cell_scale_max_can_be_set():
+    assert build('LTE', cell_scale_max=0).test_cell((4, 4), (64, 64)).tolist() == [2 / 64] * 2
+    assert build('LIIF', cell_scale_max=8).test_cell((4, 4), (64, 16)).tolist() == [4 / 64, 2 / 16]
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('scale', [2, 3.3, [1.5, 4]])
+def test_whole_image_equals_its_queries(name, scale):
+    net = build(name, scale=scale).eval()
+    lq = torch.rand(2, 3, 9, 7)
+    factors = scale if isinstance(scale, list) else [scale, scale]
+    size = int(9 * factors[0] + 0.5), int(7 * factors[1] + 0.5)
+    coord, cell = grid(size, batch=2)
+    with torch.no_grad():
+        image = net(lq)
+        decoded = net(lq, coord, cell, with_routing=True)
+        rendered = net.render(lq, net.encode(lq), size)
+    assert isinstance(decoded, Decoded)
+    close(image, decoded.output.transpose(1, 2).unflatten(-1, size))
+    if net.num_experts > 1:
+        assert decoded.routing.expert.unique().numel() > 1
+        assert torch.equal(rendered.expert_map.flatten(1).long(), decoded.routing.expert)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_training_step_through_the_whole_image(name):
+    net = build(name, scale=2.5).train()
+    lq = torch.rand(1, 3, 6, 5)
+    image = net(lq)
+    assert image.shape == (1, 3, 15, 13)
+    (image - 0.5).square().mean().backward()
+    without = [key for key, parameter in net.named_parameters() if parameter.grad is None]
+    assert not without, 'every parameter needs a gradient, or DDP waits for it'
+    assert float(net.encoder.conv_first.weight.grad.abs().max()) > 0
+    if net.num_experts > 1:
+        assert float(net.decoder.mapper.query_out.weight.grad.abs().max()) > 0
+        torch.manual_seed(1)
+        first = net(lq)
+        torch.manual_seed(2)
+        assert not torch.equal(first, net(lq)), 'in training the routing is drawn'
+
+
+def test_whole_image_needs_a_scale():
+    with pytest.raises(ValueError, match='needs `scale`'):
+        build('MoEISR')(torch.rand(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+@pytest.mark.parametrize('name', SMALL)
+def test_other_channel_counts(name, channels):
+    net = build(name, in_channels=channels, out_channels=channels, skip='bicubic', zero_init_last=False, scale=2).eval()
+    assert net.encoder.conv_first.in_channels == channels
+    with torch.no_grad():
+        assert net(torch.rand(2, channels, 5, 4)).shape == (2, channels, 10, 8)
+    if name == 'MoEISR':
+        net = build(name, out_channels=channels, scale=2).eval()
+        assert net(torch.rand(1, 3, 5, 4)).shape == (1, channels, 10, 8)
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('skip', ['none', 'bilinear', 'bicubic'])
+def test_output_is_added_to_the_skip(name, skip):
+    net = build(name, skip=skip, zero_init_last=False).eval()
+    lq = torch.rand(1, 3, 6, 5)
+    coord, cell = grid((13, 12))
+    with torch.no_grad():
+        decoded = net.decoder(net.encode(lq), coord, cell).output
+        base = 0.5 if skip == 'none' else skip_at(lq, coord, skip)
+        close(net(lq, coord, cell), decoded * 0.5 + base)
+        close(net.render(lq, net.encode(lq), (13, 12)).output.flatten(2).transpose(1, 2), decoded * 0.5 + base)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_zero_initialised_network_is_exactly_bicubic(name):
+    net = build(name, skip='bicubic', scale=3)
+    lq = torch.rand(2, 3, 6, 5)
+    coord = make_coord((18, 15)).expand(2, -1, -1)
+    bicubic = skip_grid(lq, pixel_centres(18), pixel_centres(15), 'bicubic')
+    with torch.no_grad():
+        assert torch.equal(net.eval()(lq), bicubic)
+        close(net.train()(lq), bicubic, 2e-6)
+        assert torch.equal(net(lq, coord, torch.full_like(coord, 0.1)), skip_at(lq, coord, 'bicubic'))
+        started = build(name, skip='bicubic', scale=3, zero_init_last=False).eval()
+        assert not torch.allclose(started(lq), bicubic, atol=1e-4)
+
+
+def test_image_keeps_fp32_under_autocast():
+    net = build('LIIF')
+    coord, cell = grid((8, 8))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert net(torch.rand(1, 3, 4, 4), coord, cell).dtype == torch.float32
+
+
+def test_dense_is_moeisr_with_one_expert():
+    """The same code and the same parameter names: weights move from one to the other."""
+    for name, family in (('LIIF', 'liif'), ('LTE', 'lte')):
+        dense = build(name).eval()
+        options = {'hidden_dim': 12} if family == 'lte' else {}
+        one = build('MoEISR', seed=5, decoder=family, experts=[SMALL[name]['hidden_list']], skip=dense.skip, mapper=None,
+                    **options).eval()
+        one.load_state_dict(dense.state_dict())
+        lq = torch.rand(1, 3, 5, 6)
+        coord, cell = grid((11, 17))
+        with torch.no_grad():
+            assert torch.equal(one(lq, coord, cell), dense(lq, coord, cell))
+
+
+def test_published_widths_by_default():
+    """LIIF's MLP is 580-256-256-256-256-3, LTE's 256-256-256-256-3 behind two 64 -> 256 convolutions."""
+    encoder = {'type': 'EDSREncoder', 'num_block': 1}
+    liif = build_network({'type': 'LIIF', 'encoder': encoder})
+    assert count(liif.decoder) == 581 * 256 + 3 * 257 * 256 + 257 * 3
+    lte = build_network({'type': 'LTE', 'encoder': encoder})
+    assert count(lte.decoder) == 2 * conv(64, 256) + 2 * 128 + 3 * 257 * 256 + 257 * 3
+    assert (liif.skip, lte.skip) == ('none', 'bilinear')
+    moe = build_network({'type': 'MoEISR', 'encoder': encoder})
+    assert [expert.depth for expert in moe.decoder.pool.experts] == [1, 2, 3, 4]
+    assert moe.decoder.mapper.num_layers == 5
+
+
+class OfficialEDSR(nn.Module):
+    """The published layout of EDSR's weights: head, body with the last convolution inside, unused mean shifts."""
+
+    def __init__(self, width=8, blocks=2):
+        super().__init__()
+        self.sub_mean, self.add_mean = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.head = nn.Sequential(nn.Conv2d(3, width, 3, padding=1))
+        self.body = nn.Sequential(*(nn.Module() for _ in range(blocks)), nn.Conv2d(width, width, 3, padding=1))
+        for block in self.body[:-1]:
+            block.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+                                       nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x):
+        head = x = self.head(x)
+        for block in self.body[:-1]:
+            x = x + block.body(x)
+        return head + self.body[-1](x)
+
+
+class OfficialModel(nn.Module):
+    """The published names of LIIF (`imnet`) and LTE (`coef`, `freq`, `phase`, `imnet`)."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.encoder = OfficialEDSR()
+        widths = [8 * 9 + 4, 12, 10, 3] if name == 'liif' else [12, 12, 10, 3]
+        if name == 'lte':
+            self.coef, self.freq = nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+            self.phase = nn.Linear(2, 6, bias=False)
+        self.imnet = nn.Module()
+        layers = [layer for pair in zip(widths[:-1], widths[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
+        self.imnet.layers = nn.Sequential(*layers[:-1])
+
+
+@pytest.mark.parametrize('name', ['liif', 'lte'])
+def test_official_weights_give_the_official_answers(name):
+    torch.manual_seed(3)
+    model = OfficialModel(name)
+    edsr = {'name': 'edsr-baseline', 'args': {'no_upsampling': True, 'n_resblocks': 2, 'n_feats': 8}}
+    args = {'encoder_spec': edsr, 'imnet_spec': {'name': 'mlp', 'args': {'out_dim': 3, 'hidden_list': [12, 10]}}}
+    if name == 'lte':
+        args['hidden_dim'] = 12
+    options, weights = official({'name': name, 'args': args, 'sd': model.state_dict()}, 'a test')
+    net = build_network(options).eval()
+    net.load_state_dict(weights)  # strict: every name has its place
+
+    pool = SimpleNamespace(experts=[model.imnet.layers])
+    for part in ('coef', 'freq', 'phase'):
+        setattr(pool, part, getattr(model, part, None))
+    lq = torch.rand(2, 3, 5, 7)
+    for out in ((10, 14), (16, 13), (15, 21)):
+        coord, cell = grid(out, batch=2)
+        with torch.no_grad():
+            expected = FAMILIES[name](pool, 0, model.encoder(lq * 2 - 1), coord, cell)
+            if name == 'lte':
+                expected = expected + F.grid_sample(lq * 2 - 1, coord.flip(-1).unsqueeze(1), mode='bilinear',
+                                                    padding_mode='border', align_corners=False)[:, :, 0].transpose(1, 2)
+            close(net(lq, coord, cell), expected / 2 + 0.5)
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ({'skip': 'nearest'}, "skip must be one of .*'none', 'bilinear', 'bicubic'.*got 'nearest'"),
+    ({'decoder': 'lift'}, "decoder must be one of .*'liif', 'lte'.*got 'lift'"),
+    ({'hidden_dim': 16}, "hidden_dim belongs to the decoder 'lte'"),
+    ({'skip': 'bilinear', 'in_channels': 1}, 'needs in_channels = out_channels; got 1 and 3'),
+    ({'experts': [[16], 8]}, 'experts must list the hidden widths'), ({'tau': -1}, 'tau must be above 0; got -1'),
+    ({'mapper': {'num_layers': 0}}, 'num_layers must be 1 to 5; got 0'),
+    ({'expert_grad': 'none'}, "expert_grad must be one of .*'exact', 'naive', 'sampled'"),
+    ({'encoder': {**RDN, 'config': 'C'}}, r"config must be one of \['A', 'B'\]; got 'C'"),
+    ({'encoder': {**SWINIR, 'num_heads': [5]}}, 'divisible by every num_heads'),
+    ({'encoder': {**SWINIR, 'num_heads': [2, 2]}}, 'equally long'),
+    ({'encoder': {**SWINIR, 'img_size': 8}}, 'img_size must be above window_size; got 8 and 8')])
+def test_bad_options_say_what_is_allowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        build('MoEISR', **options)

@@ -1,0 +1,432 @@
+"""Compat: BasicSR 1.4.2 imports, runs on the CPU, and neither its YAML nor its overrides nor its files run code."""
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import types
+from collections import Counter, OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from moeisr_basicsr import compat
+from moeisr_basicsr.errors import UserError
+
+compat.patch_basicsr()
+ROOT = Path(__file__).resolve().parents[1]
+
+MINIMAL_YAML = """
+name: fixed
+model_type: SRModel
+num_gpu: auto
+manual_seed: 1
+datasets:
+  train: {name: a, lr: 1e-4, eps: !!float 2e-3}
+path: {pretrain_network_g: ~}
+train: {optim_g: {type: Adam, lr: 1e-4}, milestones: [1, 2]}
+logger: {print_freq: 10}
+"""
+
+
+def run_python(code, *arguments, cwd=None):
+    """Run code in a fresh interpreter that finds this project; returns the completed process."""
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    return subprocess.run([sys.executable, '-c', textwrap.dedent(code), *map(str, arguments)], env=env, text=True,
+                          capture_output=True, cwd=cwd, timeout=120)
+
+
+def parse(tmp_path, monkeypatch, *arguments, text=MINIMAL_YAML):
+    """BasicSR's own `parse_options`, patched, on a YAML file and command-line arguments."""
+    from basicsr.utils.options import parse_options
+    path = tmp_path / 'options.yml'
+    path.write_text(text)
+    monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', str(path), *arguments])
+    return parse_options(str(tmp_path))[0]
+
+
+def test_every_module_of_basicsr_imports():
+    done = run_python("""
+        import importlib, pkgutil
+        from moeisr_basicsr import compat
+        compat.install_shims()
+        import basicsr
+        names = [info.name for info in pkgutil.walk_packages(basicsr.__path__, 'basicsr.')]
+        for name in names:
+            importlib.import_module(name)
+        print(len(names) + 1)  # and basicsr itself
+        """)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) == 90
+
+
+def test_shims_are_needed_once_and_change_nothing_that_exists():
+    done = run_python("""
+        import sys, types
+        package = types.ModuleType('moeisr_basicsr')
+        package.__path__ = [sys.argv[1]]
+        sys.modules['moeisr_basicsr'] = package
+        existing = types.ModuleType('torchvision.transforms.functional_tensor')
+        sys.modules[existing.__name__] = existing
+        from moeisr_basicsr import compat
+        compat.install_shims()
+        libraries = len(compat._LIBRARIES)
+        compat.install_shims()
+        assert sys.modules[existing.__name__] is existing
+        assert len(compat._LIBRARIES) == libraries <= 1
+        """, ROOT / 'moeisr_basicsr')
+    assert done.returncode == 0, done.stderr
+
+
+def test_grayscale_shim_is_torchvisions_function():
+    from torchvision.transforms.functional_tensor import rgb_to_grayscale
+    image = torch.rand(1, 3, 4, 5)
+    weights = torch.tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R 601 as torchvision rounds it
+    torch.testing.assert_close(rgb_to_grayscale(image, num_output_channels=1), (image * weights).sum(1, keepdim=True))
+
+
+def test_importing_compat_imports_neither_torch_nor_basicsr():
+    done = run_python("""
+        import sys, types
+        package = types.ModuleType('moeisr_basicsr')
+        package.__path__ = [sys.argv[1]]
+        sys.modules['moeisr_basicsr'] = package
+        import moeisr_basicsr.compat
+        print([name for name in ('torch', 'torchvision', 'basicsr') if name in sys.modules])
+        """, ROOT / 'moeisr_basicsr')
+    assert done.stdout.strip() == '[]', done.stderr
+
+
+def test_patching_twice_wraps_once():
+    from basicsr.models.base_model import BaseModel
+    before = BaseModel.__init__, BaseModel.model_to_device
+    compat.patch_basicsr()
+    assert (BaseModel.__init__, BaseModel.model_to_device) == before
+
+
+def load_yaml(text):
+    return yaml.load(text, Loader=compat.ordered_yaml()[0])
+
+
+@pytest.mark.parametrize(('text', 'value'), [
+    ('1e-4', 1e-4), ('1E5', 1e5), ('-2.5e+3', -2500.0), ('.5e-1', 0.05), ('!!float 1e-4', 1e-4), ('1.5', 1.5),
+    ('3', 3), ('-3', -3), ('1e', '1e'), ('e5', 'e5'), ('1e-4x', '1e-4x'), ('x2', 'x2'), ('~', None), ('true', True),
+    ("'1e-4'", '1e-4'),
+])
+def test_yaml_scalars(text, value):
+    loaded = load_yaml(f'key: {text}')['key']
+    assert loaded == value and type(loaded) is type(value)
+
+
+def test_yaml_keeps_order_and_merges():
+    loaded = load_yaml('z: &base {b: 1, a: 2}\ny: {<<: *base, a: 3}\nx: [1, {k: v}]')
+    assert type(loaded) is OrderedDict and list(loaded) == ['z', 'y', 'x'] and list(loaded['z']) == ['b', 'a']
+    assert loaded['y'] == {'b': 1, 'a': 3}
+    loader, dumper = compat.ordered_yaml()
+    assert yaml.load(yaml.dump(loaded, Dumper=dumper), Loader=loader) == loaded
+    assert yaml.dump(OrderedDict(b=1, a=2), Dumper=dumper) == 'b: 1\na: 2\n'
+
+
+@pytest.mark.parametrize('tag', ['!!python/object/apply:os.system ["touch {0}"]', '!!python/name:os.system',
+                                 '!!python/object/new:os.system ["touch {0}"]', '!!python/tuple [1, 2]', '!own 1'])
+def test_yaml_tags_are_refused_by_name_and_line(tmp_path, monkeypatch, tag):
+    target = tmp_path / 'hacked'
+    text = MINIMAL_YAML + 'bad: ' + tag.format(target)
+    with pytest.raises(UserError, match=r'options\.yml, line 11: the tag .* is not allowed'):
+        parse(tmp_path, monkeypatch, text=text)
+    assert not target.exists()
+
+
+def test_yaml_key_must_be_plain():
+    with pytest.raises(UserError, match='a key must be'):
+        load_yaml('[a, b]: 1')
+
+
+def test_parse_options_reads_floats_and_overrides(tmp_path, monkeypatch):
+    opt = parse(tmp_path, monkeypatch, '--force_yml', 'train:optim_g:lr=2e-4', 'train:milestones=[3, 4]',
+                'path:pretrain_network_g=none', 'logger:print_freq=-5', 'datasets:train:name=!!float 1e1')
+    assert opt['train']['optim_g'] == {'type': 'Adam', 'lr': 2e-4} and opt['train']['milestones'] == [3, 4]
+    assert opt['path']['pretrain_network_g'] is None and opt['logger']['print_freq'] == -5
+    assert opt['datasets']['train'] == {'name': 10.0, 'lr': 1e-4, 'eps': 2e-3, 'phase': 'train'}
+
+
+@pytest.mark.parametrize('entry', [
+    'name"]; open("{0}", "w"); opt["name=1',
+    'x"] + __import__("os").system("touch {0}") + opt["name=1',
+    'name[open("{0}","w")]=1',
+    'train\\":x=1',
+    'name={{!!python/object/apply:os.system ["touch {0}"]: 1}}',
+])
+def test_hostile_override_is_refused(tmp_path, monkeypatch, entry):
+    with pytest.raises(UserError):
+        parse(tmp_path, monkeypatch, '--force_yml', entry.format(tmp_path / 'hacked'))
+    assert not (tmp_path / 'hacked').exists()
+
+
+@pytest.mark.parametrize('value', ['[__import__("os").system("touch {0}")]', '[open("{0}", mode="w")]',
+                                   '[i for i in [open("{0}", "w")]]', 'open("{0}", "w")'])
+def test_hostile_value_is_not_evaluated(tmp_path, monkeypatch, value):
+    value = value.format(tmp_path / 'hacked')
+    if '=' in value or not value.startswith('['):  # BasicSR splits at each '='; without a bracket it is a string
+        with contextlib.suppress(ValueError):
+            assert parse(tmp_path, monkeypatch, '--force_yml', f'logger:x={value}')['logger']['x'] == value
+    else:
+        with contextlib.suppress(UserError):
+            loaded = parse(tmp_path, monkeypatch, '--force_yml', f'logger:x={value}')['logger']['x']
+            assert all(isinstance(item, str) for item in loaded)
+    assert not (tmp_path / 'hacked').exists()
+
+
+@pytest.mark.parametrize(('entry', 'message'), [
+    ('trian:total_iter=1', "no key 'trian'. Did you mean 'train'"),
+    ('name:x=1', "'name' is a value"),
+    ('train:optim_g:lr=[1,', 'not a list'),
+    ('train:optim_g:lr=!!float x', 'not a number'),
+])
+def test_force_yml_errors_name_the_entry(tmp_path, monkeypatch, entry, message):
+    with pytest.raises(UserError) as caught:
+        parse(tmp_path, monkeypatch, '--force_yml', entry)
+    assert message in str(caught.value) and '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(('text', 'value'), [
+    ('1', 1), ('-7', -7), ('0.5', 0.5), ('1e-4', 1e-4), ('True', True), ('none', None), ('~', None), ('abc', 'abc'),
+    ('a b', 'a b'), ("[1, 'x', None]", [1, 'x', None]), ('[1, x, 1e-3]', [1, 'x', 1e-3]), ('{a: 1}', {'a': 1}),
+    ('1.2.3', '1.2.3'), ('!!float 3', 3.0), ('nan', 'nan'), ('[]', []),
+])
+def test_override_values(text, value):
+    parsed = compat.parse_yml_value(text)
+    assert parsed == value and type(parsed) in (type(value), OrderedDict)
+
+
+def test_deeply_nested_override_is_a_user_error():
+    with pytest.raises(UserError, match='not a list'):
+        compat.parse_yml_value('[' * 100_000)
+
+
+def test_deeply_nested_yaml_is_a_user_error(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r'options\.yml: .* nested too deeply'):
+        parse(tmp_path, monkeypatch, text='a: ' + '[' * 100_000)
+
+
+class Hostile:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, 'w')
+
+
+def model_with(opt):
+    from basicsr.models.base_model import BaseModel
+    return BaseModel({'num_gpu': 0, 'is_train': True, 'dist': False, 'path': {}, **opt})
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_hostile_weights_are_refused_everywhere(tmp_path, monkeypatch, legacy):
+    target, path = tmp_path / 'hacked', tmp_path / 'net.pth'
+    torch.save({'params': Hostile(target)}, path, _use_new_zipfile_serialization=not legacy)
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    readers = [compat.load_torch_file, lambda file: model_with({}).load_network(torch.nn.Linear(1, 1), file)]
+    readers += [sys.modules[name].torch.load for name in compat._LOADING_MODULES]
+    for read in readers:
+        with pytest.raises(UserError, match='net.pth'):
+            read(str(path))
+    assert not target.exists()
+
+
+def test_damaged_and_missing_weights(tmp_path):
+    path = tmp_path / 'net.pth'
+    for content in (b'', b'junk', pickle.dumps([1])[:-1]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match='net.pth'):
+            compat.load_torch_file(path)
+    with pytest.raises(FileNotFoundError):
+        compat.load_torch_file(tmp_path / 'missing.pth')
+
+
+def test_safe_torch_is_torch_otherwise():
+    module = sys.modules['basicsr.models.base_model']
+    assert module.torch is not torch and torch.load.__module__ == 'torch.serialization'
+    assert module.torch.Tensor is torch.Tensor and module.torch.optim is torch.optim
+
+
+def test_basicsr_loads_its_own_weights(tmp_path):
+    net, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    torch.save({'params': OrderedDict((f'module.{key}', value) for key, value in net.state_dict().items())},
+               tmp_path / 'net.pth')
+    model_with({}).load_network(other, str(tmp_path / 'net.pth'))
+    assert torch.equal(other.weight, net.weight)
+
+
+def test_resume_state_without_cuda(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from basicsr import train
+    from basicsr.models.lr_scheduler import MultiStepRestartLR
+    optimizer = torch.optim.Adam(torch.nn.Linear(1, 1).parameters(), 1e-3)
+    scheduler = MultiStepRestartLR(optimizer, milestones=[2, 2, 9])
+    folder = tmp_path / 'experiments/run/training_states'
+    folder.mkdir(parents=True)
+    for iteration in (9, 10):  # 10 is the later one, although '9' sorts after it
+        torch.save({'iter': iteration, 'epoch': 1, 'schedulers': [scheduler.state_dict()],
+                    'optimizers': [optimizer.state_dict()]}, folder / f'{iteration}.state')
+    opt = {'name': 'run', 'auto_resume': True, 'path': {'models': 'models'}, 'network_g': {}}
+    state = train.load_resume_state(opt)
+    assert state['iter'] == 10 and state['schedulers'][0]['milestones'] == Counter([2, 2, 9])
+    assert Path(opt['path']['resume_state']).name == '10.state'
+    assert opt['path']['pretrain_network_g'] == os.path.join('models', 'net_g_10.pth')  # BasicSR's check_resume ran
+    opt = {'name': 'other', 'auto_resume': True, 'path': {'models': 'models', 'resume_state': str(folder / '9.state')}}
+    assert train.load_resume_state(opt) is None
+    opt['auto_resume'] = False
+    assert train.load_resume_state(opt)['iter'] == 9
+
+
+def test_model_falls_back_to_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    model = model_with({'num_gpu': 1})
+    assert model.device == torch.device('cpu') and compat.default_device() == torch.device('cpu')
+    assert next(model.model_to_device(torch.nn.Linear(1, 1)).parameters()).device.type == 'cpu'
+
+
+def test_cuda_prefetch_falls_back_to_the_cpu(monkeypatch):
+    from basicsr import train
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    prefetcher = train.CUDAPrefetcher([1, 2], {})
+    prefetcher.reset()
+    assert [prefetcher.next(), prefetcher.next(), prefetcher.next()] == [1, 2, None]
+
+
+DDP = """
+    import sys, torch
+    import moeisr_basicsr.compat as compat
+    compat.patch_basicsr()
+    from basicsr.utils.options import init_dist
+    from basicsr.utils.dist_util import get_dist_info
+    from basicsr.models.base_model import BaseModel
+    import os, torch.distributed as dist
+    os.environ.update(RANK=sys.argv[1], WORLD_SIZE='2', LOCAL_RANK=sys.argv[1], MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=sys.argv[2])
+    init_dist('pytorch', backend='nccl')
+    rank, world = get_dist_info()
+    model = BaseModel({'num_gpu': 0, 'is_train': True, 'dist': True, 'rank': rank, 'world_size': world})
+    net = model.model_to_device(torch.nn.Linear(1, 1, bias=False))
+    net(torch.full((1, 1), float(rank + 1))).sum().backward()
+    assert net.module.weight.grad.item() == 1.5, net.module.weight.grad  # the mean of 1 and 2
+    loss = model.reduce_loss_dict({'l': torch.tensor(float(rank))})
+    print(dist.get_backend(), type(net).__name__, loss)
+    dist.destroy_process_group()
+    """
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='shows the fallback of machines without CUDA')
+def test_two_ranks_on_the_cpu():
+    import socket
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        port = listener.getsockname()[1]
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    code = textwrap.dedent(DDP)
+    ranks = [subprocess.Popen([sys.executable, '-c', code, str(rank), str(port)], env=env, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
+    results = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], results
+    assert results[0][0].split()[:2] == ['gloo', 'DistributedDataParallel'] and '0.5' in results[0][0]
+
+
+def test_init_dist_says_how_to_start(monkeypatch):
+    for key in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'SLURM_PROCID'):
+        monkeypatch.delenv(key, raising=False)
+    with pytest.raises(UserError, match='RANK.*torchrun'):
+        compat.init_dist('pytorch')
+    with pytest.raises(UserError, match='SLURM_PROCID.*srun'):
+        compat.init_dist('slurm')
+    with pytest.raises(UserError, match="'mpi'.*pytorch or slurm"):
+        compat.init_dist('mpi')
+
+
+def test_slurm_variables_become_torchruns(tmp_path, monkeypatch):
+    scontrol = tmp_path / 'scontrol'
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2];touch hacked" ] && printf "n1\\nn2\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    for key, value in {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_PROCID': '3', 'SLURM_NTASKS': '4',
+                       'SLURM_LOCALID': '1', 'SLURM_NODELIST': 'n[1-2];touch hacked'}.items():
+        monkeypatch.setenv(key, value)
+    for key in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'LOCAL_RANK'):
+        monkeypatch.setenv(key, 'old')
+    monkeypatch.delenv('MASTER_PORT')
+    compat._environment_from_slurm(None)
+    assert [os.environ[key] for key in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'LOCAL_RANK')] == [
+        '3', '4', 'n1', '29500', '1']
+    assert not (tmp_path / 'hacked').exists()
+
+
+def test_jpeg_takes_a_float_quality():
+    from basicsr.data.degradations import add_jpg_compression, random_add_jpg_compression
+    image = np.random.default_rng(0).random((8, 8, 3), dtype=np.float32)
+    np.testing.assert_array_equal(add_jpg_compression(image, 50.7), add_jpg_compression(image, 50))
+    assert random_add_jpg_compression(image).shape == image.shape
+
+
+def test_tensorboard_writes_what_can_be_read_back(tmp_path):
+    from basicsr.utils.logger import init_tb_logger
+    from basicsr.utils.plot_util import read_data_from_tensorboard
+    writer = init_tb_logger(str(tmp_path))
+    for step in (1, 2):
+        writer.add_scalar('losses/l_pix', 0.5 * step, step)
+    writer.close()
+    steps, values = read_data_from_tensorboard(str(tmp_path), 'losses/l_pix')
+    assert steps == [1, 2] and values == [0.5, 1.0]
+
+
+def test_torchvision_names_are_defined_only_where_they_are_missing(tmp_path, monkeypatch):
+    """A stand-in for torchvision without a loadable library: exactly its missing names appear."""
+    folder = tmp_path / 'torchvision'
+    folder.mkdir()
+    (folder / '__init__.py').write_text('')
+    (folder / '_C.so').write_bytes(b'not a library')
+    (folder / '_meta_registrations.py').write_text("f('torchvision::zz_new')\ng(\"torchvision::nms\")\n")
+    done = run_python("""
+        import sys, torch
+        sys.path.insert(0, sys.argv[1])
+        torch.version.cuda = torch.version.hip = None
+        sys.modules.pop('torchvision', None)
+        import types
+        package = types.ModuleType('moeisr_basicsr')
+        package.__path__ = [sys.argv[2]]
+        sys.modules['moeisr_basicsr'] = package
+        from moeisr_basicsr import compat
+        compat._define_torchvision_operators()
+        assert hasattr(torch.ops.torchvision, 'zz_new') and hasattr(torch.ops.torchvision, 'nms')
+        try:
+            torch.ops.torchvision.zz_new(torch.zeros(1))
+        except NotImplementedError as error:
+            print('no kernel')
+        """, tmp_path, ROOT / 'moeisr_basicsr')
+    assert done.stdout.strip() == 'no kernel', done.stderr
+
+
+def test_load_url_caches_and_never_unpickles(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    fetched = []
+
+    def download(url, path, progress):
+        fetched.append(url)
+        torch.save({'weight': torch.ones(1)}, path)
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    inception = sys.modules['basicsr.archs.inception']
+    assert isinstance(inception, types.ModuleType)
+    for _ in range(2):
+        assert inception.load_url('https://example.org/net.pth')['weight'] == 1
+    assert fetched == ['https://example.org/net.pth']
+    torch.save({'weight': Hostile(tmp_path / 'hacked')}, tmp_path / 'checkpoints/net.pth')
+    with pytest.raises(UserError, match='net.pth'):
+        inception.load_url('https://example.org/net.pth')
+    assert not (tmp_path / 'hacked').exists()

@@ -1,0 +1,136 @@
+"""The mapper: folded against unfolded, one decision per cell, grid against scattered, fp32 under autocast."""
+import pytest
+import torch
+from reference import centres, grid, sample_nearest
+
+from moeisr_basicsr.core import MoEDecoder, render
+from moeisr_basicsr.core.coords import pixel_centres
+from moeisr_basicsr.core.mapper import Mapper, nearest_axis
+from moeisr_basicsr.core.render import TORCH, Near
+
+
+def make_mapper(granularity='pixel', num_layers=3):
+    torch.manual_seed(0)
+    mapper = Mapper(6, 4, num_layers=num_layers, num_feat=10, hidden=12, granularity=granularity)
+    with torch.no_grad():
+        mapper.query_in.weight[:, -4:].mul_(4)  # let position and cell count
+    return mapper
+
+
+def unfolded(mapper, feat, coord, cell):
+    """Per query: its LR cell's features, relative coordinate and cell side by side, then the two linear layers."""
+    size = feat.shape[-2:]
+    x = mapper.convs(feat)
+    at = coord.clamp(-1 + 1e-6, 1 - 1e-6)
+    positions = centres(size).permute(2, 0, 1).expand(feat.shape[0], -1, -1, -1).to(feat)
+    rel = (coord - sample_nearest(positions, at)) * coord.new_tensor(size)
+    if mapper.granularity == 'cell':
+        rel = torch.zeros_like(rel)
+    rel_cell = cell * cell.new_tensor(size)
+    x = torch.cat([sample_nearest(x, at), rel, rel_cell], dim=-1)  # (B, Q, num_feat + 4)
+    return mapper.query_out(mapper.query_in(x).relu())
+
+
+def near_axes(size, lr_size):
+    return [Near(*nearest_axis(pixel_centres(n_out), n)) for n_out, n in zip(size, lr_size)]
+
+
+@pytest.mark.parametrize('granularity', ['pixel', 'cell'])
+@pytest.mark.parametrize('num_layers', [1, 3, 5])
+@pytest.mark.parametrize('size', [(5, 7), (1, 1), (1, 6)])
+def test_folded_equals_unfolded(granularity, num_layers, size):
+    mapper = make_mapper(granularity, num_layers)
+    assert mapper.num_layers == num_layers
+    feat = torch.randn(2, 6, *size)
+    coord = torch.rand(2, 41, 2) * 2 - 1
+    cell = torch.rand(2, 41, 2) * 0.3
+    logits = mapper(mapper.table(feat), coord, cell * cell.new_tensor(size), size)
+    assert logits.shape == (2, 41, 4)
+    torch.testing.assert_close(logits, unfolded(mapper, feat, coord, cell), rtol=0, atol=2e-6)
+    assert float(logits.detach().std(dim=1).min()) > 1e-4, 'logits that do not vary prove nothing'
+
+
+def test_gradients_reach_every_parameter():
+    mapper = make_mapper().double()
+    feat = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    coord = torch.rand(2, 30, 2, dtype=torch.float64) * 2 - 1
+    cell = torch.rand(2, 30, 2, dtype=torch.float64)
+    pull = torch.randn(2, 30, 4, dtype=torch.float64)
+    grads = []
+    for logits in (mapper(mapper.table(feat), coord, cell * cell.new_tensor((4, 5)), (4, 5)),
+                   unfolded(mapper, feat, coord, cell)):
+        grads.append(torch.autograd.grad((logits * pull).sum(), list(mapper.parameters())))
+    for (name, _), folded, plain in zip(mapper.named_parameters(), *grads):
+        assert plain.abs().max() > 0, name
+        torch.testing.assert_close(folded, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize(('granularity', 'constant'), [('cell', True), ('pixel', False)])
+def test_granularity(granularity, constant):
+    """'cell': all pixels of an LR cell share one decision; 'pixel' can tell them apart."""
+    mapper = make_mapper(granularity)
+    feat = torch.randn(1, 6, 4, 3)
+    coord, cell = grid((20, 15))
+    logits = mapper(mapper.table(feat), coord, cell * cell.new_tensor((4, 3)), (4, 3))
+    cells = logits.detach().view(4, 5, 3, 5, 4).transpose(1, 2)  # (4, 3, 5, 5, J): LR row, LR column, pixels inside, J
+    same = (cells == cells[:, :, :1, :1]).all()
+    assert bool(same) is constant
+    assert not (cells[0, 0, 0, 0] == cells[2, 1, 0, 0]).all()
+    assert mapper.macs() == (0 if constant else 2 * 12) + 12 * 4
+
+
+@pytest.mark.parametrize('granularity', ['pixel', 'cell'])
+@pytest.mark.parametrize('size', [(14, 21), (9, 16), (7, 7)])
+def test_grid_logits_equal_scattered_logits(granularity, size):
+    mapper = make_mapper(granularity)
+    feat = torch.randn(1, 6, 7, 5)
+    coord, cell = grid(size)
+    unit = torch.tensor([7.0, 5.0])
+    table = mapper.table(feat)
+    scattered = mapper(table, coord, cell * unit, (7, 5)).view(*size, 4)
+    rows, cols = near_axes(size, (7, 5))
+    on_grid = TORCH.logits(mapper, table[0].view(7, 5, -1), rows, cols, cell[0, 0] * unit)
+    torch.testing.assert_close(on_grid, scattered, rtol=0, atol=1e-6)
+    strip = TORCH.logits(mapper, table[0].view(7, 5, -1), Near(*(part[2:5] for part in rows)),
+                         Near(*(part[1:4] for part in cols)), cell[0, 0] * unit)
+    torch.testing.assert_close(strip, scattered[2:5, 1:4], rtol=0, atol=1e-6)
+
+
+def test_fp32_under_autocast():
+    """16-bit logits would flip near ties: in training and on the grid, autocast must not change a bit."""
+    mapper = make_mapper()
+    feat = torch.randn(1, 6, 7, 5)
+    coord, cell = grid((14, 10))
+    plain = mapper(mapper.table(feat), coord, cell * 5, (7, 5))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert torch.nn.functional.linear(coord, torch.ones(2, 2)).dtype == torch.bfloat16, 'autocast must be at work'
+        table = mapper.table(feat)
+        mixed = mapper(table, coord, cell * 5, (7, 5))
+        on_grid = TORCH.logits(mapper, table[0].view(7, 5, -1), *near_axes((14, 10), (7, 5)), cell[0, 0] * 5)
+        from_bf16 = mapper.table(feat.bfloat16())
+    assert table.dtype == mixed.dtype == on_grid.dtype == from_bf16.dtype == torch.float32
+    assert torch.equal(mixed, plain)
+    torch.testing.assert_close(on_grid.view_as(plain), plain, rtol=0, atol=1e-6)
+
+
+def test_render_makes_the_same_map_under_autocast():
+    torch.manual_seed(0)
+    decoder = MoEDecoder(6, 3, experts=[[8], [8, 8]], mapper={'num_layers': 1, 'num_feat': 8, 'hidden': 8}).eval()
+    with torch.no_grad():
+        decoder.mapper.query_out.bias.zero_()
+        decoder.mapper.query_out.weight.mul_(0.01)  # near ties everywhere
+        difference = decoder.mapper.query_out.weight[0] - decoder.mapper.query_out.weight[1]
+        hidden = decoder.mapper.query_in.bias
+        decoder.mapper.query_out.bias[1] = (hidden.relu() * difference).sum()
+    feat = torch.randn(1, 6, 9, 9)
+    plain = render(decoder, feat, (36, 36)).expert_map
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        mixed = render(decoder, feat, (36, 36)).expert_map
+    assert plain.unique().numel() == 2
+    assert torch.equal(plain, mixed)
+
+
+def test_table_macs_by_hand():
+    mapper = Mapper(64, 4, num_layers=5, num_feat=32, hidden=32)
+    assert mapper.table_macs() == 9 * 64 * 32 + 4 * 9 * 32 * 32 + 32 * 32
+    assert mapper.macs() == 2 * 32 + 32 * 4

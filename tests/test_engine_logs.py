@@ -1,0 +1,84 @@
+"""metrics.jsonl, folders of a run, and the plain form of states."""
+import json
+import math
+from collections import Counter, OrderedDict
+
+import numpy as np
+import pytest
+import torch
+
+from moeisr_basicsr.engine.experiment import archive, copy_options, make_folders
+from moeisr_basicsr.engine.logs import MetricsFile
+from moeisr_basicsr.engine.resume import plain, rng_state, set_rng_state
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_a_resumed_run_drops_the_lines_that_come_again(tmp_path):
+    metrics = MetricsFile(tmp_path, is_main=True)
+    for iteration in (5, 10, 15):
+        metrics.write('train', iteration, {'l_pix': 0.5})
+        metrics.write('validation', iteration, {'metrics': {'psnr': math.inf}})
+    with open(metrics.path, 'a') as file:
+        file.write('{"kind": "train", "iter": 1')  # killed while writing
+    MetricsFile(tmp_path, is_main=True, after=10)
+    assert [(line['kind'], line['iter']) for line in lines(tmp_path)] == [
+        ('train', 5), ('validation', 5), ('train', 10), ('validation', 10)]
+    assert lines(tmp_path)[1]['metrics']['psnr'] == 'inf'  # JSON has no infinity
+    MetricsFile(tmp_path, is_main=True, after=10, validate_again=True)
+    assert [(line['kind'], line['iter']) for line in lines(tmp_path)] == [('train', 5), ('validation', 5), ('train', 10)]
+
+
+def test_only_rank_0_writes(tmp_path):
+    MetricsFile(tmp_path, is_main=False).write('train', 1, {})
+    assert not list(tmp_path.iterdir())
+
+
+def options(root):
+    folder = root / 'experiments' / 'run'
+    return {'name': 'run', 'is_train': True, 'root_path': str(root), 'path': {
+        'experiments_root': str(folder), 'models': str(folder / 'models'), 'log': str(folder),
+        'training_states': str(folder / 'training_states'), 'visualization': str(folder / 'visualization')}}
+
+
+def test_a_fresh_run_archives_what_is_there_and_loses_nothing(tmp_path):
+    opt = options(tmp_path)
+    for number in range(3):  # all within one second
+        make_folders(opt, fresh=True)
+        (tmp_path / 'experiments' / 'run' / 'models' / 'net_g_1.pth').write_text(str(number))
+    kept = sorted((tmp_path / 'experiments').glob('run*/models/net_g_1.pth'))
+    assert sorted(path.read_text() for path in kept) == ['0', '1', '2']
+    assert (tmp_path / 'experiments' / 'run' / 'models' / 'net_g_1.pth').read_text() == '2'
+    assert make_folders(opt, fresh=False) == []
+    assert (tmp_path / 'experiments' / 'run' / 'models' / 'net_g_1.pth').read_text() == '2'
+    assert archive(tmp_path / 'nothing') is None
+
+
+def test_the_options_file_is_kept_with_the_command(tmp_path):
+    source = tmp_path / 'run.yml'
+    source.write_text('name: run\n')
+    (tmp_path / 'out').mkdir()
+    copy_options({'opt_file': str(source)}, tmp_path / 'out')
+    text = (tmp_path / 'out' / 'run.yml').read_text()
+    assert text.startswith('# GENERATE TIME') and text.endswith('name: run\n')
+
+
+def test_plain_values():
+    value = plain(OrderedDict(a=Counter([1, 1]), b=(np.float64(0.5), [None, True]), c=torch.nn.Parameter(torch.ones(1))))
+    assert value == {'a': {1: 2}, 'b': (0.5, [None, True]), 'c': torch.ones(1)}
+    assert type(value) is dict and type(value['a']) is dict and type(value['b'][0]) is float
+    assert not value['c'].requires_grad
+    with pytest.raises(TypeError, match='plain'):
+        plain({'f': print})
+
+
+def test_generators_come_back_through_a_file(tmp_path):
+    import random
+    cpu = torch.device('cpu')
+    np.random.randn(3)  # leaves a cached second value
+    torch.save(plain(rng_state(cpu)), tmp_path / 'rng')
+    first = random.random(), np.random.randn(5).tolist(), torch.rand(3).tolist(), random.gauss(0, 1)
+    set_rng_state(torch.load(tmp_path / 'rng', weights_only=True), cpu)
+    assert (random.random(), np.random.randn(5).tolist(), torch.rand(3).tolist(), random.gauss(0, 1)) == first

@@ -1,0 +1,214 @@
+"""Interrupted and resumed = never interrupted: weights, EMA, optimizer, schedule, generators, metrics, best values."""
+import json
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import assert_same, change, metrics_lines, parse, run_options, run_yaml, saved
+
+from moeisr_basicsr.engine import exit_codes
+from moeisr_basicsr.engine.train_loop import Trainer, train
+from moeisr_basicsr.errors import UserError
+
+TOTAL = 24
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    """A run with two workers and EMA, never stopped."""
+    root = tmp_path_factory.mktemp('uninterrupted')
+    assert train(run_options(root, **{'datasets:train:num_worker_per_gpu': 2})) == exit_codes.OK
+    return root
+
+
+def interrupt(monkeypatch, at, how):
+    """Call `how` right after the step of iteration `at`."""
+    step = Trainer._step
+
+    def step_then(self, data, data_time):
+        step(self, data, data_time)
+        if self.iteration == at:
+            how()
+
+    monkeypatch.setattr(Trainer, '_step', step_then)
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL inside one process."""
+
+
+def kill():
+    raise Killed
+
+
+def assert_equal_runs(root, other):
+    for part, expected in zip(saved(root, TOTAL), saved(other, TOTAL)):
+        assert_same(part, expected)
+    assert metrics_lines(root) == metrics_lines(other)
+    for name in ('net_g_latest', 'net_g_best_tiny_x2_psnr', 'net_g_best_tiny_x3.3_psnr'):
+        assert_same(*(torch.load(one / 'experiments' / 'run' / 'models' / f'{name}.pth') for one in (root, other)))
+
+
+@pytest.mark.parametrize('at', [10, 18])
+def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(tmp_path, monkeypatch, uninterrupted, at):
+    """Iteration 10 is inside an epoch of 6; 18 ends an epoch and is due for validation, which the signal cuts off."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(run_options(tmp_path)) == exit_codes.TERMINATED
+    assert saved(tmp_path, at)[1]['iter'] == at
+    # other workers, same draws: the number of workers is nothing that results depend on
+    assert train(run_options(tmp_path, auto_resume=True, **{'datasets:train:num_worker_per_gpu': 1})) == exit_codes.OK
+    assert_equal_runs(tmp_path, uninterrupted)
+
+
+def test_a_killed_run_goes_on_exactly_from_its_last_checkpoint(tmp_path, monkeypatch, uninterrupted):
+    """Killed at 12, 16 and 18 with checkpoints at 7 and 14; the second time the newest checkpoint is cut off."""
+    for at, newest in ((12, 7), (16, 14), (18, 14)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, at, kill)
+            with pytest.raises(Killed):
+                train(run_options(tmp_path, auto_resume=True))
+        state = tmp_path / 'experiments' / 'run' / 'training_states' / f'{newest}.state'
+        assert state.is_file()
+        if at == 16:
+            state.write_bytes(state.read_bytes()[:3000])
+    assert train(run_options(tmp_path, auto_resume=True)) == exit_codes.OK
+    assert_equal_runs(tmp_path, uninterrupted)
+    logs = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
+    assert 'Checkpoint of iteration 14 is not usable' in logs
+
+
+def test_a_finished_run_changes_nothing(tmp_path, uninterrupted):
+    weights = saved(uninterrupted, TOTAL)[0]
+    assert train(run_options(uninterrupted, auto_resume=True)) == exit_codes.OK
+    assert_same(saved(uninterrupted, TOTAL)[0], weights)
+
+
+def test_all_that_draws_from_global_generators_goes_on_too(tmp_path, monkeypatch):
+    """A model that draws from torch's, numpy's and python's generators in its step (dropout, drop path)."""
+    draws = []
+
+    def record(self, data, data_time, step=Trainer._step):
+        step(self, data, data_time)
+        draws.append((self.iteration, torch.rand(2).tolist(), np.random.rand(), random.random()))
+
+    monkeypatch.setattr(Trainer, '_step', record)
+    short = {'train:total_iter': 8, 'datasets:train:num_worker_per_gpu': 1}
+    train(run_options(tmp_path, name='whole', **short))
+    whole = list(draws)
+    draws.clear()
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(run_options(tmp_path, name='parts', **short))
+    train(run_options(tmp_path, name='parts', auto_resume=True, **short))
+    assert draws == whole
+
+
+def test_the_scaler_and_the_count_of_skipped_steps_are_kept(tmp_path, monkeypatch):
+    changes = {'train:amp': 'fp16', 'train:total_iter': 9, 'train:non_finite': 'skip'}
+    with monkeypatch.context() as patch:
+        step = Trainer._step
+
+        def spoil(self, data, data_time):
+            step(self, data, data_time)
+            if self.iteration == 5:
+                self.model.guard.skipped = 3
+                self.model.precision.scaler.update(1024.0)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(Trainer, '_step', spoil)
+        train(run_options(tmp_path, **changes))
+    assert saved(tmp_path, 5)[1]['scaler']['scale'] == 1024.0
+    train(run_options(tmp_path, auto_resume=True, **changes))
+    state = saved(tmp_path, 9)[1]
+    assert state['skipped_steps'] == 3
+    assert state['scaler']['scale'] == 1024.0 and state['scaler']['_growth_tracker'] == 9  # one per finite step
+
+
+def test_a_drawn_seed_is_the_runs_own(tmp_path):
+    """Without manual_seed one is drawn, and the resumed run takes it from the checkpoint."""
+    changes = {'manual_seed': None, 'train:total_iter': 7}
+    train(run_options(tmp_path, **changes))
+    seed = saved(tmp_path, 7)[1]['manual_seed']
+    train(run_options(tmp_path, auto_resume=True, **change(changes, {'train:total_iter': 8})))
+    assert saved(tmp_path, 8)[1]['manual_seed'] == seed
+
+
+def test_resume_state_of_the_yaml(tmp_path, uninterrupted):
+    """A state by its path, also of another experiment; its weights lie beside it."""
+    state = uninterrupted / 'experiments' / 'run' / 'training_states' / '14.state'
+    assert train(run_options(tmp_path, name='other', **{'path:resume_state': str(state)})) == exit_codes.OK
+    for part, expected in zip(saved(tmp_path, TOTAL, 'other')[0].items(), saved(uninterrupted, TOTAL)[0].items()):
+        assert_same(part, expected)
+
+
+def test_a_bad_resume_state_is_one_clear_line(tmp_path):
+    state = tmp_path / '5.state'
+    state.write_bytes(b'PK nonsense')
+    with pytest.raises(UserError) as error:
+        train(run_options(tmp_path, **{'path:resume_state': str(state)}))
+    assert str(state) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_checkpoint_of_another_network_is_one_clear_line(tmp_path):
+    train(run_options(tmp_path, **{'train:total_iter': 2}))
+    with pytest.raises(UserError, match='does not fit network_g') as error:
+        train(run_options(tmp_path, auto_resume=True, **{'train:total_iter': 3, 'network_g:experts': [[8], [8]]}))
+    assert '\n' not in str(error.value)
+
+
+def test_another_number_of_ranks_continues_and_says_so(tmp_path):
+    """A state of two ranks that have taken 8 samples each: one rank goes on after 16."""
+    train(run_options(tmp_path, **{'train:total_iter': 4}))
+    path = tmp_path / 'experiments' / 'run' / 'training_states' / '4.state'
+    state = torch.load(path)
+    torch.save({**state, 'place': {'epoch': 0, 'samples': 8, 'world_size': 2}, 'rng': state['rng'] * 2}, path)
+    train(run_options(tmp_path, auto_resume=True, **{'train:total_iter': 5}))
+    assert saved(tmp_path, 5)[1]['place'] == {'epoch': 0, 'samples': 20, 'world_size': 1}
+    logs = ''.join(log.read_text() for log in (tmp_path / 'experiments' / 'run').glob('*.log'))
+    assert 'of 2 ranks, this run has 1' in logs and 'equal in distribution only' in logs
+
+
+def test_without_auto_resume_the_old_run_is_archived(tmp_path):
+    for _ in range(2):
+        train(run_options(tmp_path, **{'train:total_iter': 1}))
+    folders = sorted(path.name for path in (tmp_path / 'experiments').iterdir())
+    assert len(folders) == 2 and folders[0] == 'run' and folders[1].startswith('run_archived_')
+    assert (tmp_path / 'experiments' / folders[1] / 'models' / 'net_g_1.pth').is_file()
+
+
+def test_a_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):
+    from moeisr_basicsr.atomic_file import SaveError
+    from moeisr_basicsr.engine.checkpoint_store import CheckpointStore
+    store = CheckpointStore.save
+
+    def full(self, iteration, weights, state):
+        if iteration == 14:
+            raise SaveError(28, f'No space left on device: cannot write {self.state_path(14)}')
+        store(self, iteration, weights, state)
+
+    monkeypatch.setattr(CheckpointStore, 'save', full)
+    assert train(run_options(tmp_path)) == exit_codes.SAVE_FAILED
+    assert saved(tmp_path, 7)[1]['iter'] == 7
+    log = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
+    assert 'No space left on device' in log
+
+
+def test_a_non_finite_loss_ends_the_run_with_its_code(tmp_path):
+    options = run_yaml(tmp_path, **{'train:optim_g:lr': 1e30, 'train:warmup_iter': -1, 'train:total_iter': 6})
+    assert train(parse(tmp_path, options)) == exit_codes.NON_FINITE
+    log = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
+    assert 'Not finite at iteration' in log and '.png at scale' in log
+
+
+def test_the_metrics_file_has_what_users_plot(uninterrupted):
+    lines = [json.loads(line) for line in (uninterrupted / 'experiments' / 'run' / 'metrics.jsonl').open()]
+    steps = [line for line in lines if line['kind'] == 'train']
+    assert [line['iter'] for line in steps] == list(range(1, TOTAL + 1))
+    for key in ('l_pix', 'l_balance', 'load/expert_0', 'load/expert_1', 'mean_cost', 'lr', 'tau', 'queries_per_s'):
+        assert all(isinstance(line[key], float) for line in steps), key
+    validations = [(line['iter'], line['dataset'], line['scale']) for line in lines if line['kind'] == 'validation']
+    assert validations == [(at, f'tiny_{scale}', scale) for at in (9, 18, TOTAL) for scale in ('x2', 'x3.3')]

@@ -1,0 +1,171 @@
+"""The balance loss: its value by hand, its gradient's path, and one process against two."""
+from datetime import timedelta
+
+import moeisr_basicsr  # noqa: F401, I001  before BasicSR, which needs its shims
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from basicsr.losses import build_loss
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moeisr_basicsr.core.routing import gumbel_noise, route_gumbel
+from moeisr_basicsr.losses.balance_loss import MoEBalanceLoss
+
+COSTS = torch.tensor([0.1, 0.4, 0.6, 1.0])
+
+
+def one_hot_gates(counts):
+    """(1, Q, J) gates that give each expert its number of queries."""
+    expert = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return nn.functional.one_hot(expert, len(counts)).float()[None]
+
+
+@pytest.mark.parametrize(('target', 'counts'), [
+    ('uniform', [5, 5, 5, 5]), ([0.5, 0.25, 0.15, 0.1], [10, 5, 3, 2]), ([0, 0, 1, 0], [0, 0, 7, 0]),
+    (0.525, [5, 5, 5, 5]), (0.1, [8, 0, 0, 0]), (1.0, [0, 0, 0, 3]), (0.4, [0, 9, 0, 0]), (0.4, [6, 0, 0, 3])])
+def test_zero_at_the_target(target, counts):
+    assert float(MoEBalanceLoss(1.0, target)(one_hot_gates(counts), COSTS)) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(('target', 'counts', 'expected'), [
+    # loads .7 .1 .2 0 against .25: J * (.45^2 + .15^2 + .05^2 + .25^2)
+    ('uniform', [7, 1, 2, 0], 4 * (0.2025 + 0.0225 + 0.0025 + 0.0625)),
+    ('uniform', [0, 0, 0, 3], 4 * (3 * 0.0625 + 0.5625)),
+    ([0.5, 0.25, 0.15, 0.1], [7, 1, 2, 0], 4 * (0.04 + 0.0225 + 0.0025 + 0.01)),
+    (0.5, [7, 1, 2, 0], (0.07 + 0.04 + 0.12 - 0.5)**2), (0.2, [0, 0, 0, 10], 0.8**2)])
+def test_value_by_hand(target, counts, expected):
+    gates = one_hot_gates(counts)
+    assert float(MoEBalanceLoss(1.0, target)(gates, COSTS)) == pytest.approx(expected, rel=1e-5)
+    assert float(MoEBalanceLoss(0.03, target)(gates, COSTS)) == pytest.approx(0.03 * expected, rel=1e-5)
+
+
+def test_mean_over_the_whole_batch_not_over_images():
+    """Two images that are each one-sided but balanced together cost nothing."""
+    gates = torch.cat([one_hot_gates([4, 0]), one_hot_gates([0, 4])])
+    assert float(MoEBalanceLoss()(gates, torch.tensor([0.5, 1.0]))) == 0
+
+
+@pytest.mark.parametrize('target', ['uniform', [0.1, 0.2, 0.3, 0.4], 0.3])
+def test_gradient_comes_through_the_gates_only(target):
+    logits = torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    noise = gumbel_noise((2, 50, 4), 0, 0, 0)
+    costs = COSTS.clone().requires_grad_()
+    routing = route_gumbel(logits, noise, 1.0)
+    routing.gates.retain_grad()
+    loss = MoEBalanceLoss(0.5, target)(routing.gates, costs.detach())
+    loss.backward()
+
+    load = nn.functional.one_hot(routing.expert, 4).float().mean(dim=(0, 1))
+    if isinstance(target, float):
+        pull = 2 * (load @ COSTS - target) * COSTS
+    else:
+        pull = 2 * 4 * (load - torch.tensor([0.25] * 4 if target == 'uniform' else target))
+    expected = (0.5 * pull / 100).expand(2, 50, 4)
+    torch.testing.assert_close(routing.gates.grad, expected, rtol=1e-4, atol=1e-9)
+    soft = torch.softmax(logits + noise, dim=-1)
+    through_softmax, = torch.autograd.grad((soft * expected).sum(), logits)
+    torch.testing.assert_close(logits.grad, through_softmax, rtol=1e-4, atol=1e-9)
+    assert logits.grad.abs().max() > 0
+
+
+def test_gradient_pulls_towards_the_target():
+    """Gradient descent on free logits from one-sided routing ends near the uniform load."""
+    logits = torch.tensor([3.0, 0.0, 0.0, 0.0], requires_grad=True)
+    optimizer = torch.optim.SGD([logits], lr=0.5)
+    for step in range(120):
+        gates = route_gumbel(logits.expand(1, 2000, 4), gumbel_noise((1, 2000, 4), 0, step, 0), 1.0).gates
+        optimizer.zero_grad()
+        MoEBalanceLoss()(gates, COSTS).backward()
+        optimizer.step()
+    load = torch.softmax(logits.detach(), dim=-1)
+    assert float((load - 0.25).abs().max()) < 0.05
+
+
+def test_built_from_yaml_options():
+    options = {'type': 'MoEBalanceLoss', 'loss_weight': 0.1, 'target': 0.4}
+    loss = build_loss(options)
+    assert isinstance(loss, MoEBalanceLoss) and loss.loss_weight == 0.1
+    assert options['type'] == 'MoEBalanceLoss'
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ({'loss_weight': -1}, 'loss_weight must not be negative; got -1'), ({'target': 'equal'}, "got 'equal'"),
+    ({'target': [0.5, 0.6]}, 'fractions that add up to 1'), ({'target': [1.5, -0.5]}, 'fractions that add up to 1'),
+    ({'target': 0}, 'mean cost'), ({'target': 1.2}, 'mean cost')])
+def test_bad_options_say_what_is_allowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoEBalanceLoss(**options)
+
+
+def test_target_must_fit_the_network():
+    gates = one_hot_gates([2, 2, 2, 2])
+    with pytest.raises(ValueError, match='lists 3 experts; the network has 4'):
+        MoEBalanceLoss(target=[0.2, 0.3, 0.5])(gates, COSTS)
+    with pytest.raises(ValueError, match='0.05 is below the cheapest expert; at least 0.1001'):
+        MoEBalanceLoss(target=0.05)(gates, COSTS)
+
+
+class Router(nn.Module):
+    """A mapper of one linear layer, so that DDP has something to average."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 4)
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(3)
+            self.linear.weight.copy_(torch.randn(4, 5, generator=generator))
+            self.linear.bias.copy_(torch.tensor([1.5, 0.0, -0.5, -1.0]))
+
+    def forward(self, x, noise):
+        return route_gumbel(self.linear(x), noise, 1.0).gates
+
+
+def batch_of_four():
+    x = torch.randn(4, 30, 5, generator=torch.Generator().manual_seed(4))
+    x[:2] += 1.0  # the ranks' loads differ: a loss per rank would be another loss
+    return x, torch.stack([gumbel_noise((30, 4), 0, 0, slot) for slot in range(4)])
+
+
+def losses_and_gradients(router, x, noise):
+    result = {}
+    for name, target in (('uniform', 'uniform'), ('loads', [0.4, 0.3, 0.2, 0.1]), ('cost', 0.3)):
+        router.zero_grad()
+        loss = MoEBalanceLoss(1.0, target)(router(x, noise), COSTS)
+        loss.backward()
+        result[name] = [loss.detach().clone(), *(parameter.grad.clone() for parameter in router.parameters())]
+    return result
+
+
+def run_rank(rank, folder):
+    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2,
+                            timeout=timedelta(seconds=180))
+    try:
+        x, noise = (part[2 * rank:2 * rank + 2] for part in batch_of_four())
+        torch.save(losses_and_gradients(DistributedDataParallel(Router()), x, noise), f'{folder}/{rank}.pt')
+    finally:
+        dist.destroy_process_group()
+
+
+def run_other_rank(_, folder):
+    torch.set_num_threads(1)
+    run_rank(1, folder)
+
+
+def test_two_processes_equal_one(tmp_path):
+    """The global loss on each rank, and DDP's averaged gradients, are those of one process with the whole batch."""
+    other = mp.spawn(run_other_rank, args=(str(tmp_path),), nprocs=1, join=False)
+    run_rank(0, str(tmp_path))
+    while not other.join():
+        pass
+    x, noise = batch_of_four()
+    whole = losses_and_gradients(Router(), x, noise)
+    halves = losses_and_gradients(Router(), x[:2], noise[:2]), losses_and_gradients(Router(), x[2:], noise[2:])
+    for rank in range(2):
+        for name, values in torch.load(f'{tmp_path}/{rank}.pt', weights_only=True).items():
+            for actual, expected in zip(values, whole[name]):
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+    for name, values in whole.items():  # the case tells a global loss from the mean of two local ones
+        assert abs(float(values[0] - (halves[0][name][0] + halves[1][name][0]) / 2)) > 1e-3
+        assert not torch.allclose(values[1], (halves[0][name][1] + halves[1][name][1]) / 2, atol=1e-4)

@@ -1,0 +1,217 @@
+"""One training step of the models: gradients, accumulation, EMA, draws, temperature, non-finite losses, precision."""
+import math
+
+import pytest
+import torch
+from basicsr.models import build_model
+from tiny_runs import DENSE, change, gradients_of, image_batch, model_options, query_batch, weights_of
+
+from moeisr_basicsr.core import gumbel_noise
+from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.models.non_finite import NonFiniteLossError
+from moeisr_basicsr.models.temperature import check_temperature, temperature_at
+from moeisr_basicsr.models.training_draws import DrawKey, batch_keep, batch_noise
+
+
+def build_twice(options, other):
+    """Two models with the same initial weights."""
+    torch.manual_seed(0)
+    first = build_model(options)
+    torch.manual_seed(0)
+    return first, build_model(other)
+
+
+def test_step_follows_the_written_loss():
+    """Gradients equal those of L1 + lambda * J * sum (load - 1/J)^2 written out by hand on the bare network."""
+    options = model_options(**{'train:temperature': {'type': 'linear', 'start': 3.0, 'end': 1.0, 'total_iter': 11}})
+    batch = query_batch()
+    first, other = build_twice(options, options)
+    first.feed_data(batch)
+    first.optimize_parameters(6)
+
+    noise = torch.stack([gumbel_noise((40, 2), 3, 6, slot) for slot in range(4)])
+    net = other.net_g
+    output, routing = net(batch['lq'], batch['coord'], batch['cell'], noise=noise, tau=2.0, with_routing=True)
+    load = routing.gates.mean(dim=(0, 1))
+    l1 = (output - batch['gt']).abs().mean()
+    balance = 0.5 * 2 * (load - 0.5).square().sum()
+    (l1 + balance).backward()
+    for name, gradient in gradients_of(first).items():
+        torch.testing.assert_close(gradient, dict(net.named_parameters())[name].grad, msg=name)
+    log = first.get_current_log()
+    assert log['l_pix'] == pytest.approx(l1.item(), rel=1e-6)
+    assert log['l_balance'] == pytest.approx(balance.item(), rel=1e-5)
+    assert log['tau'] == 2.0
+    assert [log['load/expert_0'], log['load/expert_1']] == pytest.approx(load.tolist())
+    assert log['mean_cost'] == pytest.approx((load * net.expert_costs).sum().item())
+
+
+@pytest.mark.parametrize('parts', [2, 3, 4])
+@pytest.mark.parametrize('target', ['uniform', 0.9])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(parts, target):
+    """Also of the balance loss, which is no mean over images, and with parts of unequal size."""
+    options = model_options(**{'train:balance_opt:target': target, 'train:balance_opt:loss_weight': 5.0})
+    whole, cut = build_twice(options, change(options, {'train:accumulate': parts}))
+    for model in (whole, cut):
+        model.feed_data(query_batch())
+        model.optimize_parameters(1)
+    for name, gradient in gradients_of(whole).items():
+        torch.testing.assert_close(gradients_of(cut)[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+    assert cut.get_current_log() == pytest.approx(whole.get_current_log(), rel=1e-5)
+
+
+def test_every_parameter_has_a_gradient_with_an_idle_expert():
+    """DDP's find_unused_parameters can stay off: an idle expert's gradient is zero, not missing."""
+    for grad in ('exact', 'naive', 'sampled'):
+        model = build_model(model_options(**{'network_g:expert_grad': grad}))
+        with torch.no_grad():
+            model.net_g.decoder.mapper.query_out.bias.copy_(torch.tensor([1e4, -1e4]))  # expert 1 gets no query
+        model.feed_data(query_batch())
+        model.optimize_parameters(1)
+        assert model.get_current_log()['load/expert_1'] == 0
+        assert all(gradient is not None for gradient in gradients_of(model).values()), grad
+
+
+def test_draws_do_not_depend_on_the_number_of_ranks():
+    whole = batch_noise(DrawKey(5, 7, 0, 1), (6, 10, 3))
+    for rank in range(2):
+        assert torch.equal(batch_noise(DrawKey(5, 7, rank, 2), (3, 10, 3)), whole[rank::2])
+    assert not torch.equal(whole, batch_noise(DrawKey(5, 8, 0, 1), (6, 10, 3)))
+    assert not torch.equal(whole, batch_noise(DrawKey(6, 7, 0, 1), (6, 10, 3)))
+
+
+def test_keep_draws_have_their_rate_and_are_not_the_noise():
+    key = DrawKey(5, 7, 0, 1)
+    keep = batch_keep(key, (8, 5000, 4), 0.125)
+    assert keep.float().mean().item() == pytest.approx(0.125, abs=0.003)  # 160000 draws: 3.6 sigma
+    assert batch_keep(key, (1, 100, 2), 1.0).all()
+    noise = batch_noise(key, (8, 5000, 4))
+    assert noise[keep].mean().item() == pytest.approx(noise.mean().item(), abs=0.03)
+
+
+def test_temperature_schedules():
+    for kind, middle in (('linear', 3.0), ('exponential', math.sqrt(5.0)), ('cosine', 3.0)):
+        options = {'type': kind, 'start': 5.0, 'end': 1.0, 'total_iter': 101}
+        check_temperature(options)
+        values = [temperature_at(options, iteration) for iteration in range(1, 200)]
+        assert values[0] == 5.0
+        assert values[50] == pytest.approx(middle)
+        assert values[100] == pytest.approx(1.0) and values[-1] == values[100]
+        assert all(after <= before for before, after in zip(values, values[1:]))
+    assert temperature_at({'start': 2}, 10**6) == 2.0
+    for wrong, hint in (({'type': 'linaer', 'start': 1}, "Did you mean 'linear'"), ({'start': 0}, 'above 0'),
+                        ({'type': 'linear', 'start': 1}, 'end must be')):
+        with pytest.raises(UserError, match=hint):
+            check_temperature(wrong)
+
+
+def test_ema_is_fp32_and_follows_its_formula():
+    options = model_options(**{'train:amp': 'bf16'})
+    model = build_model(options)
+    averages = weights_of(model)
+    for iteration in (1, 2, 3):
+        model.feed_data(query_batch(seed=iteration))
+        model.optimize_parameters(iteration)
+        current = weights_of(model)
+        averages = {name: 0.9 * average + 0.1 * current[name] for name, average in averages.items()}
+    for name, value in model.net_g_ema.named_parameters():
+        assert value.dtype == torch.float32 and not value.requires_grad
+        torch.testing.assert_close(value, averages[name], msg=name)
+    assert model.evaluated_net is model.net_g_ema
+
+
+@pytest.mark.parametrize('changes', [{'train:amp': 'bf16'}, {'train:amp': 'fp16'}, {'train:channels_last': True},
+                                     {'train:compile': {'backend': 'aot_eager'}}])
+def test_precision_options_train_nearly_as_fp32(changes):
+    plain, other = build_twice(model_options(), model_options(**changes))
+    for model in (plain, other):
+        for iteration in (1, 2, 3):
+            model.feed_data(query_batch(seed=iteration))
+            model.optimize_parameters(iteration)
+    assert all(value.dtype == torch.float32 for value in other.net_g.state_dict().values())
+    tolerance = 3e-2 if 'train:amp' in changes else 1e-4
+    assert other.get_current_log()['l_pix'] == pytest.approx(plain.get_current_log()['l_pix'], rel=tolerance)
+    if changes.get('train:amp') == 'fp16':
+        assert other.precision.scaler.get_scale() > 1
+        # the scaler's factor must be out of the gradient again
+        assert other.get_current_log()['grad_norm'] == pytest.approx(plain.get_current_log()['grad_norm'], rel=0.2)
+
+
+def test_gradient_clipping():
+    plain, clipped = build_twice(model_options(), model_options(**{'train:grad_clip': 1e-3}))
+    for model in (plain, clipped):
+        model.feed_data(query_batch())
+        model.optimize_parameters(1)
+    norm = plain.get_current_log()['grad_norm']
+    assert norm > 1e-3 and clipped.get_current_log()['grad_norm'] == pytest.approx(norm)
+    total = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients_of(clipped).values()))
+    assert total == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_non_finite_loss_stops_and_names_its_files():
+    model = build_model(model_options())
+    before = weights_of(model)
+    batch = query_batch()
+    batch['gt'][2] = float('nan')
+    model.feed_data(batch)
+    with pytest.raises(NonFiniteLossError) as error:
+        model.optimize_parameters(17)
+    text = str(error.value)
+    assert 'iteration 17' in text and 'gt/2.png' in text and 'l_pix = nan' in text and '2.556 x 2.286' in text
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(model).items())
+
+
+def test_non_finite_gradient_is_found_behind_a_finite_loss():
+    model = build_model(model_options(model_type='ArbitraryScaleModel', network_g=DENSE))
+    next(model.net_g.parameters()).register_hook(lambda gradient: gradient * float('inf'))
+    model.feed_data(query_batch())
+    with pytest.raises(NonFiniteLossError, match='grad_norm'):
+        model.optimize_parameters(1)
+
+
+def test_non_finite_steps_are_skipped_up_to_the_limit():
+    model = build_model(model_options(**{'train:non_finite': 'skip', 'train:non_finite_limit': 2}))
+    bad = query_batch()
+    bad['gt'][0] = float('inf')
+    before = weights_of(model)
+    for iteration in (1, 2):
+        model.feed_data(bad)
+        model.optimize_parameters(iteration)
+    assert model.guard.skipped == 2
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(model).items())
+    model.feed_data(query_batch())
+    model.optimize_parameters(3)
+    assert not all(torch.equal(value, before[name]) for name, value in weights_of(model).items())
+    model.feed_data(bad)
+    with pytest.raises(NonFiniteLossError, match='non_finite_limit allows 2'):
+        model.optimize_parameters(4)
+
+
+@pytest.mark.parametrize('network', ['moe', 'dense'])
+def test_whole_patches_train_like_queries_of_all_their_pixels(network):
+    """Items without coordinates (BasicSR's PairedImageDataset): net(lq) at the network's scale."""
+    options = model_options(**{'network_g:scale': 2})
+    if network == 'dense':
+        options = model_options(model_type='ArbitraryScaleModel', network_g={**DENSE, 'scale': 2})
+    model = build_model(options)
+    batch = image_batch()
+    model.feed_data(batch)
+    model.optimize_parameters(1)
+    log = model.get_current_log()
+    if network == 'dense':
+        model = build_twice(options, options)[0]
+        expected = (model.net_g(batch['lq']) - batch['gt']).abs().mean()
+        model.feed_data(batch)
+        model.optimize_parameters(1)
+        assert model.get_current_log()['l_pix'] == pytest.approx(expected.item(), rel=1e-6)
+    else:
+        assert log['load/expert_0'] + log['load/expert_1'] == pytest.approx(1) and log['l_balance'] >= 0
+        assert model.batch.queries == 2 * 12 * 10
+
+
+def test_bad_train_options_are_user_errors():
+    for changes, hint in (({'train:amp': 'bf61'}, "Did you mean 'bf16'"), ({'train:accumulate': 0}, 'at least 1'),
+                          ({'train:non_finite': 'ignore'}, 'stop, skip'), ({'train:non_finite_limit': -1}, 'at least 0'),
+                          ({'network_g': {'type': 'MSRResNet'}}, 'needs a network with experts')):
+        with pytest.raises(UserError, match=hint):
+            build_model(model_options(**changes))

@@ -1,0 +1,214 @@
+"""Validation: metrics against sums written out by hand, file names, shared work, results documents."""
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from basicsr.data import build_dataset
+from basicsr.models import build_model
+from tiny_runs import DENSE, NETWORK, change, parse, run_yaml, weights_of, write_images
+from torch.utils.data import DataLoader
+
+from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.data.resize import imresize
+from moeisr_basicsr.engine import exit_codes
+from moeisr_basicsr.engine.data_loading import evaluation_loaders
+from moeisr_basicsr.engine.test_loop import test as run_test
+from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.inference import upscale
+from moeisr_basicsr.models.evaluation import mean, my_jobs, scale_label
+from moeisr_basicsr.models.pictures import expert_map_picture
+
+LUMA = torch.tensor([65.481, 128.553, 24.966]) / 255
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path
+
+
+def options(root, is_train=True, **changes):
+    opt = parse(root, run_yaml(root, **changes), is_train)
+    return {**opt, 'dist': False, 'rank': 0, 'world_size': 1}
+
+
+def psnr(sr, gt, border, luma):
+    difference = (sr.clamp(0, 1) - gt).double()
+    difference = difference[:, border[0]:difference.shape[1] - border[0], border[1]:difference.shape[2] - border[1]]
+    if luma:
+        difference = (difference * LUMA.double()[:, None, None]).sum(0)
+    return -10 * math.log10(difference.square().mean())
+
+
+def test_metrics_of_several_scales(root):
+    """Float metrics by protocol, BasicSR's on 8 bits, bicubic beside them, each as a mean written out by hand."""
+    opt = options(root, **{
+        'datasets:val_2:scale': [2, 3.5], 'datasets:val:crop_border': 5, 'val:bicubic_baseline': True,
+        'val:metrics': {'y': {'type': 'calculate_psnr_sr', 'protocol': 'benchmark'},
+                        'rgb8': {'type': 'calculate_psnr', 'crop_border': 2}}})
+    model = build_model(opt)
+    with torch.no_grad():  # the averaged weights must be those that are evaluated
+        for value in model.net_g.parameters():
+            value.mul_(3)
+    loaders = evaluation_loaders(opt, ('val',))
+    results = model.validate(loaders, 5, None)
+    assert [(result.dataset, result.scale, result.count) for result in results] == [
+        ('tiny_x2', 'x2', 3), ('tiny_x3.3', 'x2x3.5', 3)]
+    for result, loader, border, border8 in zip(results, loaders, ((5, 5), (2, 4)), ((5, 5), (2, 2))):
+        expected = {'y': [], 'rgb8': [], 'bicubic_y': [], 'bicubic_rgb8': []}
+        loads, costs = [], []
+        for item in (loader.dataset[index] for index in range(3)):
+            size = tuple(item['gt'].shape[-2:])
+            image, expert_map = upscale(model.net_g_ema, item['lq'][None], size=size)
+            lq8 = (item['lq'].numpy().transpose(1, 2, 0) * 255).round().astype(np.uint8)
+            bicubic = torch.from_numpy(imresize(lq8, size=size).transpose(2, 0, 1) / 255.0)
+            for prefix, sr in (('', image[0]), ('bicubic_', bicubic)):
+                expected[f'{prefix}y'].append(psnr(sr, item['gt'], border, luma=True))
+                sr8 = sr.clamp(0, 1).mul(255).round() / 255
+                expected[f'{prefix}rgb8'].append(psnr(sr8, item['gt'], border8, luma=False))
+            loads.append([float((expert_map == j).float().mean()) for j in range(2)])
+            costs.append(sum(load * float(cost) for load, cost in zip(loads[-1], model.net_g.expert_costs)))
+        for name, values in expected.items():
+            assert result.metrics[name] == pytest.approx(sum(values) / 3, abs=1e-3), name
+        assert result.loads == pytest.approx(np.mean(loads, axis=0).tolist())
+        assert result.mean_cost == pytest.approx(sum(costs) / 3)
+    best = model.best_metric_results['tiny_x2']
+    assert best['y'] == {'better': 'higher', 'val': results[0].metrics['y'], 'iter': 5}
+
+
+def test_pictures_are_named_by_scale_and_iteration(root):
+    opt = options(root, **{'val:save_expert_map': True})
+    model = build_model(opt)
+    model.validate(evaluation_loaders(opt, ('val',)), 7, None, save_img=True)
+    folder = root / 'experiments' / 'run' / 'visualization'
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob('*.png'))
+    assert names == sorted(f'tiny_{scale}/{image}_{scale}_7{suffix}.png' for scale in ('x2', 'x3.3')
+                           for image in range(3) for suffix in ('', '_experts'))
+    # floor(26 / 3.3) = 7 rows, round(7 * 3.3) = 23; floor(33 / 3.3) = 10 columns
+    assert cv2.imread(str(folder / 'tiny_x3.3/0_x3.3_7.png')).shape == (23, 33, 3)
+    colors = {tuple(color) for color in cv2.imread(str(folder / 'tiny_x2/1_x2_7_experts.png')).reshape(-1, 3)}
+    assert colors <= {(0, 220, 255), (40, 40, 220)}  # yellow and red, the cheaper and the dearer of two
+
+
+def test_expert_colours_follow_the_cost():
+    expert_map = torch.tensor([[0, 1, 2, 3]])
+    plain = expert_map_picture(expert_map, 4)
+    assert plain[0].tolist() == [[0, 220, 255], [60, 180, 60], [220, 110, 30], [40, 40, 220]]
+    assert expert_map_picture(expert_map, 4, [1.0, 0.2, 0.5, 0.1])[0].tolist() == plain[0][[3, 1, 2, 0]].tolist()
+
+
+def test_every_image_is_one_ranks_job():
+    for sizes in ([5, 3, 1], [2], [7, 7], [0, 4]):
+        for world_size in (1, 2, 3, 8):
+            shares = [my_jobs(sizes, rank, world_size) for rank in range(world_size)]
+            for dataset, size in enumerate(sizes):
+                assert sorted(index for share in shares for index in share[dataset]) == list(range(size))
+            loads = [sum(map(len, share)) for share in shares]
+            assert max(loads) - min(loads) <= 1  # over images x scales, not per dataset
+
+
+def test_means_do_not_depend_on_the_order():
+    values = [1e16, 1.0, -1e16, 3.0]
+    assert mean(values) == mean(values[::-1]) == 1.0
+    assert mean([1.0, math.inf]) == math.inf
+
+
+def test_scale_labels():
+    assert [scale_label(scale) for scale in ((2.0, 2.0), (3.3, 3.3), (2.0, 3.5), (12.0, 12.0))] == [
+        'x2', 'x3.3', 'x2x3.5', 'x12']
+
+
+def test_a_stop_request_ends_validation_without_results(root):
+    opt = options(root)
+    model = build_model(opt)
+    asked = []
+
+    def should_stop():
+        asked.append(1)
+        return len(asked) > 2
+
+    assert model.validate(evaluation_loaders(opt, ('val',)), 1, None, should_stop=should_stop) is None
+    assert len(asked) == 3 and not hasattr(model, 'best_metric_results')
+
+
+def test_budget_of_the_yaml(root):
+    for budget in (0.3, 1.0):
+        opt = options(root, **{'val:budget': budget})
+        model = build_model(opt)
+        results = model.validate(evaluation_loaders(opt, ('val',)), 1, None)
+        assert [result.mean_cost for result in results] == pytest.approx([budget, budget], abs=0.01)
+
+
+def test_expert_maps_and_images_reach_tensorboard(root):
+    class Writer:
+        def __init__(self):
+            self.images, self.scalars = {}, {}
+
+        def add_image(self, name, image, step, dataformats):
+            self.images[name] = image.shape
+
+        def add_scalar(self, name, value, step):
+            self.scalars[name] = value
+
+    opt = options(root, **{'logger:use_tb_logger': True})
+    writer = Writer()
+    model = build_model(opt)
+    model.validate(evaluation_loaders(opt, ('val',)), 1, writer)
+    assert writer.images == {'tiny_x2_x2/0': (26, 32, 3), 'tiny_x2_x2/0_experts': (26, 32, 3),
+                             'tiny_x3.3_x3.3/0': (23, 33, 3), 'tiny_x3.3_x3.3/0_experts': (23, 33, 3)}
+    assert {'metrics/tiny_x2/psnr', 'val_load/tiny_x2/expert_1', 'val_cost/tiny_x3.3'} <= writer.scalars.keys()
+
+
+def test_images_without_truth_use_the_networks_scale(root):
+    """BasicSR's SingleImageDataset has no gt."""
+    single = {'name': 'single', 'type': 'SingleImageDataset', 'dataroot_lq': write_images(root / 'single', 2, (9, 11)),
+              'io_backend': {'type': 'disk'}}
+    base = run_yaml(root, **{'network_g:scale': 2.5})
+    options_of_test = {**{key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path')},
+                       'datasets': {'test': single}, 'val': {'save_img': True}}
+    assert run_test(parse(root, options_of_test, is_train=False)) == exit_codes.OK
+    picture = cv2.imread(str(root / 'results/run/visualization/single/0_x2.5.png'))
+    assert picture.shape == (23, 28, 3)
+
+
+@pytest.mark.parametrize('network, model_type', [(NETWORK, 'MoEISRModel'), (DENSE, 'ArbitraryScaleModel')])
+def test_the_test_loop_writes_one_results_document(root, network, model_type):
+    base = run_yaml(root, model_type=model_type, network_g=network)
+    model = build_model({**options(root, model_type=model_type, network_g=network), 'manual_seed': 3})
+    torch.save({'params': weights_of(model)}, root / 'weights.pth')
+    sections = {key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'val')}
+    datasets = {'test_1': base['datasets']['val'], 'test_2': base['datasets']['val_2']}
+    opt = parse(root, change({**sections, 'datasets': datasets, 'path': {'pretrain_network_g': str(root / 'weights.pth')}},
+                             {'val:save_img': True, 'val:val_freq': 1}), is_train=False)
+    assert run_test(opt) == exit_codes.OK
+    results = schema.load(root / 'results' / 'run' / 'results.json')
+    images = [row for row in results['rows'] if row['case'] == 'test']
+    assert [(row['dataset'], row['image']) for row in images] == [
+        (f'tiny_{scale}', str(image)) for scale in ('x2', 'x3.3') for image in range(3)]
+    means = [row for row in results['rows'] if row['case'] == 'mean']
+    for row in means:
+        values = [image['metrics']['psnr'] for image in images if image['dataset'] == row['dataset']]
+        assert row['metrics']['psnr'] == pytest.approx(sum(values) / 3)
+    if model_type == 'MoEISRModel':
+        macs = images[0]['macs']
+        routed = sum(load * each for load, each in zip(images[0]['routing']['loads'], macs['each_expert']))
+        assert macs['experts'] == pytest.approx(routed)
+    assert images[0]['time_ms']['total'] > 0
+    assert (root / 'results' / 'run' / 'visualization' / 'tiny_x2' / '0_x2.png').is_file()
+    # the same numbers as validation gives in training
+    model.net_g_ema.load_state_dict(model.net_g.state_dict())
+    again = model.validate(evaluation_loaders(options(root), ('val',)), 1, None)
+    assert [result.metrics for result in again] == [row['metrics'] for row in means]
+
+
+def test_errors_from_workers_are_one_line(root):
+    write_images(root / 'bad', 1, (40, 40))
+    (root / 'bad' / '1.png').write_bytes((root / 'bad' / '0.png').read_bytes()[:60])
+    opt = options(root, **{'datasets:val:dataroot_gt': str(root / 'bad')})
+    dataset = build_dataset(opt['datasets']['val'])
+    model = build_model(opt)
+    for workers in (0, 1):
+        with pytest.raises(UserError) as error:
+            model.validate([DataLoader(dataset, batch_size=1, num_workers=workers)], 1, None)
+        assert '1.png' in str(error.value) and '\n' not in str(error.value)
