@@ -58,7 +58,7 @@ def _define_torchvision_operators() -> None:
     Names without a kernel are enough: BasicSR never calls these operators, and a call says that it has no kernel.
     """
     import torch
-    if 'torchvision' in sys.modules or torch.version.cuda is not None or getattr(torch.version, 'hip', None) is not None:
+    if _LIBRARIES or 'torchvision' in sys.modules or torch.version.cuda or getattr(torch.version, 'hip', None):
         return
     spec = importlib.util.find_spec('torchvision')
     if spec is None or not spec.submodule_search_locations:
@@ -302,9 +302,9 @@ def load_torch_file(path, map_location='cpu', **kwargs) -> Any:
     kwargs['weights_only'] = True
     try:
         return torch.load(path, map_location=map_location, **kwargs)
-    except OSError:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
-    except Exception as error:  # a damaged pickle can end in almost any exception
+    except Exception as error:  # a damaged pickle can end in almost any exception, a cut zip in OSError
         reason = ' '.join(str(error).split())
         raise UserError(f'{path}: not a file of weights that can be read without running its code ({reason:.200}).'
                         ) from error

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from moeisr_basicsr.core import output_size
 from moeisr_basicsr.core.control import Budget, CostWeight
-from moeisr_basicsr.core.render import FeatureWindow, Renderer, spans
+from moeisr_basicsr.core.render import TORCH, FeatureWindow, Renderer, spans
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.kernels import fused_backend
 
 # Input pixels that the encoder sees at once by default: 64-channel fp32 features of 640 x 640 take 100 MiB, and an
 # encoder holds several of them. The halo of EDSR-baseline then costs a quarter more.
@@ -146,9 +147,14 @@ def upscale_strips(net: nn.Module, lq: Tensor, size: tuple[int, int], cost_weigh
     Raises:
         UserError: See `make_control` and `encoder_tiles`.
     """
+    lq_size = tuple(lq.shape[-2:])
     control = make_control(net, cost_weight, budget)
-    row_spans, col_spans = encoder_tiles(net, tuple(lq.shape[-2:]), size, tile)
-    strips = render_tiles(net, lq, size, control, row_spans, col_spans)
+    row_spans, col_spans = encoder_tiles(net, lq_size, size, tile)
+    with evaluation(net, lq.device.type, precision):
+        backend = fused_backend(net.decoder, lq.device, precision) or TORCH
+        renderer = Renderer(net.decoder, size, lq_size, net.test_cell(lq_size, size), control, backend,
+                            device=lq.device)
+    strips = render_tiles(net, lq, renderer, row_spans, col_spans)
     while True:
         # Entered anew for each strip: between strips the caller runs, and keeps its own modes.
         with evaluation(net, lq.device.type, precision):
@@ -158,11 +164,10 @@ def upscale_strips(net: nn.Module, lq: Tensor, size: tuple[int, int], cost_weigh
         yield strip
 
 
-def render_tiles(net: nn.Module, lq: Tensor, size: tuple[int, int], control: CostWeight | Budget,
-                 row_spans: list[tuple[int, int]], col_spans: list[tuple[int, int]]) -> Iterator[Strip]:
+def render_tiles(net: nn.Module, lq: Tensor, renderer: Renderer, row_spans: list[tuple[int, int]],
+                 col_spans: list[tuple[int, int]]) -> Iterator[Strip]:
     """The strips of `upscale_strips`; each step must run under `evaluation`."""
-    lq_size = tuple(lq.shape[-2:])
-    renderer = Renderer(net.decoder, size, lq_size, net.test_cell(lq_size, size), control, device=lq.device)
+    size = renderer.size
     windows: dict[tuple, FeatureWindow] = {}
 
     def window(rows: tuple[int, int], cols: tuple[int, int]) -> FeatureWindow:
@@ -171,7 +176,7 @@ def render_tiles(net: nn.Module, lq: Tensor, size: tuple[int, int], control: Cos
             windows[rows, cols] = encode_window(net, lq, renderer.window_of(rows, cols))
         return windows[rows, cols]
 
-    if isinstance(control, Budget):
+    if isinstance(renderer.control, Budget):
         for rows in row_spans:
             for cols in col_spans:
                 renderer.observe(window(rows, cols), rows, cols)

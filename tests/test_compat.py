@@ -64,7 +64,7 @@ def test_every_module_of_basicsr_imports():
     assert int(done.stdout.split()[-1]) == 90
 
 
-def test_shims_are_needed_once_and_change_nothing_that_exists():
+def test_shims_keep_a_module_that_exists():
     done = run_python("""
         import sys, types
         package = types.ModuleType('moeisr_basicsr')
@@ -77,7 +77,7 @@ def test_shims_are_needed_once_and_change_nothing_that_exists():
         libraries = len(compat._LIBRARIES)
         compat.install_shims()
         assert sys.modules[existing.__name__] is existing
-        assert len(compat._LIBRARIES) == libraries <= 1
+        assert len(compat._LIBRARIES) == libraries
         """, ROOT / 'moeisr_basicsr')
     assert done.returncode == 0, done.stderr
 
@@ -320,6 +320,8 @@ DDP = """
     assert net.module.weight.grad.item() == 1.5, net.module.weight.grad  # the mean of 1 and 2
     loss = model.reduce_loss_dict({'l': torch.tensor(float(rank))})
     print(dist.get_backend(), type(net).__name__, loss)
+    dist.barrier()  # a rank that ends while the other still works can abort gloo's threads
+    del net, model
     dist.destroy_process_group()
     """
 

@@ -126,7 +126,8 @@ def test_strip_equals_whole_bitwise(n_out, n):
         assert torch.equal(strip.rel, whole.rel[:, start:stop])
 
 
-@pytest.mark.parametrize(('lr_size', 'size'), [((5, 7), (15, 21)), ((1, 1), (4, 3)), ((6, 1), (7, 5)), ((11, 4), (29, 28))])
+@pytest.mark.parametrize(('lr_size', 'size'), [
+    ((5, 7), (15, 21)), ((1, 1), (4, 3)), ((6, 1), (7, 5)), ((11, 4), (29, 28))])
 def test_scattered_corners_equal_the_grid_bitwise(lr_size, size):
     grid = grid_corners(grid_axis(size[0], lr_size[0]), grid_axis(size[1], lr_size[1]), lr_size[1])
     scattered = make_corners(make_coord(size).expand(2, -1, -1), lr_size)
@@ -143,9 +144,10 @@ def test_corner_order_and_opposite_weights():
     coord = torch.tensor([[[(1 + 0.25) / 4 * 2 - 1, (2 + 0.25) / 5 * 2 - 1]]])
     corners = make_corners(coord, (4, 5))
     assert corners.index[:, 0, 0].tolist() == [0 * 5 + 1, 0 * 5 + 2, 1 * 5 + 1, 1 * 5 + 2]
-    torch.testing.assert_close(corners.rel[:, 0, 0], torch.tensor([[1.5, 1.5], [1.5, -0.5], [-0.5, 1.5], [-0.5, -0.5]]),
-                               rtol=0, atol=1e-5)
-    torch.testing.assert_close(corners.weight[:, 0, 0], torch.tensor([0.0625, 0.1875, 0.1875, 0.5625]), rtol=0, atol=1e-5)
+    rel = torch.tensor([[1.5, 1.5], [1.5, -0.5], [-0.5, 1.5], [-0.5, -0.5]])
+    torch.testing.assert_close(corners.rel[:, 0, 0], rel, rtol=0, atol=1e-5)
+    weight = torch.tensor([0.0625, 0.1875, 0.1875, 0.5625])
+    torch.testing.assert_close(corners.weight[:, 0, 0], weight, rtol=0, atol=1e-5)
 
 
 def test_corner_axis_keeps_the_shape_of_its_input():

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from tiny_runs import assert_same, change, metrics_lines, parse, run_options, run_yaml, saved
+from tiny_runs import assert_same, metrics_lines, parse, run_options, run_yaml, saved
 
 from moeisr_basicsr.engine import exit_codes
 from moeisr_basicsr.engine.train_loop import Trainer, train
@@ -130,10 +130,9 @@ def test_the_scaler_and_the_count_of_skipped_steps_are_kept(tmp_path, monkeypatc
 
 def test_a_drawn_seed_is_the_runs_own(tmp_path):
     """Without manual_seed one is drawn, and the resumed run takes it from the checkpoint."""
-    changes = {'manual_seed': None, 'train:total_iter': 7}
-    train(run_options(tmp_path, **changes))
+    train(run_options(tmp_path, **{'manual_seed': None, 'train:total_iter': 7}))
     seed = saved(tmp_path, 7)[1]['manual_seed']
-    train(run_options(tmp_path, auto_resume=True, **change(changes, {'train:total_iter': 8})))
+    train(run_options(tmp_path, auto_resume=True, **{'manual_seed': None, 'train:total_iter': 8}))
     assert saved(tmp_path, 8)[1]['manual_seed'] == seed
 
 

@@ -82,7 +82,8 @@ def modules():
 
 
 def test_imports_point_downwards():
-    found = [line for path, module, is_package in modules() for line in violations(path.read_text(), module, is_package)]
+    found = [line for path, module, is_package in modules()
+             for line in violations(path.read_text(), module, is_package)]
     assert not found, '\n'.join(found)
 
 
@@ -125,7 +126,7 @@ def test_no_circle_among_parts():
     ('inference', 'from moeisr_basicsr.models.batch import Batch', 1),
     ('inference', 'import argparse', 1),
     ('inference', 'from basicsr.models.sr_model import SRModel', 1),
-    ('models.moeisr_model', 'from moeisr_basicsr.inference import upscale\nfrom basicsr.models.sr_model import SRModel', 0),
+    ('models.moeisr_model', 'from moeisr_basicsr.inference import upscale\nfrom basicsr.models import SRModel', 0),
     ('models.moeisr_model', 'from moeisr_basicsr.engine.train_loop import train', 1),
     ('models.moeisr_model', 'from moeisr_basicsr.archs.moeisr_arch import MoEISR', 1),
     ('engine.train_loop', 'from moeisr_basicsr.cli import main', 1),

@@ -10,7 +10,8 @@ from reference import grid, mixture
 
 from moeisr_basicsr.core import MoEDecoder, render
 from moeisr_basicsr.core.control import Budget, CostWeight
-from moeisr_basicsr.core.render import TORCH, Tile, crop_window, grid_axis
+from moeisr_basicsr.core.coords import grid_axis
+from moeisr_basicsr.core.render import TORCH, Tile, crop_window
 from moeisr_basicsr.kernels import triton_decode
 from moeisr_basicsr.kernels.triton_decode import Config, TritonBackend
 
@@ -52,7 +53,7 @@ def check(decoder, lr_size=(5, 4), factor=(2, 3.5), precision='fp32', configs=No
     size = round(lr_size[0] * factor[0]), round(lr_size[1] * factor[1])
     backend = TritonBackend(decoder, precision)
     backend.configs = configs or backend.configs
-    rendered = render(decoder, feat, size, backend=backend, tile=triton_decode.TILE)
+    rendered = render(decoder, feat, size, backend=backend)
     difference = largest_difference(decoder, feat, size, rendered)
     assert difference <= TOLERANCE[precision], (precision, difference)
     return rendered, difference

@@ -7,6 +7,7 @@ queries in chunks; LIIF unfolds the features anew for each chunk; each of the fo
 Shapes: B images, C feature channels, (H, W) LR size, Q queries.
 """
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,23 @@ def plain_queries(decoder: MoEDecoder, j: int, feat: Tensor, coord: Tensor, cell
         cell: (B, Q, 2), 2 / output size.
         maps: `lte_maps`, where several calls share them.
     """
+    return ensemble(decoder, feat, coord, cell, decoder.pool.experts[j].layers, maps)
+
+
+def plain_mixture(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, gates: Tensor) -> Tensor:
+    """sum_j g_j f_j, every expert on every query under autograd, (B, Q, C_out); `gates` are (B, Q, J).
+
+    The experts share what they read: the sum's own cost, not that of four separate decoders.
+    """
+    weights = gates.flatten(0, 1).unsqueeze(-1)  # (B Q, J, 1)
+    return ensemble(decoder, feat, coord, cell,
+                    lambda inputs: sum(weights[:, j] * expert.layers(inputs)
+                                       for j, expert in enumerate(decoder.pool.experts)))
+
+
+def ensemble(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, mlp: Callable[[Tensor], Tensor],
+             maps: list[Tensor] | None = None) -> Tensor:
+    """Four full passes of `mlp`, (B Q, inputs) -> (B Q, C_out), blended by the diagonally opposite areas."""
     height, width = feat.shape[-2:]
     maps = maps or lte_maps(decoder, feat)
     if maps is None:
@@ -57,7 +75,8 @@ def plain_queries(decoder: MoEDecoder, j: int, feat: Tensor, coord: Tensor, cell
             rel = coord - sample_nearest(positions, shifted)
             rel[..., 0] *= height
             rel[..., 1] *= width
-            answers.append(answer_corner(decoder, j, sampled, rel, cell))
+            inputs = mlp_inputs(decoder, sampled, rel, cell)
+            answers.append(mlp(inputs.flatten(0, 1)).view(*rel.shape[:2], -1))
             areas.append((rel[..., 0] * rel[..., 1]).abs() + EPS_AREA)
     total = torch.stack(areas).sum(dim=0)
     output = 0
@@ -66,17 +85,14 @@ def plain_queries(decoder: MoEDecoder, j: int, feat: Tensor, coord: Tensor, cell
     return output
 
 
-def answer_corner(decoder: MoEDecoder, j: int, sampled: list[Tensor], rel: Tensor, cell: Tensor) -> Tensor:
-    """One full pass through expert j: (B, Q, C_out)."""
-    mlp = decoder.pool.experts[j].layers
+def mlp_inputs(decoder: MoEDecoder, sampled: list[Tensor], rel: Tensor, cell: Tensor) -> Tensor:
+    """What one pass reads: (B, Q, 9 C + 4) for LIIF, (B, Q, 2 K) for LTE."""
     if decoder.family == 'liif':
-        inputs = torch.cat([sampled[0], rel, cell], dim=-1)  # (B, Q, 9 C + 4)
-    else:
-        coef, freq = sampled
-        angle = (freq.unflatten(-1, (-1, 2)) * rel.unsqueeze(-2)).sum(dim=-1)  # (B, Q, K)
-        angle = angle + decoder.pool.phase(cell)
-        inputs = coef * torch.cat([torch.cos(math.pi * angle), torch.sin(math.pi * angle)], dim=-1)  # (B, Q, 2 K)
-    return mlp(inputs.flatten(0, 1)).view(*rel.shape[:2], -1)
+        return torch.cat([sampled[0], rel, cell], dim=-1)
+    coef, freq = sampled
+    angle = (freq.unflatten(-1, (-1, 2)) * rel.unsqueeze(-2)).sum(dim=-1)  # (B, Q, K)
+    angle = math.pi * (angle + decoder.pool.phase(cell))
+    return coef * torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 @torch.no_grad()

@@ -68,10 +68,3 @@ def clustered_map(size: tuple[int, int], lq_size: tuple[int, int], loads: Sequen
     for j, (start, stop) in enumerate(zip(edges[:-1], edges[1:])):
         expert_map[order[start:stop]] = j
     return expert_map.view(size)
-
-
-def fused_backend(decoder: MoEDecoder, device: torch.device, precision: str) -> Backend | None:
-    """The fused kernels for this decoder, or None where they cannot run; see `kernels`."""
-    from moeisr_basicsr import kernels  # compiles on first use: only where it is asked for
-    make = getattr(kernels, 'fused_backend', None)
-    return None if make is None else make(decoder, device, precision)

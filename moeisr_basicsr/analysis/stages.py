@@ -7,14 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moeisr_basicsr.core.render import TORCH, Backend, FeatureWindow, Renderer
 from moeisr_basicsr.core.control import Budget
+from moeisr_basicsr.core.render import TORCH, Backend, FeatureWindow, Renderer
 from moeisr_basicsr.inference import evaluation, make_control, upscale_strips
+from moeisr_basicsr.kernels import fused_backend
 
 from .complexity import decoder_macs, dense_folded_macs, dense_plain_macs, encoder_macs, heaviest
 from .measure import interleaved_ms, peak_mib
 from .plain import CHUNK, plain_image
-from .rendering import fused_backend, render_fixed
+from .rendering import render_fixed
 from .routing_stats import expert_loads, mean_cost
 
 STAGES = ('encode', 'map', 'decode', 'total')

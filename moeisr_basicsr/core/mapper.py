@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .coords import nearest_index, pixel_centres
+from .precision import full_fp32
 
 GRANULARITIES = ('pixel', 'cell')
 
@@ -53,7 +54,7 @@ class Mapper(nn.Module):
 
     def table(self, feat: Tensor) -> Tensor:
         """The part of the query layer that depends on the features only: (B, T, D), bias included."""
-        with torch.autocast(feat.device.type, enabled=False):
+        with torch.autocast(feat.device.type, enabled=False), full_fp32(feat.device):
             x = self.convs(feat.to(self.query_in.weight.dtype))
             num_feat = x.shape[1]
             kernel = self.query_in.weight[:, :num_feat, None, None]

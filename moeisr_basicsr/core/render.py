@@ -20,7 +20,6 @@ from .dispatch import dispatch
 from .mapper import Mapper, nearest_axis
 from .queries import Queries, make_queries
 
-TILE = 32  # LR cells per side: the tables of four 256-wide experts then take 4 MiB in fp32 and stay in cache
 CHUNK = 4096  # queries: four corners of 256 values are 16 MiB, below the size at which malloc maps memory anew
 
 
@@ -50,6 +49,7 @@ class Near(NamedTuple):
 
 class Backend(Protocol):
     """Computes tiles: the torch code below, or fused kernels with the same results to rounding."""
+    tile: int  # LR cells per side of a tile that suit it
 
     def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
         """The tile's pixels, each from its expert: (C_out, R, S) fp32."""
@@ -63,6 +63,7 @@ class Backend(Protocol):
 
 class TorchBackend:
     """Plain torch, on any device."""
+    tile = 32  # the tables of four 256-wide experts then take 4 MiB in fp32 and stay in cache
 
     def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
         """LR tables of the window, then each pixel to its expert, in chunks."""
@@ -123,15 +124,15 @@ class Renderer:
         cell: (2,) 2 / size, or what the network was trained to see in its place.
         control: Routes a strip's logits; the trained routing where it is None.
         backend: Computes routing and tiles.
-        tile: LR cells per side of a tile.
+        tile: LR cells per side of a tile; the backend's choice where it is None.
         device: Device of the features.
     """
 
     def __init__(self, decoder: MoEDecoder, size: tuple[int, int], lr_size: tuple[int, int], cell: Tensor | None = None,
-                 control: Control | None = None, backend: Backend = TORCH, tile: int = TILE,
+                 control: Control | None = None, backend: Backend = TORCH, tile: int | None = None,
                  device: torch.device | str | None = None):
         self.decoder = decoder
-        self.size, self.lr_size, self.tile = size, lr_size, tile
+        self.size, self.lr_size, self.tile = size, lr_size, tile or backend.tile
         self.control = control or CostWeight()
         self.backend = backend
         cell = make_cell(size) if cell is None else cell
@@ -229,7 +230,7 @@ def crop_window(feat: Tensor, rows: GridAxis, cols: GridAxis) -> tuple[Tensor, G
 
 @torch.no_grad()
 def render(decoder: MoEDecoder, feat: Tensor, size: tuple[int, int], cell: Tensor | None = None,
-           control: Control | None = None, backend: Backend = TORCH, tile: int = TILE) -> Rendered:
+           control: Control | None = None, backend: Backend = TORCH, tile: int | None = None) -> Rendered:
     """The whole output of a batch of feature maps (B, C, H, W), without gradients; arguments as in `Renderer`."""
     lr_size = tuple(feat.shape[-2:])
     renderer = Renderer(decoder, size, lr_size, cell, control, backend, tile, feat.device)

@@ -33,7 +33,30 @@ ORIENTATIONS = {1: (False, False, False), 2: (False, False, True), 3: (False, Tr
 PILLOW_FORMATS = {'.jpg': ('JPEG', 65535, False), '.jpeg': ('JPEG', 65535, False), '.webp': ('WEBP', 16383, True),
                   '.bmp': ('BMP', 2**31 - 1, False)}
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # BT.601; the three channels of a grey image hardly differ after upscaling
-_pillow_limit = threading.Lock()
+
+
+class _PillowLimit:
+    """Pillow's limit on the size of images, off while any thread reads: `MAX_PIXELS` is ours, and Pillow's is global."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.readers = 0
+        self.limit = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.readers == 0:
+                self.limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self.readers += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.readers -= 1
+            if self.readers == 0:
+                Image.MAX_IMAGE_PIXELS = self.limit
+
+
+_pillow_limit = _PillowLimit()
 
 
 class ImageHeader(NamedTuple):
@@ -210,7 +233,8 @@ def _open_file(path: str | os.PathLike) -> io.BufferedReader:
 def _naming(name: str):
     """Every error of a decoder names the file: a damaged file can end in almost any exception."""
     try:
-        yield
+        with _pillow_limit:
+            yield
     except UserError:
         raise
     except MemoryError as error:
@@ -221,16 +245,11 @@ def _naming(name: str):
 
 
 def _open(data: bytes | io.BufferedReader, name: str) -> Image.Image:
-    """Pillow's image, not decoded yet; with our own limit on its size in place of Pillow's."""
+    """Pillow's image, not decoded yet."""
     if data == b'':
         raise UserError(f'{name}: the file is empty.')
     try:
-        with _pillow_limit:
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
     except Image.UnidentifiedImageError:
         raise UserError(f'{name}: not an image that can be read, or its beginning is damaged; '
                         f'{", ".join(suffix[1:] for suffix in SUFFIXES)} can be read.') from None
@@ -287,8 +306,7 @@ def _read_16_bit(image: Image.Image, data: bytes, name: str) -> ImageData:
     was_grey = image.mode in GREY_MODES or _png_colour_type(image, data) in (0, 4)
     if image.format == 'TIFF' and not was_grey and tags.get(TIFF_PLANAR, 1) != 1:
         raise UserError(f'{name}: 16-bit TIFF with separate colour planes is not supported; store it interleaved.')
-    # Read before loading: Pillow turns a TIFF upright when it loads it, and forgets the tag.
-    orientation = image.getexif().get(ORIENTATION, 1)
+    orientation = 1 if image.format == 'TIFF' else image.getexif().get(ORIENTATION, 1)  # OpenCV turns TIFF by itself
     num_frames = getattr(image, 'n_frames', 1)
     profile = image.info.get('icc_profile') or None
     image.load()  # raises where the file is damaged; OpenCV would return half a picture

@@ -22,6 +22,8 @@ class FusedCPUBackend:
         precision: 'fp32' or 'bf16' for the experts. The mapper is fp32 always.
     """
 
+    tile = 32
+
     def __init__(self, decoder: MoEDecoder, precision: str = 'fp32'):
         self.dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
         pool = decoder.pool

@@ -29,10 +29,10 @@ from moeisr_basicsr.core.dispatch import group_by_expert
 from moeisr_basicsr.core.liif import LIIFExperts
 from moeisr_basicsr.core.lte import LTEExperts
 from moeisr_basicsr.core.mapper import Mapper
+from moeisr_basicsr.core.precision import full_fp32
 from moeisr_basicsr.core.render import Near, Tile, TorchBackend
 from moeisr_basicsr.kernels.triton_kernel import decode_kernel, interpreted, route_kernel
 
-TILE = 128  # LR cells per side: the tables of four 256-wide experts take 32 MiB in bf16, less than an H100's L2
 MIN_WIDTH = 16  # the least inner size of a tensor core product
 MAX_WIDTH = 512  # wider activations do not fit the registers of one program
 MAX_ROUTED = 16  # experts; the routing kernel is unrolled over them
@@ -51,7 +51,7 @@ class Config(NamedTuple):
 
 # From the largest blocks (each read of the weights serves 4 * block rows) to what small shared memories hold; the
 # first that the device accepts is used. Chosen by the compiler's report for widths of 256 on compute capability 9.0:
-# hardly any spilled register, and 128, 64, 64, 42 KiB of shared memory for the 16-bit ones. Not measured.
+# hardly any spilled register, and 128, 64, 64, 10 KiB of shared memory for the 16-bit ones. Not measured.
 HALF_CONFIGS = (Config(32, 64, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 1))
 CONFIGS = {
     'bf16': HALF_CONFIGS, 'fp16': HALF_CONFIGS,
@@ -152,11 +152,7 @@ class TableConv(NamedTuple):
     def __call__(self, window: Tensor) -> Tensor:
         """(1, C, h + 2, w + 2) -> (T, channels): one row per latent code."""
         window = window.to(self.weight.dtype).contiguous(memory_format=torch.channels_last)
-        cudnn = torch.backends.cudnn
-        # PyTorch lets cuDNN round to tf32 by default.
-        keep_fp32 = cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic,
-                                allow_tf32=False) if self.exact and window.is_cuda else nullcontext()
-        with keep_fp32:
+        with full_fp32(window.device) if self.exact else nullcontext():
             table = F.conv2d(window, self.weight, self.bias)  # (1, channels, h, w)
         return table[0].permute(1, 2, 0).flatten(0, 1).contiguous()  # no copy where the convolution is channels-last
 
@@ -176,7 +172,7 @@ def _lte_conv(pool: LTEExperts, experts: list[PackedExpert]) -> TableConv:
 
 
 class TritonBackend(TorchBackend):
-    """Routes and decodes the tiles of one decoder with fused kernels; to be used with `TILE`.
+    """Routes and decodes the tiles of one decoder with fused kernels.
 
     Weights are packed here, once: build another one after the decoder's weights or device have changed.
 
@@ -188,6 +184,7 @@ class TritonBackend(TorchBackend):
     Raises:
         ValueError: An unknown precision, a device that cannot run the kernel, or a width above `MAX_WIDTH`.
     """
+    tile = 128  # the LR tables of four 256-wide experts take 32 MiB in bf16, less than an H100's L2
 
     def __init__(self, decoder: MoEDecoder, precision: str = 'bf16'):
         if precision not in PRECISIONS:

@@ -74,7 +74,7 @@ class ArbitraryScaleModel(SRModel):
         train_opt = self.opt['train']
         super().init_training_settings()
         if self.ema_decay > 0:
-            self.net_g_ema.float().requires_grad_(False)
+            self.net_g_ema.requires_grad_(False)  # fp32, like the trained weights: AMP only changes the forward
         self.accumulate = int(train_opt.get('accumulate', 1))
         if self.accumulate < 1:
             raise UserError(f'train: accumulate must be at least 1; got {self.accumulate}.')

@@ -20,7 +20,7 @@ namespace moeisr {
 namespace {
 
 // Ways to compute, in the order of ISAS in kernels/cpu.py.
-enum Isa { kAvx2 = 1, kAvx512 = 2, kAmxSplit2 = 3, kAmxSplit3 = 4, kAvx512Bf16 = 5, kAmxBf16 = 6, kLastIsa = 6 };
+enum Isa { kAvx2 = 1, kAvx512 = 2, kAmxFp32 = 3, kAvx512Bf16 = 4, kAmxBf16 = 5, kLastIsa = 5 };
 
 #if defined(__x86_64__)
 uint64_t enabled_state() {  // which registers the operating system saves: XCR0
@@ -55,8 +55,7 @@ bool cpu_has(Isa isa) {
         case kAvx2: return avx2;
         case kAvx512: return avx2 && avx512;
         case kAvx512Bf16: return avx2 && bf16;
-        case kAmxSplit2:
-        case kAmxSplit3:
+        case kAmxFp32:
         case kAmxBf16: return avx2 && bf16 && amx && request_amx();
         default: return false;
     }
@@ -69,11 +68,10 @@ Kernel kernel_of(int64_t isa) {
     switch (isa) {
         case kAvx2: return avx2_kernel();
         case kAvx512: return avx512_kernel();
-        case kAmxSplit2: return amx_kernel(2);
-        case kAmxSplit3: return amx_kernel(3);
+        case kAmxFp32: return amx_fp32_kernel();
         case kAvx512Bf16: return avx512_bf16_kernel();
-        case kAmxBf16: return amx_kernel(1);
-        default: return {nullptr, nullptr, 0, 0};
+        case kAmxBf16: return amx_bf16_kernel();
+        default: return {};
     }
 }
 
@@ -97,14 +95,18 @@ class ThreadMemory {
     size_t size_ = 0;
 };
 
-bool make_scratch(const Decode &d, const Kernel &kernel, Scratch *scratch) {
-    thread_local ThreadMemory memory;
+int64_t widest(const Decode &d) {
     int64_t width = kPad;
     for (int64_t j = 0; j < d.num_experts; ++j) {
         const Expert &e = d.experts[j];
         width = std::max(width, e.width);
         for (int64_t n = 0; n < e.num_layers; ++n) width = std::max(width, e.layers[n].out);
     }
+    return width;
+}
+
+bool make_scratch(int64_t width, const Kernel &kernel, Scratch *scratch) {
+    thread_local ThreadMemory memory;
     // One cache line more than the width: at a power of two all rows would share a few cache sets.
     scratch->stride = width * kernel.split + kCacheLine / kernel.element;
     scratch->last_stride = width + kCacheLine / 4;
@@ -143,7 +145,7 @@ MOEISR_API int64_t moeisr_decode(const Decode *decode, int64_t isa) {
 #pragma omp parallel num_threads(d.num_threads)
     {
         Scratch scratch;
-        if (!make_scratch(d, kernel, &scratch)) failed = kNoMemory;
+        if (!make_scratch(widest(d), kernel, &scratch)) failed = kNoMemory;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < tiles; ++i) {
             if (failed) continue;
@@ -154,6 +156,25 @@ MOEISR_API int64_t moeisr_decode(const Decode *decode, int64_t isa) {
             kernel.decode(d, tile, scratch, &error);
             if (error) failed = error;
         }
+    }
+    return failed;
+}
+
+// Returns one of Error.
+MOEISR_API int64_t moeisr_table(const TableJob *job, int64_t isa) {
+    const TableJob &t = *job;
+    const Kernel kernel = kernel_of(isa);
+    const int64_t cells = t.height * t.width;
+    // Weights of many experts exceed L2: large blocks read them seldom. A multiple of every micro-tile's rows.
+    const int64_t step = cells >= 96 * t.num_threads ? 96 : 48;
+    std::atomic<int> failed{kOk};
+#pragma omp parallel num_threads(t.num_threads)
+    {
+        Scratch scratch;
+        if (!make_scratch(t.layer.in, kernel, &scratch)) failed = kNoMemory;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t first = 0; first < cells; first += step)
+            if (!failed) kernel.table(t, first, std::min(step, cells - first), scratch);
     }
     return failed;
 }

@@ -75,6 +75,16 @@ struct Route {
     int64_t num_threads;
 };
 
+// LR tables: (Ht * Wt, out) = 3x3 convolution of a window of features, without activation.
+struct TableJob {
+    Layer layer;          // in = 9 * channels: row, column, channel of the window
+    const float *window;  // (Ht + 2, Wt + 2, channels), channels a multiple of kPad
+    int64_t channels, height, width;  // Ht, Wt
+    void *out;            // (Ht * Wt, layer.out)
+    int64_t out_stride, out_is_bf16;
+    int64_t num_threads;
+};
+
 struct Tile {
     int64_t row, col, rows, cols;
 };
@@ -89,6 +99,7 @@ struct Scratch {
 };
 
 using DecodeTile = void (*)(const Decode &, const Tile &, const Scratch &, int *error);
+using BuildTable = void (*)(const TableJob &, int64_t first, int64_t cells, const Scratch &);
 using RouteRow = void (*)(const Route &, int64_t row);
 
 enum Error { kOk = 0, kBadExpert = 1, kMissingTable = 2, kNoMemory = 3 };
@@ -96,12 +107,14 @@ enum Error { kOk = 0, kBadExpert = 1, kMissingTable = 2, kNoMemory = 3 };
 // One way to compute; null functions where the compiler could not build it.
 struct Kernel {
     DecodeTile decode;
-    RouteRow route;  // fp32 only
+    BuildTable table;  // at most kBlockRows cells at a time
+    RouteRow route;    // fp32 only
     int64_t element, split;  // of an activation block: bytes per element, elements per channel
 };
 Kernel avx2_kernel();
 Kernel avx512_kernel();
 Kernel avx512_bf16_kernel();
-Kernel amx_kernel(int split);  // 1: bf16; 2 and 3: bf16 parts that add up to near fp32, see gemm_amx.h
+Kernel amx_bf16_kernel();
+Kernel amx_fp32_kernel();  // each number as three bf16 parts, see gemm_amx.h
 
 }  // namespace moeisr

@@ -3,9 +3,9 @@
 // 32 rows x 32 output channels at a time: four sum tiles, two tiles of activations (16 rows x 32 input channels) and
 // two of weights.
 //
-// Split = 1 is plain bf16. Split = 2 or 3 computes in near fp32 accuracy: each number is the sum of that many bf16
-// numbers (16 or 24 bits of mantissa), and the products that matter are added up, the smallest first. That is 3 or 6
-// times the work, on a unit with 16 times the rate of fp32 multiply-adds.
+// Split = 1 is plain bf16. Split = 3 has the accuracy of fp32: each number is the sum of three bf16 numbers (24 bits of
+// mantissa), and the six products that matter are added up, the smallest first. That is six times the work, on a unit
+// with 16 times the rate of fp32 multiply-adds.
 //
 // Layouts, for every 32 input channels: activations (Split, 32) per row; weights (Split, 16, kPad, 2), two neighbouring
 // input channels together.
@@ -15,10 +15,6 @@ struct Products;  // which parts are multiplied, in order; 0 is the largest part
 template <>
 struct Products<1> {
     static constexpr int kCount = 1, kLeft[] = {0}, kRight[] = {0};
-};
-template <>
-struct Products<2> {  // the product of both small parts is below the error of the split
-    static constexpr int kCount = 3, kLeft[] = {0, 0, 1}, kRight[] = {1, 0, 0};
 };
 template <>
 struct Products<3> {
@@ -188,5 +184,14 @@ struct GemmAmx {
                 default: last_channels<4>(d, e, layer, in, block, scratch, first); break;
             }
         }
+    }
+
+    static void linear(const Layer &layer, const uint16_t *in, int rows, const Scratch &scratch, const TableOut &out) {
+        const float *biases = layer.bias;
+        multiply(layer, in, rows, scratch, [=](const float *sums, int row, int64_t n) {
+            const Vec bias[2] = {load(biases + n), load(biases + n + 16)};
+            for (int i = 0; i < 4; ++i)
+                for (int v = 0; v < 2; ++v) out.put(row + i, n + 16 * v, add(load(sums + i * kPad + 16 * v), bias[v]));
+        });
     }
 };

@@ -17,10 +17,9 @@ struct GemmBf16 {
         return (__m512bh)_mm512_set1_epi32(pair);
     }
 
-    template <class Out>
+    template <class Sink>
     static inline __attribute__((always_inline)) void micro(const uint16_t *a, int64_t stride, const uint16_t *w,
-                                                            int64_t k_end, const float *bias, Out *out,
-                                                            int64_t out_stride) {
+                                                            int64_t k_end, const float *bias, const Sink &sink) {
         __m512 acc[kRows][kNumVecs];
         for (int i = 0; i < kRows; ++i)
             for (int v = 0; v < kNumVecs; ++v) acc[i][v] = _mm512_loadu_ps(bias + v * Vec::kLanes);
@@ -33,32 +32,42 @@ struct GemmBf16 {
                 for (int v = 0; v < kNumVecs; ++v) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], x, weight[v]);
             }
         }
-        for (int i = 0; i < kRows; ++i) put(out + i * out_stride, relu(Vec{acc[i][0]}), relu(Vec{acc[i][1]}));
-    }
-    static inline void put(uint16_t *out, Vec first, Vec second) { store_bf16(out, first, second); }
-    static inline void put(float *out, Vec first, Vec second) {
-        store(out, first);
-        store(out + Vec::kLanes, second);
+        for (int i = 0; i < kRows; ++i) sink(i, Vec{acc[i][0]}, Vec{acc[i][1]});
     }
 
-    template <class Out>
-    static void multiply(const Layer &layer, const uint16_t *in, int64_t stride, Out *out, int64_t out_stride,
-                         int rows) {
+    // `sink(row, channel, sums, sums of the next 16 channels)` for every row and panel, bias included.
+    template <class Sink>
+    static void multiply(const Layer &layer, const uint16_t *in, int rows, const Scratch &scratch, const Sink &sink) {
         const uint16_t *weight = static_cast<const uint16_t *>(layer.weight);
         for (int64_t n = 0; n < layer.out; n += kPad)
             for (int m = 0; m < rows; m += kRows)
-                micro(in + m * stride, stride, weight + n * layer.in, layer.in, layer.bias + n,
-                      out + m * out_stride + n, out_stride);
+                micro(in + m * scratch.stride, scratch.stride, weight + n * layer.in, layer.in, layer.bias + n,
+                      [&](int i, Vec first, Vec second) { sink(m + i, n, first, second); });
     }
 
     static void hidden(const Layer &layer, const uint16_t *in, uint16_t *out, int rows, const Scratch &scratch) {
-        multiply(layer, in, scratch.stride, out, scratch.stride, rows);
+        const int64_t stride = scratch.stride;
+        multiply(layer, in, rows, scratch, [=](int row, int64_t n, Vec first, Vec second) {
+            store_bf16(out + row * stride + n, relu(first), relu(second));
+        });
     }
 
     // The last hidden vectors stay in fp32: they are only blended and summed.
     static void last(const Decode &d, const Expert &e, const Layer &layer, const uint16_t *in, const Block &block,
                      const Scratch &scratch) {
-        multiply(layer, in, scratch.stride, scratch.last, scratch.last_stride, block.rows);
-        blend_rows(d, e, block, scratch.last, scratch.last_stride);
+        float *out = scratch.last;
+        const int64_t stride = scratch.last_stride;
+        multiply(layer, in, block.rows, scratch, [=](int row, int64_t n, Vec first, Vec second) {
+            store(out + row * stride + n, relu(first));
+            store(out + row * stride + n + Vec::kLanes, relu(second));
+        });
+        blend_rows(d, e, block, out, stride);
+    }
+
+    static void linear(const Layer &layer, const uint16_t *in, int rows, const Scratch &scratch, const TableOut &out) {
+        multiply(layer, in, rows, scratch, [=](int row, int64_t n, Vec first, Vec second) {
+            out.put(row, n, first);
+            out.put(row, n + Vec::kLanes, second);
+        });
     }
 };

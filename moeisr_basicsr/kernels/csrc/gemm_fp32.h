@@ -1,7 +1,7 @@
 // Matrix products in fp32. Included inside the namespace of one instruction set, after Vec and tile.h.
 //
-// A micro-tile keeps MicroRows x 2 vectors of sums in registers. Its weight panel (two vectors wide, all of the input
-// width) is read from L1 by every micro-tile of the block before the next panel is touched.
+// A micro-tile keeps MicroRows x NumVecs vectors of sums in registers. Its weight panel (NumVecs vectors wide, all of the
+// input width) is read from L1 by every micro-tile of the block before the next panel is touched.
 
 template <int MicroRows, int NumVecs>
 struct GemmFp32 {
@@ -15,8 +15,10 @@ struct GemmFp32 {
 
     static inline void write(float *out, const Vec *v) { FloatRows::write(out, v); }
 
+    // One micro-tile, bias included; `sink(row, sums)` takes the NumVecs vectors of each row.
+    template <class Sink>
     static inline __attribute__((always_inline)) void micro(const float *a, int64_t stride, const float *w, int64_t k_end,
-                                                            const float *bias, float *out) {
+                                                            const float *bias, const Sink &sink) {
         Vec acc[MicroRows][NumVecs];
         for (int i = 0; i < MicroRows; ++i)
             for (int v = 0; v < NumVecs; ++v) acc[i][v] = load(bias + v * Vec::kLanes);
@@ -30,17 +32,24 @@ struct GemmFp32 {
                 for (int v = 0; v < NumVecs; ++v) acc[i][v] = fma(x, weight[v], acc[i][v]);
             }
         }
-        for (int i = 0; i < MicroRows; ++i)
-            for (int v = 0; v < NumVecs; ++v)
-                store(out + i * stride + v * Vec::kLanes, relu(acc[i][v]));
+        for (int i = 0; i < MicroRows; ++i) sink(i, acc[i]);
     }
 
-    static void hidden(const Layer &layer, const float *in, float *out, int rows, const Scratch &scratch) {
+    // `sink(row, channel, sums)` for every row and panel.
+    template <class Sink>
+    static void multiply(const Layer &layer, const float *in, int rows, const Scratch &scratch, const Sink &sink) {
         const float *weight = static_cast<const float *>(layer.weight);
         for (int64_t n = 0; n < layer.out; n += kPanel)
             for (int m = 0; m < rows; m += MicroRows)
                 micro(in + m * scratch.stride, scratch.stride, weight + n * layer.in, layer.in, layer.bias + n,
-                      out + m * scratch.stride + n);
+                      [&](int i, const Vec *sums) { sink(m + i, n, sums); });
+    }
+
+    static void hidden(const Layer &layer, const float *in, float *out, int rows, const Scratch &scratch) {
+        const int64_t stride = scratch.stride;
+        multiply(layer, in, rows, scratch, [=](int row, int64_t n, const Vec *sums) {
+            for (int v = 0; v < NumVecs; ++v) store(out + row * stride + n + v * Vec::kLanes, relu(sums[v]));
+        });
     }
 
     static void last(const Decode &d, const Expert &e, const Layer &layer, const float *in, const Block &block,
@@ -48,5 +57,11 @@ struct GemmFp32 {
         float *out = static_cast<float *>(in == scratch.block[0] ? scratch.block[1] : scratch.block[0]);
         hidden(layer, in, out, block.rows, scratch);
         blend_rows(d, e, block, out, scratch.stride);
+    }
+
+    static void linear(const Layer &layer, const float *in, int rows, const Scratch &scratch, const TableOut &out) {
+        multiply(layer, in, rows, scratch, [=](int row, int64_t n, const Vec *sums) {
+            for (int v = 0; v < NumVecs; ++v) out.put(row, n + v * Vec::kLanes, sums[v]);
+        });
     }
 };

@@ -19,6 +19,7 @@ namespace moeisr {
 namespace amx {
 #include "vec_avx512.h"
 #include "tile.h"
+#include "table.h"
 #include "bf16.h"
 #include "gemm_amx.h"
 }  // namespace amx
@@ -30,14 +31,16 @@ namespace amx {
 #pragma GCC pop_options
 #endif
 
-moeisr::Kernel moeisr::amx_kernel(int split) {
-    switch (split) {
-        case 1: return {amx::decode_tile<amx::GemmAmx<1>>, nullptr, 2, 1};
-        case 2: return {amx::decode_tile<amx::GemmAmx<2>>, nullptr, 2, 2};
-        default: return {amx::decode_tile<amx::GemmAmx<3>>, nullptr, 2, 3};
-    }
+moeisr::Kernel moeisr::amx_bf16_kernel() {
+    using Gemm = amx::GemmAmx<1>;
+    return {amx::decode_tile<Gemm>, amx::TableRows::run<Gemm>, nullptr, 2, 1};
+}
+moeisr::Kernel moeisr::amx_fp32_kernel() {
+    using Gemm = amx::GemmAmx<3>;
+    return {amx::decode_tile<Gemm>, amx::TableRows::run<Gemm>, nullptr, 2, 3};
 }
 
 #else
-moeisr::Kernel moeisr::amx_kernel(int) { return {nullptr, nullptr, 0, 0}; }
+moeisr::Kernel moeisr::amx_bf16_kernel() { return {}; }
+moeisr::Kernel moeisr::amx_fp32_kernel() { return {}; }
 #endif

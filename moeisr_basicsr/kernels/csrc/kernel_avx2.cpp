@@ -19,6 +19,7 @@ namespace moeisr {
 namespace avx2 {
 #include "vec_avx2.h"
 #include "tile.h"
+#include "table.h"
 #include "gemm_fp32.h"
 #include "route.h"
 }  // namespace avx2
@@ -31,8 +32,11 @@ namespace avx2 {
 #endif
 
 // 16 registers: 6 rows x 2 vectors of sums, 2 of weights, 1 broadcast.
-moeisr::Kernel moeisr::avx2_kernel() { return {avx2::decode_tile<avx2::GemmFp32<6, 2>>, avx2::route_row, 4, 1}; }
+moeisr::Kernel moeisr::avx2_kernel() {
+    using Gemm = avx2::GemmFp32<6, 2>;
+    return {avx2::decode_tile<Gemm>, avx2::TableRows::run<Gemm>, avx2::route_row, 4, 1};
+}
 
 #else
-moeisr::Kernel moeisr::avx2_kernel() { return {nullptr, nullptr, 0, 0}; }
+moeisr::Kernel moeisr::avx2_kernel() { return {}; }
 #endif

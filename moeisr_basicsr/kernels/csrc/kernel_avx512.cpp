@@ -19,6 +19,7 @@ namespace moeisr {
 namespace avx512 {
 #include "vec_avx512.h"
 #include "tile.h"
+#include "table.h"
 #include "gemm_fp32.h"
 #include "route.h"
 }  // namespace avx512
@@ -31,8 +32,11 @@ namespace avx512 {
 #endif
 
 // 32 registers: 12 rows x 2 vectors of sums, 2 of weights, broadcasts in flight.
-moeisr::Kernel moeisr::avx512_kernel() { return {avx512::decode_tile<avx512::GemmFp32<12, 2>>, avx512::route_row, 4, 1}; }
+moeisr::Kernel moeisr::avx512_kernel() {
+    using Gemm = avx512::GemmFp32<12, 2>;
+    return {avx512::decode_tile<Gemm>, avx512::TableRows::run<Gemm>, avx512::route_row, 4, 1};
+}
 
 #else
-moeisr::Kernel moeisr::avx512_kernel() { return {nullptr, nullptr, 0, 0}; }
+moeisr::Kernel moeisr::avx512_kernel() { return {}; }
 #endif

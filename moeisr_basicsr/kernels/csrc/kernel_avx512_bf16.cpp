@@ -19,6 +19,7 @@ namespace moeisr {
 namespace avx512_bf16 {
 #include "vec_avx512.h"
 #include "tile.h"
+#include "table.h"
 #include "bf16.h"
 #include "gemm_bf16.h"
 }  // namespace avx512_bf16
@@ -31,9 +32,10 @@ namespace avx512_bf16 {
 #endif
 
 moeisr::Kernel moeisr::avx512_bf16_kernel() {
-    return {avx512_bf16::decode_tile<avx512_bf16::GemmBf16>, nullptr, 2, 1};
+    using Gemm = avx512_bf16::GemmBf16;
+    return {avx512_bf16::decode_tile<Gemm>, avx512_bf16::TableRows::run<Gemm>, nullptr, 2, 1};
 }
 
 #else
-moeisr::Kernel moeisr::avx512_bf16_kernel() { return {nullptr, nullptr, 0, 0}; }
+moeisr::Kernel moeisr::avx512_bf16_kernel() { return {}; }
 #endif

@@ -1,0 +1,227 @@
+"""Model files and the conversion into them: exact, complete or absent, and never running what a file holds."""
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from basicsr.archs import build_network
+from official_nets import OfficialNet
+from reference import grid
+from safetensors.torch import save_file
+
+from moeisr_basicsr import atomic_file
+from moeisr_basicsr.checkpoint import FORMAT, load_model, read_model, save_model
+from moeisr_basicsr.convert import convert
+from moeisr_basicsr.errors import UserError
+
+ENCODER = {'type': 'EDSREncoder', 'num_feat': 6, 'num_block': 1}
+NETWORK = {'type': 'MoEISR', 'encoder': ENCODER, 'experts': [[4], [4, 4]],
+           'mapper': {'num_layers': 1, 'num_feat': 4, 'hidden': 4}, 'skip': 'bicubic', 'zero_init_last': False}
+
+
+class Touch:
+    """Unpickling an instance makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.path}',)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_net(seed=0, options=NETWORK):
+    torch.manual_seed(seed)
+    return build_network(options).eval()
+
+
+def answers(net, size=(5, 9), lq_size=(4, 3)):
+    lq = torch.rand(1, 3, *lq_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return net(lq, *grid(size))
+
+
+def test_round_trip():
+    net = make_net()
+    save_model('m.safetensors', net, NETWORK, source='test')
+    model = read_model('m.safetensors')
+    assert model.network_opt == NETWORK
+    assert model.metadata['source'] == 'test' and model.metadata['format'] == FORMAT
+    loaded = load_model('m.safetensors')
+    assert not loaded.training and torch.equal(answers(loaded), answers(net))
+    save_model('again.safetensors', loaded.state_dict(), NETWORK)
+    assert torch.equal(answers(load_model('again.safetensors')), answers(net))
+
+
+def test_a_truncated_file_is_an_error_at_every_length():
+    save_model('m.safetensors', make_net(), NETWORK)
+    content = open('m.safetensors', 'rb').read()
+    for length in [0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1]:
+        open('cut.safetensors', 'wb').write(content[:length])
+        with pytest.raises(UserError, match='cut.safetensors is no whole safetensors file'):
+            load_model('cut.safetensors')
+
+
+def test_foreign_files_say_what_they_lack():
+    net = make_net()
+    state = {name: value.contiguous() for name, value in net.state_dict().items()}
+    save_file(state, 'plain.safetensors', metadata={'format': 'pt'})
+    with pytest.raises(UserError, match='does not say which network .*`basicsr convert` makes one'):
+        load_model('plain.safetensors')
+    save_file(state, 'new.safetensors', metadata={'format': FORMAT, 'format_version': '9', 'network_g': '{}'})
+    with pytest.raises(UserError, match='format version 9'):
+        load_model('new.safetensors')
+    for content, words in (('{', 'not JSON'), ('[1]', 'must be a section'), ('{}', "the key 'type' is missing"),
+                           (json.dumps({**NETWORK, 'type': 'MoEIRS'}), "Did you mean 'MoEISR'"),
+                           (json.dumps({**NETWORK, 'experts': [[4]] * 3}), 'the weights do not fit')):
+        metadata = {'format': FORMAT, 'format_version': '1', 'network_g': content}
+        save_file(state, 'bad.safetensors', metadata=metadata)
+        with pytest.raises(UserError, match=words) as caught:
+            load_model('bad.safetensors')
+        assert 'bad.safetensors' in str(caught.value)
+    with pytest.raises(UserError, match='there is no model file'):
+        load_model('nothing.safetensors')
+    torch.save(net.state_dict(), 'net.pth')
+    with pytest.raises(UserError, match='`basicsr convert net.pth -o OUT.safetensors`'):
+        load_model('net.pth')
+
+
+def test_saving_is_all_or_nothing(monkeypatch):
+    save_model('m.safetensors', make_net(0), NETWORK)
+    before = open('m.safetensors', 'rb').read()
+
+    def full(handle):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(atomic_file.os, 'fsync', full)
+    with pytest.raises(OSError, match='No space left'):
+        save_model('m.safetensors', make_net(1), NETWORK)
+    assert open('m.safetensors', 'rb').read() == before
+    assert os.listdir() == ['m.safetensors']
+
+
+def test_names_that_cannot_be_written():
+    with pytest.raises(UserError, match="must end in '.safetensors'"):
+        save_model('m.pth', make_net(), NETWORK)
+    with pytest.raises(UserError, match='there is no folder gone'):
+        save_model('gone/m.safetensors', make_net(), NETWORK)
+
+
+@pytest.mark.parametrize('layout', ['params', 'params_ema', 'both', 'module', 'bare'])
+def test_convert_basicsr(layout):
+    first, second = make_net(0).state_dict(), make_net(1).state_dict()
+    content = {'params': {'params': first}, 'params_ema': {'params_ema': first},
+               'both': {'params': second, 'params_ema': first},
+               'module': {'params': {f'module.{name}': value for name, value in first.items()}}, 'bare': first}[layout]
+    torch.save(content, 'net.pth')
+    assert convert('net.pth', 'm.safetensors', NETWORK) == NETWORK
+    assert torch.equal(answers(load_model('m.safetensors')), answers(make_net(0)))
+    if layout == 'both':
+        convert('net.pth', 'm.safetensors', NETWORK, param_key='params')
+        assert torch.equal(answers(load_model('m.safetensors')), answers(make_net(1)))
+
+
+def test_convert_finds_the_options_by_itself(folder):
+    models = folder / 'experiments' / 'run' / 'models'
+    models.mkdir(parents=True)
+    torch.save({'params': make_net().state_dict()}, models / 'net_g_5.pth')
+    with pytest.raises(UserError, match='does not say which network it belongs to: name its options file with -opt'):
+        convert(models / 'net_g_5.pth', 'm.safetensors')
+    (models.parent / 'broken.yml').write_text('a: [')
+    (models.parent / 'other.yml').write_text(f'network_g: {json.dumps({**NETWORK, "experts": [[4]]})}')
+    with pytest.raises(UserError, match='other.yml: the weights do not fit .* --force_yml'):
+        convert(models / 'net_g_5.pth', 'm.safetensors')
+    (models.parent / 'run.yml').write_text(f'name: run\nnetwork_g: {json.dumps(NETWORK)}')
+    assert convert(models / 'net_g_5.pth', 'm.safetensors') == NETWORK
+
+    torch.save({'params': make_net().state_dict(), 'network_g': NETWORK}, 'embedded.pth')
+    assert convert('embedded.pth', 'm2.safetensors') == NETWORK
+    assert convert('m2.safetensors', 'm3.safetensors') == NETWORK
+    assert torch.equal(answers(load_model('m3.safetensors')), answers(make_net()))
+    assert sorted(os.listdir()) == ['embedded.pth', 'experiments', 'm.safetensors', 'm2.safetensors', 'm3.safetensors']
+
+
+@pytest.mark.parametrize(('content', 'words'), [
+    ({'optimizers': [], 'schedulers': [], 'iter': 3}, 'training state without weights'),
+    ({'a': 1}, 'of an unknown kind'), ({}, 'of an unknown kind'), ([1, 2], 'holds no weights but a list'),
+    ({'params': {'x': torch.zeros(2)}}, 'weights do not fit the network MoEISR'),
+    ({'model': {'name': 'metasr', 'args': {}, 'sd': {}}}, "model 'metasr' is not supported"),
+    ({'model': {'name': 'lte-fast', 'args': {}, 'sd': {}}}, "Did you mean 'lte'"),
+    ({'model': {'name': 'liif', 'args': {'feat_unfold': False}, 'sd': {}}}, 'feat_unfold is False'),
+    ({'model': {'name': 'liif', 'args': {'encoder_spec': {'name': 'rcan', 'args': {}}}, 'sd': {}}}, "encoder 'rcan'"),
+    ({'model': {'name': 'liif', 'args': {'encoder_spec': {'name': 'rdn', 'args': {'RDNkSize': 5}}}, 'sd': {}}},
+     'RDNkSize = 5'),
+    ({'model': {'name': 'liif', 'args': {'encoder_spec': {'name': 'rdn', 'args': {}}}, 'sd': {}}}, 'has an upsampler'),
+    ({'model': {'name': 'liif', 'args': None, 'sd': {}}}, 'no official LIIF checkpoint'),
+])
+def test_convert_says_what_it_cannot_read(content, words):
+    torch.save(content, 'net.pth')
+    with pytest.raises(UserError, match=words) as caught:
+        convert('net.pth', 'm.safetensors', NETWORK)
+    assert '\n' not in str(caught.value) and not os.path.exists('m.safetensors')
+
+
+def test_hostile_and_damaged_checkpoints_run_nothing(folder):
+    hostile = {'params': {'x': Touch(folder / 'ran')}}
+    torch.save(hostile, 'zip.pth')
+    with open('raw.pth', 'wb') as file:
+        pickle.dump(hostile, file)
+    torch.save(make_net().state_dict(), 'good.pth')
+    content = open('good.pth', 'rb').read()
+    open('cut.pth', 'wb').write(content[:len(content) // 2])
+    open('empty.pth', 'wb').write(b'')
+    open('text.pth', 'wb').write(b'import os; os.system("touch ran")')
+    for name in ('zip.pth', 'raw.pth', 'cut.pth', 'empty.pth', 'text.pth'):
+        with pytest.raises(UserError, match=f'{name} is no checkpoint .* Nothing in it was run') as caught:
+            convert(name, 'm.safetensors', NETWORK)
+        assert '\n' not in str(caught.value)
+    assert not os.path.exists('ran') and not os.path.exists('m.safetensors')
+    with pytest.raises(UserError, match='there is no checkpoint'):
+        convert('nothing.pth', 'm.safetensors')
+
+
+OFFICIAL = [
+    ('liif', 'edsr-baseline', {'n_resblocks': 2, 'n_feats': 6}, [8, 8]),
+    ('liif', 'edsr', {'n_resblocks': 2, 'n_feats': 6, 'res_scale': 0.1}, [8]),
+    ('liif', 'rdn', {'G0': 4, 'RDNconfig': 'A'}, [8]),
+    ('lte', 'edsr-baseline', {'n_resblocks': 2, 'n_feats': 6}, [8, 8]),
+    ('lte', 'rdn', {'G0': 4, 'RDNconfig': 'A'}, [8]),
+]
+
+
+@pytest.mark.parametrize(('name', 'encoder', 'args', 'hidden'), OFFICIAL)
+def test_convert_official(name, encoder, args, hidden):
+    official = OfficialNet(name, encoder, args, hidden).eval()
+    torch.save(official.checkpoint(), 'official.pth')
+    options = convert('official.pth', 'm.safetensors')
+    assert options['type'] == name.upper() and options['hidden_list'] == hidden
+    net = load_model('m.safetensors')
+    assert not [key for key in net.state_dict() if 'mean' in key]
+    for lq_size, size in (((6, 4), (12, 8)), ((5, 7), (16, 9)), ((4, 4), (12, 17)), ((3, 5), (25, 26)), ((1, 1), (3, 2))):
+        lq = torch.rand(1, 3, *lq_size)
+        coord, cell = grid(size)
+        with torch.no_grad():
+            expected = official(lq, coord, cell)
+            assert expected.std() > 0.01 or lq_size == (1, 1)  # a flat picture could not tell anything
+            torch.testing.assert_close(net(lq, coord, cell), expected, rtol=0, atol=1e-5)
+
+
+def test_convert_official_swinir():
+    """The names agree, and every parameter finds its place; the arithmetic is that of the encoder's own tests."""
+    own = make_net(0, {'type': 'LTE', 'encoder': {'type': 'SwinIREncoder'}, 'hidden_list': [8], 'hidden_dim': 4})
+    state = {}
+    for key, value in own.state_dict().items():
+        key = key.replace('decoder.pool.experts.0.', 'imnet.').replace('decoder.pool.', '')
+        state[key] = value
+    torch.save({'model': {'name': 'lte', 'sd': state, 'args': {
+        'encoder_spec': {'name': 'swinir', 'args': {'no_upsampling': True}}, 'hidden_dim': 4,
+        'imnet_spec': {'name': 'mlp', 'args': {'out_dim': 3, 'hidden_list': [8]}}}}}, 'official.pth')
+    assert convert('official.pth', 'm.safetensors')['encoder'] == {'type': 'SwinIREncoder'}
+    converted = load_model('m.safetensors').state_dict()
+    assert converted.keys() == own.state_dict().keys()
+    assert all(torch.equal(converted[key], value) for key, value in own.state_dict().items())

@@ -1,0 +1,156 @@
+"""One process against two under torchrun on gloo: the same gradients, losses and validation results."""
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from basicsr.models import build_model
+from tiny_runs import assert_same, metrics_lines, model_options, run_yaml, saved, weights_of
+
+from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.cli import main
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FLOAT64 = '''
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
+
+
+@ARCH_REGISTRY.register()
+class Float64MoEISR(MoEISR):
+    def __init__(self, encoder, experts, mapper):
+        super().__init__(encoder, experts=experts, mapper=mapper)
+        self.double()
+
+    def forward(self, lq, *arguments, **named):
+        return super().forward(lq.double(), *arguments, **named)
+
+    def encode(self, lq):
+        return super().encode(lq.double())
+'''
+
+
+# The runs of one test session share the two processes: starting them takes longer than the runs.
+SCRIPT = '''
+import sys
+import torch.distributed as dist
+from moeisr_basicsr.cli import main
+
+dist.init_process_group('gloo')
+for line in sys.argv[1:]:
+    code = main([*line.split(), '--launcher', 'pytorch'])
+    assert code == 0, (line, code)
+dist.destroy_process_group()
+'''
+
+
+def under_torchrun(root, lines):
+    """`basicsr` command lines in two processes below `root`."""
+    (root / 'script.py').write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(REPOSITORY)}
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}',
+                           'script.py', *lines], cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def alone(root, line):
+    """One `basicsr` command line in a process of its own (this one), on one thread as under torchrun."""
+    threads, folder = torch.get_num_threads(), os.getcwd()
+    torch.set_num_threads(1)
+    os.chdir(root)
+    try:
+        assert main(line.split()) == 0
+    finally:
+        torch.set_num_threads(threads)
+        os.chdir(folder)
+
+
+def train_options(root, processes, name, **changes):
+    """The same run in one process with a batch of 4 and in two with a batch of 2."""
+    return run_yaml(root, name=f'{name}_{processes}', **{
+        'train:total_iter': 20, 'datasets:train:batch_size_per_gpu': 4 // processes, 'val:val_freq': 100,
+        'train:optim_g': {'type': 'SGD', 'lr': 0.5}, 'logger:save_checkpoint_freq': 1, 'logger:keep_checkpoints': 0,
+        **changes})
+
+
+def evaluation_options(root, processes):
+    """Three datasets of 3, 3 and 4 images: an uneven number of jobs."""
+    base = run_yaml(root)
+    third = {**base['datasets']['val'], 'name': 'tiny_x2x3', 'scale': [2, 3], 'dataroot_gt': str(root / 'train')}
+    return {**{key: base[key] for key in ('model_type', 'num_gpu', 'network_g', 'manual_seed')},
+            'name': f'test_{processes}', 'path': {'pretrain_network_g': str(root / 'weights.pth')},
+            'datasets': {'test_1': base['datasets']['val'], 'test_2': base['datasets']['val_2'], 'test_3': third},
+            'val': {'save_img': True, 'bicubic_baseline': True, 'metrics': {
+                'psnr': {'type': 'calculate_psnr_sr'},
+                'ssim': {'type': 'calculate_ssim_sr', 'protocol': 'div2k', 'crop_border': 0}}}}
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """A folder with the runs fp32, fp64 and test of one and of two processes."""
+    root = tmp_path_factory.mktemp('distributed')
+    (root / 'float64.py').write_text(FLOAT64)
+    torch.manual_seed(0)
+    torch.save({'params': weights_of(build_model(model_options()))}, root / 'weights.pth')
+    float64 = {'network_g:type': 'Float64MoEISR', 'network_g:expert_grad': 'sampled', 'train:accumulate': 2}
+    for processes in (1, 2):
+        options = {'fp32': train_options(root, processes, 'fp32', **{'datasets:train:num_worker_per_gpu': 1}),
+                   'fp64': train_options(root, processes, 'fp64', **float64), 'test': evaluation_options(root, processes)}
+        for name, one in options.items():
+            (root / f'{name}.yml').write_text(yaml.safe_dump(one, sort_keys=False))
+        lines = ['train -opt fp32.yml', 'train -opt fp64.yml --import float64.py', 'test -opt test.yml']
+        if processes == 2:
+            under_torchrun(root, lines)
+        else:
+            for line in lines:
+                alone(root, line)
+    return root
+
+
+@pytest.mark.parametrize('name, tolerance', [('fp32', 1e-5), ('fp64', 1e-9)])
+def test_two_processes_train_as_one(runs, name, tolerance):
+    """20 losses, gradient norms and loads; the fp64 run is also cut into parts and samples its unchosen experts."""
+    one, two = ([line for line in metrics_lines(runs, f'{name}_{processes}') if line['kind'] == 'train']
+                for processes in (1, 2))
+    assert [line['iter'] for line in one] == [line['iter'] for line in two] == list(range(1, 21))
+    for line, other in zip(one, two):
+        for key in ('l_pix', 'l_balance', 'grad_norm', 'load/expert_0', 'mean_cost'):
+            assert line[key] == pytest.approx(other[key], abs=tolerance), (line['iter'], key)
+    assert one[0]['l_pix'] != one[19]['l_pix']
+
+
+def test_two_processes_have_the_first_gradients_of_one(runs):
+    """Read from the first two checkpoints of plain SGD."""
+    steps = []
+    for processes in (1, 2):
+        first, second = (saved(runs, iteration, f'fp32_{processes}')[0]['params'] for iteration in (1, 2))
+        steps.append({name: second[name] - first[name] for name in first})
+    for name in steps[0]:
+        largest = float(steps[0][name].abs().max())
+        torch.testing.assert_close(steps[1][name], steps[0][name], rtol=0, atol=1e-4 * largest + 1e-8, msg=name)
+
+
+def test_the_state_of_two_processes(runs):
+    state = saved(runs, 20, 'fp32_2')[1]
+    assert state['place'] == {'epoch': 3, 'samples': 4, 'world_size': 2} and len(state['rng']) == 2
+    assert not torch.equal(state['rng'][0]['torch'], state['rng'][1]['torch'])
+
+
+def test_two_processes_evaluate_as_one(runs):
+    """Images x scales shared among ranks: every value is exactly the single process's, in the same order."""
+    one, two = ([{key: value for key, value in row.items() if key != 'time_ms'}
+                 for row in schema.load(runs / 'results' / f'test_{processes}' / 'results.json')['rows']]
+                for processes in (1, 2))
+    assert len(one) == 3 + 3 + 4 + 3
+    assert_same(one, two)
+    pictures = [sorted(str(path.relative_to(runs / 'results' / f'test_{processes}'))
+                       for path in (runs / 'results' / f'test_{processes}').rglob('*.png')) for processes in (1, 2)]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 10

@@ -1,0 +1,398 @@
+"""The fused CPU kernels against plain loops over the four corners, in double precision and without folding tricks."""
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moeisr_basicsr.core.coords import GridAxis, grid_axis, make_coord
+from moeisr_basicsr.kernels import cpu
+
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason=f'the fused kernels cannot run here: {cpu.reason()}')
+ISAS = cpu.supported_isas()
+TOLERANCE = {isa: 4e-3 if isa in cpu.ISAS['bf16'] else 1e-5 for isa in cpu.ALL_ISAS}  # on the [0, 1] scale
+
+
+def linear(inp, out, generator):
+    """Weight and bias as `nn.Linear` starts them."""
+    bound = inp ** -0.5
+    return tuple((torch.rand(shape, generator=generator) * 2 - 1) * bound for shape in ((out, inp), (out,)))
+
+
+def make_experts(widths, out_channels, seed=0, basis=None):
+    """Experts with the given hidden widths; LIIF's, or LTE's on `basis` inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = []
+    for hidden in widths:
+        chain = [*hidden, out_channels] if basis is None else [basis, *hidden, out_channels]
+        layers = [linear(inp, out, generator) for inp, out in zip(chain[:-1], chain[1:])]
+        w_rel = None if basis is not None else torch.randn(2, hidden[0], generator=generator) * 0.3
+        experts.append({'w_rel': w_rel, 'hidden': layers[:-1], 'last': layers[-1]})
+    return experts
+
+
+def make_map(size, num_experts, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(num_experts, size, generator=generator, dtype=torch.uint8)
+
+
+def corner_weights(rows, cols):
+    """Ensemble weights (2, 2, h, w): each corner by the area of the one diagonally opposite."""
+    area = (rows.rel[:, None, :, None] * cols.rel[None, :, None, :]).abs() + 1e-9
+    return area.flip(0, 1) / (area[0, 0] + area[0, 1] + area[1, 0] + area[1, 1])
+
+
+def perceptron(x, layers):
+    for n, (weight, bias) in enumerate(layers):
+        x = F.linear(x, weight.double(), bias.double())
+        if n + 1 < len(layers):
+            x = F.relu(x)
+    return x
+
+
+def reference(experts, first, rows, cols, expert_map):
+    """Every expert on every pixel and corner, blended after the last layer, then chosen. (C, h, w) double.
+
+    `first(j, index, rel)` gives what expert j's MLP reads at cells (row, column) and relative coordinates.
+    """
+    weight = corner_weights(rows, cols).double()
+    out = []
+    for j, expert in enumerate(experts):
+        total = 0
+        for a in range(2):
+            for b in range(2):
+                index = (rows.index[a][:, None], cols.index[b][None, :])
+                rel = torch.stack(torch.broadcast_tensors(rows.rel[a][:, None], cols.rel[b][None, :]), dim=-1)
+                x = first(j, index, rel.double())
+                total = total + weight[a, b, ..., None] * perceptron(x, [*expert['hidden'], expert['last']])
+        out.append(total)
+    chosen = torch.stack(out).gather(0, expert_map.long()[None, ..., None].expand(1, -1, -1, total.shape[-1]))
+    return chosen[0].permute(2, 0, 1)  # (C, h, w)
+
+
+def liif_first(experts, tables):
+    return lambda j, index, rel: F.relu(tables[j][index].double() + rel @ experts[j]['w_rel'].double())
+
+
+def lte_first(tables):
+    coef, freq, phase = (x.double() for x in tables)
+    basis = phase.shape[0]
+
+    def first(j, index, rel):
+        angle = freq[index][..., :basis] * rel[..., :1] + freq[index][..., basis:] * rel[..., 1:] + phase
+        return coef[index] * torch.cat([(torch.pi * angle).cos(), (torch.pi * angle).sin()], dim=-1)
+
+    return first
+
+
+def liif_tables(experts, size, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*size, expert['w_rel'].shape[1], generator=generator) * 0.5 for expert in experts]
+
+
+def lte_tables(size, basis, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return cpu.LteTables(torch.randn(*size, 2 * basis, generator=generator),
+                         torch.randn(*size, 2 * basis, generator=generator) * 3,
+                         torch.rand(basis, generator=generator))
+
+
+def run(experts, tables, rows, cols, expert_map, isa=None, precision='fp32', tile=None):
+    packed = cpu.PackedExperts(experts, precision, isa=isa)
+    out = torch.full((packed.out_channels, *expert_map.shape), float('nan'))
+    cpu.decode(packed, tables, rows, cols, expert_map, out, tile=tile)
+    return out
+
+
+@needs_kernels
+@pytest.mark.parametrize('isa', ISAS)
+@pytest.mark.parametrize('lr_size, out_size, channels', [
+    ((5, 7), (20, 28), 3), ((4, 6), (12, 18), 1), ((6, 5), (17, 33), 3), ((1, 1), (4, 3), 5), ((3, 9), (3, 40), 8)])
+def test_liif_matches_plain_loops(isa, lr_size, out_size, channels):
+    """Integer, odd and unequal factors, borders, one LR cell, any number of channels, widths that need padding."""
+    experts = make_experts([[256], [20, 100], [3, 64, 256], [100, 33, 65, 32]], channels)
+    tables = liif_tables(experts, lr_size)
+    rows, cols = grid_axis(out_size[0], lr_size[0]), grid_axis(out_size[1], lr_size[1])
+    expert_map = make_map(out_size, 4)
+    expected = reference(experts, liif_first(experts, tables), rows, cols, expert_map)
+    got = run(experts, tables, rows, cols, expert_map, isa)
+    assert (got - expected).abs().max() <= TOLERANCE[isa]
+
+
+@needs_kernels
+@pytest.mark.parametrize('isa', ISAS)
+@pytest.mark.parametrize('basis', [128, 10])
+def test_lte_matches_plain_loops(isa, basis):
+    """From depth 0 on; frequencies of several turns per LR cell."""
+    experts = make_experts([[], [256], [20, 100], [64, 64, 64]], 3, basis=2 * basis)
+    tables = lte_tables((5, 6), basis)
+    rows, cols = grid_axis(17, 5), grid_axis(30, 6)
+    expert_map = make_map((17, 30), 4)
+    expected = reference(experts, lte_first(tables), rows, cols, expert_map)
+    got = run(experts, tables, rows, cols, expert_map, isa)
+    assert (got - expected).abs().max() <= TOLERANCE[isa]
+
+
+@needs_kernels
+@pytest.mark.parametrize('isa', [isa for isa in ISAS if isa in cpu.ISAS['fp32']])
+def test_default_widths_stay_close_to_double(isa):
+    """The error grows with depth: four layers of 256 with outputs of order one, still below 1e-5."""
+    experts = make_experts([[256] * 4], 3)
+    experts[0]['last'] = (experts[0]['last'][0] * 20, experts[0]['last'][1] + 0.5)
+    tables = [table * 4 for table in liif_tables(experts, (6, 6))]
+    axis = grid_axis(24, 6)
+    expert_map = torch.zeros(24, 24, dtype=torch.uint8)
+    expected = reference(experts, liif_first(experts, tables), axis, axis, expert_map)
+    assert 0.5 < expected.abs().max() < 5
+    assert (run(experts, tables, axis, axis, expert_map, isa) - expected).abs().max() <= 1e-5
+
+
+@needs_kernels
+def test_against_the_unfolded_algorithm():
+    """LIIF as published, from the features on: unfold, nearest `grid_sample`, cell input, four whole MLP passes."""
+    height, width, out_size, channels = 5, 6, (15, 22), 8
+    feat = torch.randn(1, channels, height, width)
+    mlp = [nn.Linear(channels * 9 + 4, 64), nn.Linear(64, 48), nn.Linear(48, 3)]
+    coord = make_coord(out_size)[None]
+    rel_cell = torch.tensor([2 / out_size[0] * height, 2 / out_size[1] * width])
+    unfolded = F.unfold(feat, 3, padding=1).view(1, -1, height, width)
+    centres = make_coord((height, width)).view(1, height, width, 2).permute(0, 3, 1, 2)
+    answers, areas = [], []
+    with torch.no_grad():
+        for row_shift in (-1, 1):
+            for col_shift in (-1, 1):
+                at = coord + torch.tensor([row_shift / height, col_shift / width]) + 1e-6
+                at = at.clamp(-1 + 1e-6, 1 - 1e-6).flip(-1)[:, None]
+                code, centre = (F.grid_sample(x, at, mode='nearest', align_corners=False)[0, :, 0].t()
+                                for x in (unfolded, centres))
+                rel = (coord[0] - centre) * torch.tensor([height, width])
+                x = torch.cat([code, rel, rel_cell.expand_as(rel)], dim=-1)
+                answers.append(mlp[2](F.relu(mlp[1](F.relu(mlp[0](x))))))
+                areas.append((rel[:, 0] * rel[:, 1]).abs() + 1e-9)
+        total = areas[0] + areas[1] + areas[2] + areas[3]
+        expected = sum(answer * (area / total)[:, None] for answer, area in zip(answers, areas[::-1]))
+        weight = mlp[0].weight
+        bias = mlp[0].bias + weight[:, -2:] @ rel_cell
+        table = F.conv2d(feat, weight[:, :-4].view(64, channels, 3, 3), bias, padding=1)[0].permute(1, 2, 0)
+    experts = [{'w_rel': weight[:, -4:-2].t(), 'hidden': [(mlp[1].weight, mlp[1].bias)],
+                'last': (mlp[2].weight, mlp[2].bias)}]
+    got = run(experts, [table.contiguous()], grid_axis(out_size[0], height), grid_axis(out_size[1], width),
+              torch.zeros(out_size, dtype=torch.uint8))
+    assert (got - expected.t().view(3, *out_size)).abs().max() <= 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize('isa', ISAS)
+def test_result_depends_on_nothing_but_the_pixel(isa, monkeypatch):
+    """Bit for bit: any tile size, any number of threads, any neighbours, a part of the image or all of it."""
+    experts = make_experts([[64], [64, 64], [32, 64, 96]], 3)
+    tables = liif_tables(experts, (12, 11))
+    rows, cols = grid_axis(50, 12), grid_axis(70, 11)
+    expert_map = make_map((50, 70), 3)
+    whole = run(experts, tables, rows, cols, expert_map, isa)
+    for tile in ((1, 1), (3, 5), (64, 64)):
+        assert torch.equal(run(experts, tables, rows, cols, expert_map, isa, tile=tile), whole)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        assert torch.equal(run(experts, tables, rows, cols, expert_map, isa), whole)
+    finally:
+        torch.set_num_threads(threads)
+    part = run(experts, tables, GridAxis(rows.index[:, 9:31], rows.rel[:, 9:31]),
+               GridAxis(cols.index[:, 20:], cols.rel[:, 20:]), expert_map[9:31, 20:].contiguous(), isa)
+    assert torch.equal(part, whole[:, 9:31, 20:])
+    first = run(experts, tables, rows, cols, torch.zeros_like(expert_map), isa)
+    assert torch.equal(first[:, expert_map == 0], whole[:, expert_map == 0])
+
+
+@needs_kernels
+def test_tables_may_start_at_the_tile_and_views_are_read_and_written_in_place():
+    """A window of the LR tables with its own origin, cut out of one wide channels-last tensor; `out` inside an image."""
+    experts = make_experts([[32], [64, 32]], 3)
+    wide = torch.randn(10, 9, 96)
+    tables = [wide[..., :32], wide[..., 32:]]
+    rows, cols = grid_axis(40, 10), grid_axis(36, 9)
+    expert_map = make_map((40, 36), 2)
+    whole = run(experts, [table.contiguous() for table in tables], rows, cols, expert_map)
+    rows_part, cols_part = slice(13, 29), slice(5, 36)
+    first_row = int(rows.index[:, rows_part].min())
+    window = [table[first_row:] for table in tables]
+    image = torch.full((3, 40, 36), -1.0)
+    cpu.decode(cpu.PackedExperts(experts), window,
+               GridAxis(rows.index[:, rows_part] - first_row, rows.rel[:, rows_part]),
+               GridAxis(cols.index[:, cols_part], cols.rel[:, cols_part]), expert_map[rows_part, cols_part],
+               image[:, rows_part, cols_part])
+    assert torch.equal(image[:, rows_part, cols_part], whole[:, rows_part, cols_part])
+    image[:, rows_part, cols_part] = -1
+    assert (image == -1).all()
+
+
+@needs_kernels
+def test_idle_expert_needs_no_table_and_a_chosen_one_does():
+    experts = make_experts([[32], [32, 32], [64]], 3)
+    tables = liif_tables(experts, (4, 4))
+    axis = grid_axis(9, 4)
+    expert_map = make_map((9, 9), 2) * 2  # experts 0 and 2
+    full = run(experts, tables, axis, axis, expert_map)
+    assert torch.equal(run(experts, [tables[0], None, tables[2]], axis, axis, expert_map), full)
+    with pytest.raises(ValueError, match='needs its table'):
+        run(experts, [tables[0], tables[1], None], axis, axis, expert_map)
+    with pytest.raises(ValueError, match='0 to 2'):
+        run(experts, tables, axis, axis, torch.full((9, 9), 3, dtype=torch.uint8))
+
+
+@needs_kernels
+@pytest.mark.parametrize('isa', ISAS)
+def test_bf16_tables(isa):
+    """Half the memory; read exactly, so the result is that of the same numbers in fp32."""
+    experts = make_experts([[64], [64, 64]], 3)
+    tables = [table.bfloat16() for table in liif_tables(experts, (5, 5))]
+    axis = grid_axis(21, 5)
+    expert_map = make_map((21, 21), 2)
+    got = run(experts, tables, axis, axis, expert_map, isa)
+    assert torch.equal(got, run(experts, [table.float() for table in tables], axis, axis, expert_map, isa))
+
+
+@needs_kernels
+@pytest.mark.parametrize('isa', ISAS)
+def test_nan_is_not_swallowed(isa):
+    """A broken network shows: ReLU keeps NaN, as torch's does."""
+    experts = make_experts([[32], [32, 32, 32]], 1)
+    tables = liif_tables(experts, (3, 3))
+    for table in tables:
+        table[1, 1, 5] = float('nan')
+    axis = grid_axis(6, 3)
+    for j in (0, 1):
+        got = run(experts, tables, axis, axis, torch.full((6, 6), j, dtype=torch.uint8), isa)
+        assert got[0, 2:4, 2:4].isnan().all() and not got[0, 0, 0].isnan()
+
+
+@needs_kernels
+def test_bad_input_is_named():
+    experts = make_experts([[32]], 3)
+    axis = grid_axis(8, 4)
+    expert_map = torch.zeros(8, 8, dtype=torch.uint8)
+    good = liif_tables(experts, (4, 4))
+    with pytest.raises(ValueError, match='table 0 must be'):
+        run(experts, [torch.zeros(4, 4, 31)], axis, axis, expert_map)
+    with pytest.raises(ValueError, match='outside a table of 3 cells'):
+        run(experts, [good[0][:3]], axis, axis, expert_map)
+    with pytest.raises(ValueError, match='fp32 or bf16'):
+        run(experts, [good[0].half()], axis, axis, expert_map)
+    with pytest.raises(ValueError, match='channels-last'):
+        run(experts, [good[0].permute(2, 0, 1).contiguous().permute(1, 2, 0)], axis, axis, expert_map)
+    with pytest.raises(ValueError, match='expert_map must be uint8'):
+        run(experts, good, axis, axis, expert_map.long())
+    with pytest.raises(ValueError, match="precision must be"):
+        cpu.PackedExperts(experts, 'fp64')
+    experts[0]['last'] = (torch.zeros(3, 40), torch.zeros(3))
+    with pytest.raises(ValueError, match='expert 0, layer 0'):
+        cpu.PackedExperts(experts)
+
+
+@needs_kernels
+@pytest.mark.parametrize('isa', ISAS)
+@pytest.mark.parametrize('channels, out_channels, size', [(64, 256, (9, 14)), (5, 20, (1, 1)), (180, 100, (3, 70))])
+def test_conv_matches_torch(isa, channels, out_channels, size):
+    """The LR tables: a 3x3 convolution over a window with its halo; more cells than one block holds, odd widths."""
+    bound = (9 * channels) ** -0.5
+    weight, bias = (torch.rand(out_channels, channels, 3, 3) * 2 - 1) * bound, torch.randn(out_channels)
+    window = torch.randn(channels, size[0] + 2, size[1] + 2)
+    expected = F.conv2d(window[None].double(), weight.double(), bias.double())[0].permute(1, 2, 0)
+    conv = cpu.PackedConv(weight, isa=isa)
+    got = conv(window, bias)
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= (2e-2 if isa in cpu.ISAS['bf16'] else 2e-5)  # sums of up to 1620 products
+    assert torch.equal(conv(window, bias, torch.bfloat16), got.bfloat16())
+
+
+@needs_kernels
+@pytest.mark.parametrize('hidden, num_experts', [(32, 4), (20, 2), (64, 9)])
+def test_route_matches_torch(hidden, num_experts):
+    table = torch.randn(6, 7, hidden)
+    w_rel, w_out, b_out = torch.randn(2, hidden), torch.randn(num_experts, hidden), torch.randn(num_experts)
+    rows = GridAxis(torch.arange(6).repeat_interleave(4), torch.rand(24) - 0.5)
+    cols = GridAxis(torch.arange(7).repeat_interleave(3), torch.rand(21) - 0.5)
+    rel = torch.stack(torch.broadcast_tensors(rows.rel[:, None], cols.rel[None]), dim=-1)
+    x = F.relu(table[rows.index[:, None], cols.index[None]] + rel @ w_rel)
+    expected = x @ w_out.t() + b_out
+    score_bias = torch.randn(num_experts)
+    expert_map, logits = torch.empty(24, 21, dtype=torch.uint8), torch.empty(24, 21, num_experts)
+    cpu.route(table, rows, cols, w_rel, w_out, b_out, expert_map, score_bias=score_bias, logits=logits)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(expert_map.long(), (logits + score_bias).argmax(dim=-1))
+    cpu.route(table, rows, cols, w_rel, w_out, b_out, expert_map)
+    assert torch.equal(expert_map.long(), logits.argmax(dim=-1))
+
+
+@needs_kernels
+def test_route_takes_the_first_of_equal_experts():
+    expert_map = torch.empty(5, 5, dtype=torch.uint8)
+    axis = GridAxis(torch.arange(5), torch.zeros(5))
+    w_out = torch.ones(4, 32)
+    w_out[0] = 0
+    cpu.route(torch.ones(5, 5, 32), axis, axis, torch.zeros(2, 32), w_out, torch.zeros(4), expert_map)
+    assert (expert_map == 1).all()
+
+
+CHILD = """
+import torch
+from moeisr_basicsr.kernels import cpu
+print(cpu.available(), cpu.reason())
+if cpu.available():
+    out = torch.zeros(1, 2, 2)
+    axis = cpu.GridAxis(torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 0.5))
+    expert = dict(w_rel=torch.zeros(2, 32), hidden=[], last=(torch.ones(1, 32), torch.zeros(1)))
+    cpu.decode(cpu.PackedExperts([expert]), [torch.ones(1, 1, 32)], axis, axis, torch.zeros(2, 2, dtype=torch.uint8), out)
+    assert (out == 32).all(), out
+"""
+
+
+def start_child(folder, **variables):
+    env = {**os.environ, 'TORCH_EXTENSIONS_DIR': str(folder), 'MOEISR_KERNELS': 'auto', **variables}
+    return subprocess.Popen([sys.executable, '-c', CHILD], env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def finish_child(child):
+    out, err = child.communicate(timeout=240)
+    assert child.returncode == 0, err
+    return out.strip()
+
+
+def test_switched_off(tmp_path):
+    assert finish_child(start_child(tmp_path, MOEISR_KERNELS='off')).startswith('False torch code: MOEISR_KERNELS=off')
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_compiler_falls_back(tmp_path):
+    out = finish_child(start_child(tmp_path, CXX='/nonexistent/c++'))
+    assert out.startswith('False torch code') and 'the C++ build failed' in out and '\n' not in out
+    assert not list(tmp_path.rglob('*.so')) and not list(tmp_path.rglob('build_*'))
+
+
+def test_unwritable_cache_falls_back(tmp_path):
+    (tmp_path / 'file').write_text('')
+    out = finish_child(start_child(tmp_path / 'file'))
+    assert out.startswith('False torch code') and 'file' in out
+
+
+@needs_kernels
+def test_concurrent_first_builds(tmp_path):
+    """Several processes start on an empty cache, one of them after a killed build: all end with the kernels."""
+    folder = tmp_path / 'moeisr_basicsr'
+    (folder / 'build_killed').mkdir(parents=True)
+    (folder / 'build.lock').write_text('')  # left by a process that died: the lock itself died with it
+    outputs = []
+    children = [start_child(tmp_path) for _ in range(3)]
+    waiters = [threading.Thread(target=lambda c=child: outputs.append(finish_child(c))) for child in children]
+    for waiter in waiters:
+        waiter.start()
+    for waiter in waiters:
+        waiter.join()
+    assert len(outputs) == 3 and all(out.startswith('True') for out in outputs), outputs
+    assert len(list(folder.glob('*.so'))) == 1

@@ -1,0 +1,73 @@
+"""The fused CPU backend against the torch backend on the same maps, and its place in `upscale`."""
+import pytest
+import torch
+
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
+from moeisr_basicsr.core import MoEDecoder, render
+from moeisr_basicsr.inference import upscale
+from moeisr_basicsr.kernels import cpu, fused_backend
+
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason=cpu.reason())
+TOLERANCE = {'fp32': 1e-5, 'bf16': 8e-3}  # decoders answer in [-1, 1]: half of it on the image's [0, 1] scale
+
+
+def sharpen(mapper):
+    """Neighbouring pixels differ in their expert, so that groups are scattered."""
+    with torch.no_grad():
+        mapper.query_in.weight[:, -4:-2].mul_(8)
+        mapper.query_out.weight.sub_(mapper.query_out.weight.mean(dim=0)).mul_(8)
+        mapper.query_out.bias.zero_()
+
+
+@needs_kernels
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize(('family', 'experts'), [
+    ('liif', [[64], [64] * 2, [64] * 3, [64] * 4]), ('liif', [[20], [7, 100]]), ('liif', [[33, 5]]),
+    ('lte', [[], [64], [64] * 3]), ('lte', [[20], [7, 100]])])
+@pytest.mark.parametrize('size', [(39, 45), (27, 91), (13, 15)])
+def test_fused_equals_torch(family, experts, size, precision):
+    torch.manual_seed(0)
+    options = {'hidden_dim': 40} if family == 'lte' else {}
+    decoder = MoEDecoder(16, 3, family, experts, **options).eval()
+    if decoder.mapper is not None:
+        sharpen(decoder.mapper)
+    feat = torch.randn(2, 16, 13, 15)
+    plain = render(decoder, feat, size)
+    fused = render(decoder, feat, size, backend=fused_backend(decoder, 'cpu', precision), tile=8)
+    if plain.expert_map is not None:
+        assert plain.expert_map.unique().numel() > 1
+        agree = plain.expert_map == fused.expert_map
+        assert agree.float().mean() >= 0.999  # rounding may turn a near tie
+        difference = (plain.output - fused.output).abs().amax(dim=1)[agree]
+    else:
+        difference = (plain.output - fused.output).abs()
+    assert difference.max() <= TOLERANCE[precision]
+
+
+@needs_kernels
+def test_cell_granularity_and_logits():
+    torch.manual_seed(1)
+    decoder = MoEDecoder(8, 3, 'liif', [[16], [16, 16]], mapper={'granularity': 'cell', 'num_layers': 1}).eval()
+    feat = torch.randn(1, 8, 9, 7)
+    backend = fused_backend(decoder, 'cpu')
+    assert torch.equal(render(decoder, feat, (27, 21), backend=backend).expert_map,
+                       render(decoder, feat, (27, 21)).expert_map)
+
+
+@needs_kernels
+def test_upscale_packs_the_weights_as_they_are_now():
+    torch.manual_seed(2)
+    net = MoEISR({'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}, 'liif', [[16], [16, 16]])
+    lq = torch.rand(1, 3, 12, 12)
+    before = upscale(net, lq, 2).image
+    with torch.no_grad():
+        for expert in net.decoder.pool.experts:
+            expert.linears[-1].bias.add_(0.5)
+    torch.testing.assert_close(upscale(net, lq, 2).image, before + 0.25, rtol=0, atol=1e-5)
+
+
+@needs_kernels
+def test_experts_that_the_kernels_do_not_take_run_in_torch():
+    linear = MoEDecoder(4, 3, 'liif', [[], [8]])
+    assert fused_backend(linear, 'cpu') is None
+    assert fused_backend(MoEDecoder(4, 3, 'liif', [[8]]), 'cpu', 'fp16') is None
