@@ -4,6 +4,7 @@ Official layout: {'model': {'name', 'args', 'sd'}}, where `args` has the options
 encoder's names become ours; `sub_mean` and `add_mean`, which the official code never uses, are dropped.
 """
 import re
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -92,7 +93,9 @@ def load_checkpoint(path: Path) -> Any:
         UserError: It holds anything else, or is damaged.
     """
     try:
-        return load_torch_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about pickle protocols; what cannot be read gets our own line
+            return load_torch_file(path)
     except UserError as error:
         raise UserError(f'{path} is no checkpoint that can be converted: it is damaged, another kind of file, or holds '
                         'more than tensors and plain values. Nothing in it was run.') from error

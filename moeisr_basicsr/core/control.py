@@ -60,8 +60,9 @@ class Budget:
     def __init__(self, budget: float, costs: Tensor):
         least = float(costs.min())
         if not least - 1e-6 <= budget <= 1:  # costs are fp32
-            raise ValueError(f'budget must lie between {math.ceil((least - 1e-6) * 1e4) / 1e4:.4f} (all pixels to the cheapest '
-                             f'expert) and 1 (all to the heaviest); got {budget}.')
+            allowed = math.ceil((least - 1e-6) * 1e4) / 1e4
+            raise ValueError(f'budget must lie between {allowed:.4f} (all pixels to the cheapest expert) and 1 (all to '
+                             f'the heaviest); got {budget}.')
         self.budget = float(budget)
         self.costs = costs.double()
         self.count = 0

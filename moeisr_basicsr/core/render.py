@@ -208,7 +208,8 @@ class Renderer:
                 tile_cols = GridAxis(self.cols.index[:, left:right] - window.left, self.cols.rel[:, left:right])
                 crop, tile_rows, tile_cols = crop_window(window.feat, tile_rows, tile_cols)
                 pieces.append(self.backend.decode(self.decoder, Tile(crop, tile_rows, tile_cols, self.cell, piece)))
-            yield top, bottom, Rendered(torch.cat(pieces, dim=-1)[None], None if expert_map is None else expert_map[None])
+            experts = None if expert_map is None else expert_map[None]
+            yield top, bottom, Rendered(torch.cat(pieces, dim=-1)[None], experts)
 
 
 def crop_window(feat: Tensor, rows: GridAxis, cols: GridAxis) -> tuple[Tensor, GridAxis, GridAxis]:

@@ -33,7 +33,8 @@ def axis_taps(coord: Tensor, n: int, mode: str) -> tuple[Tensor, Tensor]:
     """
     position = ((coord + 1) * n - 1) / 2
     base = position.floor()
-    offsets = torch.arange(0, 2, device=coord.device) if mode == 'bilinear' else torch.arange(-1, 3, device=coord.device)
+    first, end = (0, 2) if mode == 'bilinear' else (-1, 3)
+    offsets = torch.arange(first, end, device=coord.device)
     offsets = offsets.view(-1, *[1] * coord.dim())
     distance = (position - base) - offsets
     index = base.long() + offsets  # (K, ...)

@@ -1,0 +1,272 @@
+"""`basicsr upscale`: sizes, alpha, 16 bit, grey, expert maps, folders, and files that are never half written."""
+import os
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from basicsr.archs import build_network
+from PIL import Image
+
+from moeisr_basicsr.checkpoint import load_model, save_model
+from moeisr_basicsr.cli import main, upscale_run
+from moeisr_basicsr.cli.expert_map import ExpertMapPicture
+from moeisr_basicsr.data.resize import resize
+from moeisr_basicsr.inference import upscale
+
+NETWORK = {'type': 'MoEISR', 'encoder': {'type': 'EDSREncoder', 'num_feat': 6, 'num_block': 1},
+           'experts': [[4], [4, 4], [4] * 3, [4] * 4], 'mapper': {'num_layers': 1, 'num_feat': 4, 'hidden': 4},
+           'skip': 'bicubic', 'zero_init_last': False}
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp('model') / 'm.safetensors'
+    torch.manual_seed(0)
+    net = build_network(NETWORK)
+    torch.nn.init.normal_(net.decoder.mapper.query_out.weight, std=3)  # so that every expert gets pixels
+    torch.nn.init.normal_(net.decoder.mapper.query_in.weight)
+    save_model(path, net, NETWORK)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for variable in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path
+
+
+def noise(shape, dtype=np.uint8, seed=0):
+    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+
+
+def read(path):
+    """As stored: (R, S), or (R, S, C) with BGR turned into RGB."""
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    assert image is not None, path
+    if image.ndim == 2:
+        return image
+    return np.concatenate([image[..., 2::-1], image[..., 3:]], axis=2)
+
+
+def run(model, *argv):
+    return main(['upscale', *map(str, argv), '--model', model])
+
+
+def expected(model, rgb, depth=255, **target):
+    lq = torch.from_numpy(rgb.astype(np.float32) / depth).permute(2, 0, 1)[None]
+    image = upscale(load_model(model), lq, **target).image[0].permute(1, 2, 0)
+    return image.clamp(0, 1).numpy() * depth
+
+
+@pytest.mark.parametrize(('argv', 'target', 'size'), [
+    (['--scale', '3.3'], {'scale': 3.3}, (40, 23)),
+    (['--scale', '2.5x4'], {'scale': (2.5, 4)}, (30, 28)),
+    (['--scale', '1'], {'scale': 1}, (12, 7)),
+    (['--size', '31x17'], {'size': (17, 31)}, (17, 31)),
+    (['--scale', '2', '--cost-weight', '0.7'], {'scale': 2, 'cost_weight': 0.7}, (24, 14)),
+    (['--scale', '2', '--budget', '0.6'], {'scale': 2, 'budget': 0.6}, (24, 14)),
+])
+def test_size_and_pixels(model, argv, target, size):
+    rgb = noise((12, 7, 3))
+    cv2.imwrite('a.png', rgb[..., ::-1])
+    assert run(model, 'a.png', '-o', 'out.png', *argv) == 0
+    output = read('out.png')
+    assert output.shape == (*size, 3) and output.dtype == np.uint8
+    assert np.abs(output - expected(model, rgb, **target)).max() <= 0.501
+
+
+def test_tiles_and_16_bit_precision_change_little(model):
+    rgb = cv2.GaussianBlur(noise((40, 36, 3)), (0, 0), 2)
+    cv2.imwrite('a.png', rgb[..., ::-1])
+    assert run(model, 'a.png', '-o', 'whole.png', '--scale', '2', '--tile', '0') == 0
+    assert run(model, 'a.png', '-o', 'tiles.png', '--scale', '2', '--tile', '16') == 0
+    assert run(model, 'a.png', '-o', 'bf16.png', '--scale', '2', '--precision', 'bf16') == 0
+    whole = read('whole.png').astype(int)
+    assert np.abs(whole - read('tiles.png')).max() <= 1
+    assert 0 < np.abs(whole - read('bf16.png')).mean() < 3
+
+
+@pytest.mark.parametrize('extension', ['png', 'tif'])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+@pytest.mark.parametrize('kind', ['rgb', 'rgba', 'grey', 'grey alpha'])
+def test_depth_alpha_and_grey_survive(model, kind, dtype, extension):
+    if kind == 'grey alpha':
+        if dtype == np.uint16:
+            pytest.skip('neither OpenCV nor Pillow can write such a file for the test')
+        Image.fromarray(noise((12, 7, 2)), 'LA').save('a.png')
+        source = noise((12, 7, 2))
+    else:
+        source = noise({'rgb': (12, 7, 3), 'rgba': (12, 7, 4), 'grey': (12, 7)}[kind], dtype)
+        stored = source if source.ndim == 2 else np.concatenate([source[..., 2::-1], source[..., 3:]], axis=2)
+        cv2.imwrite('a.png', stored)
+    assert run(model, 'a.png', '-o', f'out.{extension}', '--scale', '2x3') == 0
+    depth = np.iinfo(dtype).max
+    grey = kind.startswith('grey')
+    colours = np.repeat(source.reshape(12, 7, -1)[..., :1], 3, axis=2) if grey else source[..., :3]
+    wanted = expected(model, colours, depth, scale=(2, 3))
+    if kind == 'grey alpha':
+        output = np.asarray(Image.open(f'out.{extension}'))
+        assert Image.open(f'out.{extension}').mode == 'LA'
+    else:
+        output = read(f'out.{extension}')
+    assert output.dtype == dtype and output.shape[:2] == (24, 21)
+    if grey:
+        channels = output.reshape(24, 21, -1)
+        assert channels.shape[2] == (2 if 'alpha' in kind else 1)
+        assert channels[..., 0].min() >= wanted.min() - 1 and channels[..., 0].max() <= wanted.max() + 1
+        assert np.abs(channels[..., 0] - wanted @ [0.299, 0.587, 0.114]).max() <= 0.03 * depth
+    else:
+        assert np.abs(output[..., :3] - wanted).max() <= 0.51 * (1 if dtype == np.uint8 else 3)
+    if source.ndim == 3 and source.shape[2] in (2, 4):
+        np.testing.assert_array_equal(output[..., -1], resize(source[..., -1], (24, 21)))
+
+
+def test_what_a_format_cannot_hold_is_an_error_and_not_lost(model, capsys):
+    cv2.imwrite('alpha.png', noise((8, 8, 4)))
+    cv2.imwrite('deep.png', noise((8, 8, 3), np.uint16))
+    assert run(model, 'alpha.png', '-o', 'out.jpg', '--scale', '2') == 2
+    assert 'JPEG cannot hold transparency' in capsys.readouterr().err
+    assert run(model, 'deep.png', '-o', 'out.webp', '--scale', '2') == 2
+    assert 'WebP cannot hold 16 bits' in capsys.readouterr().err
+    assert sorted(os.listdir()) == ['alpha.png', 'deep.png']
+    for extension in ('jpg', 'webp'):
+        cv2.imwrite('plain.png', cv2.GaussianBlur(noise((16, 16, 3)), (0, 0), 3))
+        assert run(model, 'plain.png', '-o', f'out.{extension}', '--scale', '2') == 0
+        run(model, 'plain.png', '-o', 'out.png', '--scale', '2', '--overwrite')
+        assert np.abs(read(f'out.{extension}').astype(int) - read('out.png')).mean() < 8
+
+
+def test_expert_map(model, capsys):
+    rgb = noise((12, 7, 3))
+    cv2.imwrite('a.png', rgb[..., ::-1])
+    assert run(model, 'a.png', '-o', '.', '--scale', '3', '--expert-map') == 0
+    lq = torch.from_numpy(rgb / np.float32(255)).permute(2, 0, 1)[None]
+    expert_map = upscale(load_model(model), lq, scale=3).expert_map[0].numpy()
+    assert len(np.unique(expert_map)) == 4
+    picture = read('a_x3_experts.png')
+    colours = [picture[:36, :21][expert_map == expert] for expert in range(4)]
+    assert all((found == found[0]).all() for found in colours)
+    yellow, green, blue, red = (found[0].astype(int) for found in colours)  # cheap to dear, as in the paper
+    assert yellow[0] > 200 and yellow[1] > 200 and yellow[2] < 100
+    assert green.argmax() == 1 and blue.argmax() == 2 and red.argmax() == 0 and red[1] < 100
+    shares = ' '.join(f'{(expert_map == expert).mean():.1%}' for expert in range(4))
+    assert f'experts {shares}' in capsys.readouterr().out
+    for colour in (yellow, green, blue, red):  # the legend has a box of each
+        assert (picture[36:] == colour).all(axis=-1).sum() >= 25
+
+
+def test_colours_go_by_cost_and_the_legend_says_the_shares():
+    picture = ExpertMapPicture(400, [1.0, 0.1])  # the first expert is the dear one
+    rows = picture.rows(np.array([[0, 1, 1, 1]], np.uint8))
+    assert rows.shape == (1, picture.width, 3)
+    assert rows[0, 0].argmax() == 0 and rows[0, 0, 1] < 100 and rows[0, 1, 1] > 200  # red, yellow
+    assert picture.shares() == [0.25, 0.75]
+    assert picture.text(1, 0.75) == '2: 75.0% (cost 0.10)'
+    assert picture.legend().shape == (picture.legend_rows, picture.width, 3)
+
+
+@pytest.mark.parametrize('count', [1, 2, 3, 4, 7])
+def test_any_number_of_experts_has_colours_of_its_own(count):
+    picture = ExpertMapPicture(10, list(np.linspace(0.1, 1, count)))
+    assert len({tuple(colour) for colour in picture.colors.tolist()}) == count
+    assert picture.width >= 10
+
+
+def test_folder(model, capsys):
+    os.mkdir('in')
+    for name in ('b.png', 'a.jpg', 'c.tif'):
+        cv2.imwrite(f'in/{name}', noise((9, 8, 3)))
+    open('in/notes.txt', 'w').write('no image')
+    open('in/bad.png', 'wb').write(open('in/b.png', 'rb').read()[:60])
+    assert run(model, 'in', '-o', 'out/deeper', '--scale', '1.5x2') == 2
+    output, error = capsys.readouterr()
+    assert error.count('basicsr: error: ') == 1 and 'bad.png' in error
+    names = ['a_x1.5x2.png', 'b_x1.5x2.png', 'c_x1.5x2.png']
+    assert sorted(os.listdir('out/deeper')) == names and all(name in output for name in names)
+    assert read('out/deeper/a_x1.5x2.png').shape == (14, 16, 3)
+    assert run(model, 'in/a.jpg', 'in/c.tif', '-o', 'out', '--size', '16x20', '--ext', 'webp') == 0
+    assert sorted(os.listdir('out')) == ['a_16x20.webp', 'c_16x20.webp', 'deeper']
+
+
+def test_existing_files_are_kept_unless_told(model, capsys, monkeypatch):
+    os.mkdir('in')
+    for name in ('a', 'b'):
+        cv2.imwrite(f'in/{name}.png', noise((9, 8, 3)))
+    os.mkdir('out')
+    open('out/a_x2.png', 'w').write('mine')
+    assert run(model, 'in', '-o', 'out', '--scale', '2') == 2
+    assert 'out/a_x2.png already exists: give --overwrite' in capsys.readouterr().err
+    assert os.listdir('out') == ['a_x2.png']
+    assert run(model, 'in', '-o', 'out', '--scale', '2', '--resume') == 0
+    assert open('out/a_x2.png').read() == 'mine' and read('out/b_x2.png').shape == (18, 16, 3)
+    assert run(model, 'in', '-o', 'out', '--scale', '2', '--resume', '--expert-map') == 0  # the maps are missing
+    assert read('out/a_x2.png').shape == (18, 16, 3) and len(os.listdir('out')) == 4
+    assert run(model, 'in', '-o', 'out', '--scale', '2', '--resume') == 0
+    assert 'Nothing to do' in capsys.readouterr().out
+    assert run(model, 'in', '-o', 'out', '--scale', '2', '--overwrite') == 0
+
+
+def test_two_images_of_one_name(model, capsys):
+    os.mkdir('in')
+    for name in ('a.png', 'a.jpg'):
+        cv2.imwrite(f'in/{name}', noise((9, 8, 3)))
+    assert run(model, 'in', '-o', 'out', '--scale', '2') == 2
+    assert 'would both become out/a_x2.png' in capsys.readouterr().err
+    assert not os.path.exists('out')
+
+
+def test_processes_share_the_images(model, monkeypatch):
+    os.mkdir('in')
+    for name in 'abcde':
+        cv2.imwrite(f'in/{name}.png', noise((5, 5, 3)))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    done = []
+    for rank in ('0', '1'):
+        monkeypatch.setenv('RANK', rank)
+        assert run(model, 'in', '-o', 'out', '--scale', '2', *(['--resume'] if rank == '1' else [])) == 0
+        done.append(len(os.listdir('out')))
+    assert done[0] == 3
+
+
+@pytest.mark.parametrize('extension', ['png', 'jpg'])
+def test_a_failure_in_the_middle_leaves_no_file(model, monkeypatch, capsys, extension):
+    """The network fails after the first strip: neither the image nor its map may appear, and an old file stays."""
+    cv2.imwrite('a.png', noise((12, 7, 3)))
+    open(f'out.{extension}', 'w').write('old')
+    whole = upscale_run.upscale_strips
+
+    def failing(*args):
+        yield next(whole(*args))
+        raise RuntimeError('out of memory')
+    monkeypatch.setattr(upscale_run, 'upscale_strips', failing)
+    code = run(model, 'a.png', '-o', f'out.{extension}', '--scale', '2', '--overwrite', '--expert-map')
+    assert code == 2 and 'not enough memory' in capsys.readouterr().err
+    assert sorted(os.listdir()) == ['a.png', f'out.{extension}'] and open(f'out.{extension}').read() == 'old'
+
+
+def test_a_full_disk_is_one_line(model, monkeypatch, capsys):
+    from moeisr_basicsr.data import strip_writer
+    os.mkdir('in')
+    for name in 'abc':
+        cv2.imwrite(f'in/{name}.png', noise((12, 7, 3)))
+
+    def full(handle):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(strip_writer.os, 'fsync', full)
+    assert run(model, 'in', '-o', 'out', '--scale', '2') == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all('No space left on device' in line for line in lines)
+    assert os.listdir('out') == []
+
+
+def test_one_pixel_and_more_than_one_frame(model, capsys):
+    cv2.imwrite('one.png', noise((1, 1, 3)))
+    assert run(model, 'one.png', '-o', 'out.png', '--scale', '5x2') == 0
+    assert read('out.png').shape == (5, 2, 3)
+    frames = [Image.fromarray(noise((8, 8, 3), seed=seed)) for seed in (0, 1)]
+    frames[0].save('two.tif', save_all=True, append_images=frames[1:])
+    assert run(model, 'two.tif', '-o', 'two.png', '--scale', '2') == 0
+    assert 'only the first of 2 frames is upscaled' in capsys.readouterr().err
