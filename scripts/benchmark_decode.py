@@ -38,7 +38,7 @@ from moeisr_basicsr.analysis.rendering import clustered_map, render_fixed  # noq
 from moeisr_basicsr.analysis.train_steps import PATCH, QUERIES, SCALE, TrainSteps  # noqa: E402
 from moeisr_basicsr.archs.moeisr_arch import MoEISR  # noqa: E402
 from moeisr_basicsr.core import MoEDecoder, make_cell, output_size  # noqa: E402
-from moeisr_basicsr.core.render import TORCH, FeatureWindow, Renderer  # noqa: E402
+from moeisr_basicsr.core.render import TORCH, Backend, FeatureWindow, Renderer  # noqa: E402
 from moeisr_basicsr.inference import evaluation  # noqa: E402
 from moeisr_basicsr.kernels import fused_backend  # noqa: E402
 
@@ -49,8 +49,10 @@ SMALL_CHUNK = 10000  # the plain algorithm is faster with it, but 30000 is its a
 MAPS = {'uniform': (0.25, ) * 4, '50/25/15/10': (0.5, 0.25, 0.15, 0.1)}
 SKEWED = '50/25/15/10'
 LIMITS = {'fp32': 1e-5, 'bf16': 4e-3}  # largest difference to the plain algorithm on the [0, 1] scale
-CHECKED_PIXELS = 6000
-GRADIENT_LIMIT = 1e-3  # relative
+CHECKED_PIXELS = 4000
+QUICK_PIXELS = 60000  # of the plain algorithm with --quick; its chunks cost the same, so a part gives the time of all
+QUICK_CHECK_SIZE = 48  # LR pixels per side of the image on which outputs are compared with --quick
+GRADIENT_LIMIT = 1e-4  # relative
 
 
 class Case:
@@ -60,12 +62,17 @@ class Case:
         name: As printed.
         work: Runs it once.
         fraction: Which part of the whole `work` does; its time is scaled up.
-        row: Further entries of its row in the results (see `analysis.schema`).
+        loads: Name of its expert map; None for a dense decoder.
+        backend: What decodes; None for cases that are not compared with the plain algorithm.
+        precision: Of encoder and experts.
     """
 
-    def __init__(self, name: str, work: Callable[[], object], fraction: float = 1.0, **row):
-        self.name, self.work, self.fraction, self.row = name, work, fraction, row
+    def __init__(self, name: str, work: Callable[[], object], fraction: float = 1.0, loads: str | None = None,
+                 backend: Backend | None = None, precision: str = 'fp32'):
+        self.name, self.work, self.fraction = name, work, fraction
+        self.loads, self.backend, self.precision = loads, backend, precision
         self.times: list[float] = []
+        self.difference: float | None = None
 
     @property
     def ms(self) -> float:
@@ -102,153 +109,157 @@ class Benchmark:
             self.feat = self.net.encode(self.lq)
             self.feat = self.feat / self.feat.std()  # a trained encoder's features are of this order
         self.peer = None if args.peer is None else load_peer(args.peer, self.dense, self.device)
-        self.backends = {'torch': {precision: TORCH for precision in args.precisions}, 'fused': {}}
+        if self.peer is not None:
+            self.check_peer()
+        self.fused: dict[tuple[str, str], Backend] = {}
+        start = time.perf_counter()
         for precision in args.precisions:
             for name, decoder in (('moe', self.moe), ('dense', self.dense)):
                 backend = fused_backend(decoder, self.device, precision)
                 if backend is None:
                     note(f'skipped fused {name} {precision}: the fused kernels do not run here')
                 else:
-                    self.backends['fused'][name, precision] = backend
+                    self.fused[name, precision] = backend
+        if time.perf_counter() - start > 5:
+            note('the kernels were compiled just now; run again for more rounds')
         self.rows: list[dict] = []
-        self.previous: tuple[float, float] | None = None  # scale, seconds of one round without the plain cases
+        self.last_scale, self.last_ms = 1.0, {}  # of the scale before, to guess how long the next one takes
 
-    def backend(self, code: str, what: str, precision: str):
+    def check_peer(self) -> None:
+        """The peer's code with our weights gives what the built-in plain algorithm gives.
+
+        Raises:
+            AssertionError: It does not.
+        """
+        feat, size = self.feat[..., :16, :16], (40, 52)
+        expected = plain_image(self.dense, 0, feat, size, make_cell(size))
+        difference = float((self.peer(feat, size, CHUNK, 1) - expected).abs().max()) / 2
+        note(f'equal peer: largest difference {difference:.2e} of at most {LIMITS["fp32"]:g}')
+        assert difference <= LIMITS['fp32'], f'the peer differs by {difference} from the built-in algorithm'
+
+    def backend(self, code: str, what: str, precision: str) -> Backend | None:
         """The backend of a case; None where there is none."""
-        return TORCH if code == 'torch' else self.backends['fused'].get((what, precision))
+        return TORCH if code == 'torch' else self.fused.get((what, precision))
 
     def report(self, name: str, scale: float, ratio: float, **row) -> None:
         """Print a case and keep its row."""
         print(f'{name} x{scale:g} {ratio:.4g}', flush=True)
         self.rows.append({'case': name, 'scale': [float(scale)] * 2, 'ratio': float(ratio), **row})
 
-    def render(self, size: tuple[int, int], what: str, backend: object, precision: str, expert_map: Tensor | None,
-               feat: Tensor | None = None, with_mapper: bool = False) -> Tensor:
-        """One decode with a given map: (3, R, S)."""
-        decoder = self.moe if what == 'moe' else self.dense
+    def render(self, feat: Tensor, size: tuple[int, int], backend: Backend, precision: str, expert_map: Tensor | None,
+               with_mapper: bool = False) -> Tensor:
+        """One decode with a given map, or of the dense decoder: (3, R, S)."""
+        decoder = self.dense if expert_map is None else self.moe
         with evaluation(self.net, self.device.type, precision):
-            return render_fixed(decoder, self.feat if feat is None else feat, size, expert_map, make_cell(size), backend,
-                                with_mapper)
+            return render_fixed(decoder, feat, size, expert_map, make_cell(size), backend, with_mapper)
 
-    def whole(self, size: tuple[int, int], backend: object, precision: str, expert_map: Tensor) -> Tensor:
+    def whole(self, size: tuple[int, int], backend: Backend, precision: str, expert_map: Tensor) -> Tensor:
         """Encoder, mapper (its routing is thrown away) and decoder."""
         with evaluation(self.net, self.device.type, precision):
             feat = self.net.encode(self.lq)
-        return self.render(size, 'moe', backend, precision, expert_map, feat, with_mapper=True)
+        return self.render(feat, size, backend, precision, expert_map, with_mapper=True)
 
     def plain_cases(self, size: tuple[int, int]) -> list[Case]:
-        """The plain algorithm in both chunk sizes; a part of the chunks with --quick."""
+        """The plain algorithm in both chunk sizes, the baseline first; a part of the chunks with --quick."""
         cases = []
         pixels = size[0] * size[1]
         for chunk in (CHUNK, SMALL_CHUNK):
-            count = (2 * CHUNK // chunk) if self.args.quick else math.ceil(pixels / chunk)
+            count = QUICK_PIXELS // chunk if self.args.quick else math.ceil(pixels / chunk)
             part = min(count * chunk / pixels, 1.0)
             if self.peer is not None:
                 cases.append(Case(f'peer-{chunk}', lambda c=chunk, n=count: self.peer(self.feat, size, c, n), part))
             cases.append(Case(f'plain-{chunk}', lambda c=chunk, n=count: plain_image(
-                self.dense, 0, self.feat, size, make_cell(size), c, n), part, precision='fp32'))
+                self.dense, 0, self.feat, size, make_cell(size), c, n), part))
         return cases
 
     def decode_cases(self, size: tuple[int, int], maps: dict[str, Tensor], few: bool) -> list[Case]:
-        """Our decoders, and whole upscales; `few` keeps the fused dense and skewed ones."""
+        """Our decoders and whole upscales, what matters most first; `few` keeps the fused dense and skewed ones."""
         cases = []
-        for code in ('fused', ) if few else ('torch', 'fused'):
-            for precision in self.args.precisions:
-                dense, moe = (self.backend(code, what, precision) for what in ('dense', 'moe'))
-                if dense is None or moe is None:
-                    continue
-                cases.append(Case(f'{code}-dense-{precision}',
-                                  lambda b=dense, p=precision: self.render(size, 'dense', b, p, None),
-                                  precision=precision, backend=dense, loads=None))
-                for name, expert_map in maps.items():
-                    if few and name != SKEWED:
+        for name in (SKEWED, None) if few else (SKEWED, None, 'whole', 'uniform'):
+            for code in ('fused', ) if few else ('fused', 'torch'):
+                for precision in self.args.precisions:
+                    what = 'dense' if name is None else 'moe'
+                    backend = self.backend(code, what, precision)
+                    if backend is None:
                         continue
-                    cases.append(Case(f'{code}-moe-{name}-{precision}',
-                                      lambda b=moe, p=precision, m=expert_map: self.render(size, 'moe', b, p, m),
-                                      precision=precision, backend=moe, loads=name))
-                if not few:
-                    cases.append(Case(f'whole-{code}-moe-{SKEWED}-{precision}',
-                                      lambda b=moe, p=precision: self.whole(size, b, p, maps[SKEWED]),
-                                      precision=precision))
+                    if name == 'whole':
+                        cases.append(Case(f'whole-{code}-moe-{SKEWED}-{precision}', lambda b=backend, p=precision:
+                                          self.whole(size, b, p, maps[SKEWED]), precision=precision))
+                        continue
+                    label = 'dense' if name is None else f'moe-{name}'
+                    cases.append(Case(f'{code}-{label}-{precision}', lambda b=backend, p=precision, n=name:
+                                      self.render(self.feat, size, b, p, maps.get(n)),
+                                      loads=name, backend=backend, precision=precision))
         return cases
 
-    def check_equal(self, case: Case, scale: float, size: tuple[int, int], maps: dict[str, Tensor]) -> float:
-        """The largest difference to the plain algorithm on border pixels and others, with the same map.
+    def check_equal(self, case: Case, scale: float) -> None:
+        """Compare with the plain algorithm, with the same map, on border pixels and others; this also warms up.
 
         Raises:
-            AssertionError: It is too large.
+            AssertionError: They differ.
         """
-        output = case.work().flatten(1)  # (3, R * S)
+        feat = self.feat[..., :QUICK_CHECK_SIZE, :QUICK_CHECK_SIZE] if self.args.quick else self.feat
+        lq_size = tuple(feat.shape[-2:])
+        size = output_size(lq_size, scale)
         pixels = checked_pixels(size)
-        decoder, experts = self.dense, torch.zeros(len(pixels), dtype=torch.long)
-        if case.row['loads'] is not None:
-            decoder, experts = self.moe, maps[case.row['loads']].flatten().cpu()[pixels].long()
-        expected = plain_pixels(decoder, self.feat, size, make_cell(size), pixels.to(self.device),
-                                experts.to(self.device))
-        difference = float((output[:, pixels.to(self.device)].t() - expected).abs().max()) / 2  # [-1, 1] to [0, 1]
-        limit = LIMITS[case.row['precision']]
-        note(f'equal {case.name} x{scale:g}: largest difference {difference:.2e} of at most {limit:g}, '
+        decoder, experts, expert_map = self.dense, torch.zeros(len(pixels), dtype=torch.long), None
+        if case.loads is not None:
+            expert_map = clustered_map(size, lq_size, MAPS[case.loads])
+            decoder, experts = self.moe, expert_map.flatten()[pixels].long()
+            expert_map = expert_map.to(self.device)
+        output = self.render(feat, size, case.backend, case.precision, expert_map).flatten(1)  # (3, R * S)
+        pixels = pixels.to(self.device)
+        expected = plain_pixels(decoder, feat, size, make_cell(size), pixels, experts.to(self.device))
+        case.difference = float((output[:, pixels].t() - expected).abs().max()) / 2  # [-1, 1] to [0, 1]
+        limit = LIMITS[case.precision]
+        note(f'equal {case.name} x{scale:g}: largest difference {case.difference:.2e} of at most {limit:g}, '
              f'outputs spread {float(expected.std()) / 2:.2g}')
-        assert difference <= limit, f'{case.name} x{scale:g} differs by {difference} from the plain algorithm'
-        return difference
+        assert case.difference <= limit, f'{case.name} x{scale:g} differs by {case.difference} from the plain algorithm'
 
     def run_scale(self, scale: float, few: bool) -> None:
         """All cases of one scale: check, time in turns, report."""
         size = output_size(self.lq_size, scale)
-        if few and self.previous is not None:
-            seconds = 2.5 * self.previous[1] * (scale / self.previous[0]) ** 2  # to check and to time once
-            if not self.clock.fits(seconds):
-                return note(f'skipped x{scale:g}: no time left')
         maps = {name: clustered_map(size, self.lq_size, loads).to(self.device) for name, loads in MAPS.items()}
         ours = self.decode_cases(size, maps, few)
-        differences = {case.name: self.check_equal(case, scale, size, maps) for case in ours if 'loads' in case.row}
+        if few and not self.clock.fits(2 * sum(self.last_ms.get(case.name, 0.0) for case in ours) / 1e3
+                                       * (scale / self.last_scale) ** 2):
+            return note(f'skipped x{scale:g}: no time left')
+        plain, *others = self.plain_cases(size)
         encode = Case('encode', lambda: self.net.encode(self.lq))
-        cases = [*self.plain_cases(size), encode, *ours]
         with torch.no_grad():
-            rounds = self.take_turns(cases)
-        done = {case.name: case for case in cases if case.times}
-        baseline = next(iter(done.values()))
-        self.previous = scale, sum(done[case.name].ms for case in ours if case.name in done and case.row.get('backend')
-                                   and f'{case.name}'.startswith('fused') and 'uniform' not in case.name) / 1e3
+            rounds = self.take_turns([plain, encode, *ours, *others], scale)
+        done = {case.name: case for case in (plain, *others, *ours) if case.times}
+        self.last_scale, self.last_ms = scale, {name: case.ms for name, case in done.items()}
         for case in done.values():
-            if case is encode:
-                continue
             is_whole = case.name.startswith('whole')
-            before = baseline.ms + encode.ms if is_whole else baseline.ms
+            before = plain.ms + encode.ms if is_whole else plain.ms
+            row = {} if case.backend is None else {'macs': {'total': self.macs(size, case.loads)}}
+            if case.loads is not None:
+                row['routing'] = {'loads': list(MAPS[case.loads])}
             self.report(case.name, scale, before / case.ms, time_ms={'total': case.ms}, repeats=rounds,
-                        baseline=('whole-' if is_whole else '') + baseline.name, lq_size=list(self.lq_size),
-                        size=list(size), difference=differences.get(case.name),
-                        **self.row_details(case, size))
+                        baseline=('whole-' if is_whole else '') + plain.name, lq_size=list(self.lq_size),
+                        size=list(size), difference=case.difference, precision=case.precision, **row)
         self.report_efficiency(scale, size, done)
-        if not few:
+        if not few and self.clock.fits():
             self.report_agreement(scale, size)
 
-    def take_turns(self, cases: list[Case]) -> int:
-        """Time the cases round by round while there is time; returns the number of rounds."""
-        for case in cases:
-            if case.name == 'encode' or case.name.startswith(('whole', 'plain', 'peer')):
-                case.work() if not self.args.quick else None  # ours are warm from the check
+    def take_turns(self, cases: list[Case], scale: float) -> int:
+        """Check each case, then time all in turns while there is time; returns the number of rounds."""
         for done in range(self.args.repeats):
             start = time.perf_counter()
             for place, case in enumerate(cases):
-                if done or place == 0 or self.clock.fits():
-                    case.times.append(time_ms(case.work, self.device) / case.fraction)
-                else:
-                    note(f'skipped {case.name}: no time left')
+                if done == 0 and place > 0 and not self.clock.fits():
+                    note(f'skipped {case.name} x{scale:g}: no time left')
+                    continue
+                if done == 0 and case.backend is not None:
+                    self.check_equal(case, scale)
+                elif done == 0 and not self.args.quick:
+                    case.work()  # warm up
+                case.times.append(time_ms(case.work, self.device) / case.fraction)
             cases = [case for case in cases if case.times]
-            if not self.clock.fits((time.perf_counter() - start) * 1.1):
+            if not self.clock.fits((time.perf_counter() - start) * 0.9):  # a later round has nothing to check
                 return done + 1
         return self.args.repeats
-
-    def row_details(self, case: Case, size: tuple[int, int]) -> dict:
-        """Precision, shares and multiply-adds of a case."""
-        details = {'precision': case.row.get('precision', 'fp32')}
-        if 'loads' in case.row:
-            loads = case.row['loads']
-            details['macs'] = {'total': self.macs(size, loads)}
-            if loads is not None:
-                details['routing'] = {'loads': list(MAPS[loads])}
-        return details
 
     def macs(self, size: tuple[int, int], loads: str | None) -> float:
         """Multiply-adds per output pixel, LR tables and experts."""
@@ -269,7 +280,7 @@ class Benchmark:
 
     def report_agreement(self, scale: float, size: tuple[int, int]) -> None:
         """Whether the fused mapper sends pixels where the torch one does; both are fp32."""
-        backend = self.backends['fused'].get(('moe', self.args.precisions[0]))
+        backend = self.fused.get(('moe', self.args.precisions[0]))
         if backend is None:
             return
         maps = []
@@ -282,6 +293,8 @@ class Benchmark:
 
     def run_train(self) -> None:
         """Training steps of the decoder: output and gradients are compared first."""
+        if not self.clock.fits():
+            return note('skipped train: no time left')
         batch = 4 if self.args.quick else 16
         steps = TrainSteps(self.moe, batch)
         start = time.perf_counter()
@@ -293,7 +306,7 @@ class Benchmark:
         lq = torch.rand(batch, 3, PATCH, PATCH, device=self.device)
         cases = [Case(name, lambda form=name: steps.run(form)) for name in ('plain-naive', 'exact', 'sampled', 'naive')]
         cases.append(Case('encoder', lambda: self.net.encode(lq).sum().backward()))
-        rounds = self.take_turns(cases)
+        rounds = self.take_turns(cases, SCALE)
         plain, *forms, encoder = cases
         details = {'repeats': rounds, 'count': batch, 'lq_size': [PATCH, PATCH], 'notes': f'{QUERIES} queries per image'}
         for case in forms:
@@ -371,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.memory or not args.quick:
         benchmark.run_memory()
     if args.json:
-        kernel = ', '.join(sorted({type(backend).__name__ for backend in benchmark.backends['fused'].values()})) or 'torch'
+        kernel = ', '.join(sorted({type(backend).__name__ for backend in benchmark.fused.values()})) or 'torch'
         schema.save(args.json, schema.document('benchmark', environment(benchmark.device, kernel), benchmark.rows))
 
 

@@ -145,7 +145,7 @@ class Drill:
         reference = self.reference()
         self.options('killed')
         moments = []
-        span = 2 * self.iterations // self.kills
+        span = max(1, 6 * self.iterations // (5 * self.kills))
         while len(moments) < self.kills:
             process = self.start('killed', '--auto_resume')
             target = self.progress('killed') + self.random.randint(0, span)

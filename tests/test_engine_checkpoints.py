@@ -193,6 +193,18 @@ def test_leftovers_of_a_killed_process_are_removed(store):
     assert files(store) == ['10.state', 'net_g_10.pth']
 
 
+def test_a_branch_that_was_left_is_set_aside_and_not_lost(store):
+    """Otherwise its larger iterations would count as the newest, and push out every new checkpoint."""
+    store.keep = 2
+    save(store, 10, 20, 30)
+    assert len(store.set_aside(10)) == 2
+    assert store.iterations() == []
+    save(store, 12)
+    assert store.iterations() == [12] and newest(store)[0].iteration == 12
+    aside = sorted(path.name for folder in (store.models, store.states) for path in folder.glob('set_aside_*/*'))
+    assert aside == ['20.state', '30.state', 'net_g_20.pth', 'net_g_30.pth']
+
+
 def test_link_or_copy_gives_an_independent_name(tmp_path, monkeypatch):
     source = tmp_path / 'source'
     for linked in (True, False):

@@ -23,8 +23,8 @@ from moeisr_basicsr.archs.moeisr_arch import MoEISR
 
 @ARCH_REGISTRY.register()
 class Float64MoEISR(MoEISR):
-    def __init__(self, encoder, experts, mapper):
-        super().__init__(encoder, experts=experts, mapper=mapper)
+    def __init__(self, encoder, experts, mapper, expert_grad):
+        super().__init__(encoder, experts=experts, mapper=mapper, expert_grad=expert_grad)
         self.double()
 
     def forward(self, lq, *arguments, **named):
@@ -75,10 +75,13 @@ def alone(root, line):
 
 def train_options(root, processes, name, **changes):
     """The same run in one process with a batch of 4 and in two with a batch of 2."""
-    return run_yaml(root, name=f'{name}_{processes}', **{
+    options = run_yaml(root, name=f'{name}_{processes}', **{
         'train:total_iter': 20, 'datasets:train:batch_size_per_gpu': 4 // processes, 'val:val_freq': 100,
         'train:optim_g': {'type': 'SGD', 'lr': 0.5}, 'logger:save_checkpoint_freq': 1, 'logger:keep_checkpoints': 0,
         **changes})
+    if name == 'fp64':  # rendering is fp32
+        del options['val'], options['datasets']['val'], options['datasets']['val_2']
+    return options
 
 
 def evaluation_options(root, processes):

@@ -6,10 +6,12 @@ from collections import Counter, OrderedDict
 import numpy as np
 import pytest
 import torch
+from tiny_runs import run_options
 
 from moeisr_basicsr.engine.experiment import archive, copy_options, make_folders
 from moeisr_basicsr.engine.logs import MetricsFile
 from moeisr_basicsr.engine.resume import plain, rng_state, set_rng_state
+from moeisr_basicsr.engine.train_loop import train
 
 
 def lines(folder):
@@ -63,6 +65,21 @@ def test_the_options_file_is_kept_with_the_command(tmp_path):
     copy_options({'opt_file': str(source)}, tmp_path / 'out')
     text = (tmp_path / 'out' / 'run.yml').read_text()
     assert text.startswith('# GENERATE TIME') and text.endswith('name: run\n')
+
+
+def test_tensorboard_has_what_users_plot(tmp_path):
+    reader = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    changes = {'train:total_iter': 4, 'val:val_freq': 4, 'logger:use_tb_logger': True}
+    assert train(run_options(tmp_path, **changes)) == 0
+    events = reader.EventAccumulator(str(tmp_path / 'tb_logger' / 'run'))
+    events.Reload()
+    tags = set(events.Tags()['scalars'])
+    assert {'losses/l_pix', 'losses/l_balance', 'load/expert_0', 'load/expert_1', 'mean_cost', 'lr', 'tau', 'grad_norm',
+            'queries_per_s', 'metrics/tiny_x2/psnr', 'metrics/tiny_x3.3/psnr', 'val_load/tiny_x2/expert_0'} <= tags
+    assert [event.step for event in events.Scalars('losses/l_pix')] == [1, 2, 3, 4]
+    assert {'tiny_x2_x2/0', 'tiny_x2_x2/0_experts', 'tiny_x3.3_x3.3/0'} <= set(events.Tags()['images'])
+    logs = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
+    assert '[eta: 0:00:0' in logs and 'queries/s' in logs
 
 
 def test_plain_values():

@@ -187,7 +187,7 @@ def test_against_the_unfolded_algorithm():
 
 @needs_kernels
 @pytest.mark.parametrize('isa', ISAS)
-def test_result_depends_on_nothing_but_the_pixel(isa, monkeypatch):
+def test_result_depends_on_nothing_but_the_pixel(isa):
     """Bit for bit: any tile size, any number of threads, any neighbours, a part of the image or all of it."""
     experts = make_experts([[64], [64, 64], [32, 64, 96]], 3)
     tables = liif_tables(experts, (12, 11))
@@ -211,7 +211,7 @@ def test_result_depends_on_nothing_but_the_pixel(isa, monkeypatch):
 
 @needs_kernels
 def test_tables_may_start_at_the_tile_and_views_are_read_and_written_in_place():
-    """A window of the LR tables with its own origin, cut out of one wide channels-last tensor; `out` inside an image."""
+    """LR tables with their own origin, cut out of one wide channels-last tensor; `out` inside an image."""
     experts = make_experts([[32], [64, 32]], 3)
     wide = torch.randn(10, 9, 96)
     tables = [wide[..., :32], wide[..., 32:]]
@@ -292,10 +292,12 @@ def test_bad_input_is_named():
     experts[0]['last'] = (torch.zeros(3, 40), torch.zeros(3))
     with pytest.raises(ValueError, match='expert 0, layer 0'):
         cpu.PackedExperts(experts)
+    with pytest.raises(ValueError, match='share one basis'):
+        cpu.PackedExperts(make_experts([[32]], 3, basis=64) + make_experts([[32]], 3, basis=32))
 
 
-@needs_kernels
-@pytest.mark.parametrize('isa', ISAS)
+@pytest.mark.skipif('amx_fp32' not in ISAS, reason='this processor has no AMX')
+@pytest.mark.parametrize('isa', ['amx_fp32', 'amx_bf16'])
 @pytest.mark.parametrize('channels, out_channels, size', [(64, 256, (9, 14)), (5, 20, (1, 1)), (180, 100, (3, 70))])
 def test_conv_matches_torch(isa, channels, out_channels, size):
     """The LR tables: a 3x3 convolution over a window with its halo; more cells than one block holds, odd widths."""
@@ -303,11 +305,11 @@ def test_conv_matches_torch(isa, channels, out_channels, size):
     weight, bias = (torch.rand(out_channels, channels, 3, 3) * 2 - 1) * bound, torch.randn(out_channels)
     window = torch.randn(channels, size[0] + 2, size[1] + 2)
     expected = F.conv2d(window[None].double(), weight.double(), bias.double())[0].permute(1, 2, 0)
-    conv = cpu.PackedConv(weight, isa=isa)
-    got = conv(window, bias)
+    got = cpu.PackedConv(weight, isa)(window, bias)
     assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= (2e-2 if isa in cpu.ISAS['bf16'] else 2e-5)  # sums of up to 1620 products
-    assert torch.equal(conv(window, bias, torch.bfloat16), got.bfloat16())
+    assert (got - expected).abs().max() <= (1e-5 if isa == 'amx_fp32' else 2e-2)
+    with pytest.raises(ValueError, match=f'must have {channels} channels'):
+        cpu.PackedConv(weight, isa)(window[1:], bias)
 
 
 @needs_kernels
@@ -347,7 +349,8 @@ if cpu.available():
     out = torch.zeros(1, 2, 2)
     axis = cpu.GridAxis(torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 0.5))
     expert = dict(w_rel=torch.zeros(2, 32), hidden=[], last=(torch.ones(1, 32), torch.zeros(1)))
-    cpu.decode(cpu.PackedExperts([expert]), [torch.ones(1, 1, 32)], axis, axis, torch.zeros(2, 2, dtype=torch.uint8), out)
+    expert_map = torch.zeros(2, 2, dtype=torch.uint8)
+    cpu.decode(cpu.PackedExperts([expert]), [torch.ones(1, 1, 32)], axis, axis, expert_map, out)
     assert (out == 32).all(), out
 """
 
@@ -383,16 +386,16 @@ def test_unwritable_cache_falls_back(tmp_path):
 
 @needs_kernels
 def test_concurrent_first_builds(tmp_path):
-    """Several processes start on an empty cache, one of them after a killed build: all end with the kernels."""
+    """Two processes start on a cache without library, after a killed build: both end with the kernels."""
     folder = tmp_path / 'moeisr_basicsr'
     (folder / 'build_killed').mkdir(parents=True)
     (folder / 'build.lock').write_text('')  # left by a process that died: the lock itself died with it
     outputs = []
-    children = [start_child(tmp_path) for _ in range(3)]
+    children = [start_child(tmp_path) for _ in range(2)]
     waiters = [threading.Thread(target=lambda c=child: outputs.append(finish_child(c))) for child in children]
     for waiter in waiters:
         waiter.start()
     for waiter in waiters:
         waiter.join()
-    assert len(outputs) == 3 and all(out.startswith('True') for out in outputs), outputs
+    assert len(outputs) == 2 and all(out.startswith('True') for out in outputs), outputs
     assert len(list(folder.glob('*.so'))) == 1

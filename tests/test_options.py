@@ -341,6 +341,68 @@ def test_each_mistake_is_named(old, new, part, words):
         assert found[0].startswith(f'run.yml:{line_of(text, part)}: ')
 
 
+def leaves(value, keys=()):
+    """The paths of all keys of nested options."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield (*keys, key)
+            yield from leaves(child, (*keys, key))
+
+
+ODD = [None, 3, -1, 0.5, float('nan'), float('inf'), 10**30, True, '', 'x', [], [1], ['a'], [[]], {}, {'type': 'x'},
+       {'type': [1]}, {'a': {'b': 1}}]
+
+
+@pytest.mark.parametrize('text', [GOOD, BASICSR], ids=['ours', 'basicsr'])
+def test_no_value_in_any_place_ends_in_anything_but_a_message(text):
+    document = read_yaml(write(text))
+    for keys in list(leaves(document.data)):
+        for odd in [*ODD, 'missing']:
+            data = copy.deepcopy(document.data)
+            section = data
+            for key in keys[:-1]:
+                section = section[key]
+            section[keys[-1]] = odd
+            if odd == 'missing':
+                del section[keys[-1]]
+            try:
+                check_options(document._replace(data=data))
+            except OptionsError as error:
+                assert all(problem.startswith('run.yml:') for problem in error.problems)
+
+
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'network_g:hidden_dim': 8}, "hidden_dim: belongs to the decoder 'lte'"),
+    ({'network_g:decoder': 'lte', 'network_g:hidden_dim': 7}, 'must be even; got 7'),
+    ({'network_g:in_channels': 1, 'network_g:skip': 'bicubic'}, "skip: 'bicubic' needs in_channels = out_channels; got 1 and 3"),
+    ({'network_g:encoder': {'type': 'SwinIREncoder', 'depths': [2]}}, 'num_heads: must have as many entries as depths, 1'),
+    ({'network_g:encoder': {'type': 'SwinIREncoder', 'embed_dim': 20}}, 'embed_dim: must be even and divisible'),
+    ({'train:balance_opt:target': [0.5, 0.2, 0.3]}, 'must have a share for each of the 2 experts; got 3'),
+    ({'train:balance_opt:target': [0.5, 0.2]}, 'must be shares that add up to 1'),
+    ({'train:pixel_opt': None}, "a loss is missing: the key 'pixel_opt'"),
+    ({'datasets:val_2': {'name': 'val', 'type': 'ArbitraryScaleImageDataset', 'dataroot_gt': 'images', 'scale': 3}},
+     "'val' is also the name of val"),
+])
+def test_keys_that_do_not_fit_together(changes, words):
+    document = read_yaml(write(GOOD))
+    data = copy.deepcopy(document.data)
+    for path, value in changes.items():
+        *parents, last = path.split(':')
+        section = data
+        for key in parents:
+            section = section[key]
+        section[last] = value
+    with pytest.raises(OptionsError) as caught:
+        check_options(document._replace(data=data))
+    assert len(caught.value.problems) == 1 and words in str(caught.value)
+
+
+def test_lmdb_folders_of_basicsr_need_their_suffix():
+    text = BASICSR.replace("filename_tmpl: '{}'\n    io_backend:\n      type: disk", 'io_backend: {type: lmdb}')
+    found = problems(text)
+    assert len(found) == 2 and all("must end in '.lmdb'; got 'images'" in problem for problem in found)
+
+
 def test_a_section_that_is_a_value_and_a_value_that_is_a_section():
     assert any('train: must be a section of keys; got 3.' in problem
                for problem in problems(GOOD.partition('train:\n  optim')[0] + 'train: 3\n'))

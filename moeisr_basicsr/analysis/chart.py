@@ -1,4 +1,5 @@
 """Horizontal stacked bars as a PNG, drawn with Pillow."""
+import math
 from collections.abc import Sequence
 from os import PathLike
 from typing import NamedTuple
@@ -26,12 +27,8 @@ class Panel(NamedTuple):
 
 def nice_step(largest: float, count: int = 5) -> float:
     """A distance of 1, 2 or 5 times a power of ten that gives at most `count` marks up to `largest`."""
-    step = 10.0 ** -12
-    while True:
-        for factor in (1, 2, 5):
-            if largest / (step * factor) <= count:
-                return step * factor
-        step *= 10
+    power = 10.0**math.floor(math.log10(largest / count))
+    return next(power * factor for factor in (1, 2, 5, 10) if largest / (power * factor) <= count * (1 + 1e-9))
 
 
 def draw_chart(panels: Sequence[Panel]) -> Image.Image:

@@ -76,7 +76,7 @@ def ensemble(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, mlp
             rel[..., 0] *= height
             rel[..., 1] *= width
             inputs = mlp_inputs(decoder, sampled, rel, cell)
-            answers.append(mlp(inputs.flatten(0, 1)).view(*rel.shape[:2], -1))
+            answers.append(mlp(inputs.flatten(0, 1)).unflatten(0, rel.shape[:2]))
             areas.append((rel[..., 0] * rel[..., 1]).abs() + EPS_AREA)
     total = torch.stack(areas).sum(dim=0)
     output = 0

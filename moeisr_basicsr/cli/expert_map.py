@@ -29,9 +29,8 @@ class ExpertMapPicture:
     def __init__(self, width: int, costs: list[float]):
         self.costs = costs
         self.order = np.argsort(costs, kind='stable')
-        place = np.argsort(self.order)  # of each expert among all
-        anchors = expert_map_picture(torch.arange(len(costs))[None], len(costs))[0]  # (J, 3) BGR, cheap to dear
-        self.colors = anchors[place][:, ::-1]  # (J, 3) RGB, by expert
+        experts = torch.arange(len(costs))[None]
+        self.colors = expert_map_picture(experts, len(costs), costs)[0, :, ::-1]  # (J, 3) RGB
         self.counts = np.zeros(len(costs), np.int64)
         self.size = float(np.clip(width / 1600, 0.45, 2.0))  # of the letters: legible beside the picture
         self.thickness = max(1, round(self.size))

@@ -46,8 +46,8 @@ class SharedImages:
         view = self.pixels[start:start + size].numpy().view(dtype).reshape(header.height, header.width, 3)
         if not self.filled[position]:
             rgb = self.source.read(name).rgb
-            if rgb.shape != view.shape or rgb.dtype != view.dtype:
-                raise UserError(f'{self.source.path(name)}: changed while it was in use.')
+            if rgb.shape != view.shape or rgb.dtype != view.dtype:  # rotated by what the header did not show
+                return rgb
             view[...] = rgb
             self.filled[position] = True
         view.flags.writeable = False

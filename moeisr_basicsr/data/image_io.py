@@ -98,7 +98,7 @@ def read_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
 
 
 def read_header(source: str | os.PathLike | bytes, name: str | None = None) -> ImageHeader:
-    """Size and bit depth without decoding.
+    """Size and bit depth without decoding. EXIF data behind the pixels of a PNG file, which is rare, is not seen.
 
     Raises:
         UserError: As `read_image`, as far as it can be told from the header.
@@ -109,9 +109,12 @@ def read_header(source: str | os.PathLike | bytes, name: str | None = None) -> I
         stack.enter_context(_naming(name))
         image = stack.enter_context(_open(file, name))
         width, height = image.size
-        if image.format != 'TIFF' and ORIENTATIONS.get(image.getexif().get(ORIENTATION, 1), (False,))[0]:
-            width, height = height, width  # Pillow gives the upright size of a TIFF file
-        return ImageHeader(height, width, _bit_depth(image))
+        bit_depth = _bit_depth(image)
+        # Pillow gives the upright size of a TIFF file, and decodes a whole PNG file to look for EXIF data behind it.
+        known = image.format != 'TIFF' and (image.format != 'PNG' or 'exif' in image.info)
+        if known and ORIENTATIONS.get(image.getexif().get(ORIENTATION, 1), (False,))[0]:
+            width, height = height, width
+        return ImageHeader(height, width, bit_depth)
 
 
 def to_float(image: np.ndarray) -> np.ndarray:
@@ -246,7 +249,7 @@ def _naming(name: str):
 
 def _open(data: bytes | io.BufferedReader, name: str) -> Image.Image:
     """Pillow's image, not decoded yet."""
-    if data == b'':
+    if not (data if isinstance(data, bytes) else data.peek(1)):
         raise UserError(f'{name}: the file is empty.')
     try:
         image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)

@@ -1,5 +1,6 @@
 """Where a dataset's images come from: a folder, a list in a meta_info file, or an LMDB, through BasicSR's FileClient."""
 import os
+import weakref
 from pathlib import Path
 
 from basicsr.utils import FileClient
@@ -9,6 +10,9 @@ from moeisr_basicsr.errors import UserError, did_you_mean
 from .image_io import SUFFIXES, ImageData, ImageHeader, is_image_name, read_header, read_image
 
 CLIENT_KEY = 'images'
+# One client for all datasets that read the same LMDB: a process may open it only once.
+_clients: 'weakref.WeakValueDictionary[str, FileClient]' = weakref.WeakValueDictionary()
+_clients_pid = os.getpid()
 
 
 class ImageSource:
@@ -115,16 +119,32 @@ class ImageSource:
         return bytes(data)
 
     def _open_client(self) -> FileClient:
-        # An LMDB environment must not be used across a fork.
         if self._client is None or self._client_pid != os.getpid():
             options = dict(self.backend_options)
             if self.backend == 'lmdb':
-                options.update(db_paths=[str(self.root)], client_keys=[CLIENT_KEY])
-            self._client, self._client_pid = FileClient(self.backend, **options), os.getpid()
+                options.update(db_paths=[str(self.root.resolve())], client_keys=[CLIENT_KEY])
+            self._client, self._client_pid = _shared_client(self.backend, options), os.getpid()
         return self._client
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, '_client': None, '_client_pid': None}
+
+
+def _shared_client(backend: str, options: dict) -> FileClient:
+    global _clients_pid
+    if _clients_pid != os.getpid():
+        # A forked worker: what the parent opened must be neither used nor left open, or it cannot be opened again.
+        for client in list(_clients.values()):
+            if client.backend == 'lmdb':
+                for environment in client.client._client.values():
+                    environment.close()
+        _clients.clear()
+        _clients_pid = os.getpid()
+    key = f'{backend} {sorted(options.items())}'
+    client = _clients.get(key)
+    if client is None:
+        client = _clients[key] = FileClient(backend, **options)
+    return client
 
 
 def _first_words(path: str | os.PathLike, option: str) -> list[str]:

@@ -6,6 +6,7 @@ A checkpoint is one weights file per network, `models/net_g_<iteration>.pth`, Ba
 import hashlib
 import io
 import os
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,24 @@ class CheckpointStore:
             file = folder / f'{label}_{state["iter"]}.pth'
             weights[label] = read_whole(file, digest)
         return Checkpoint(state['iter'], state, weights)
+
+    def set_aside(self, after: int) -> list[str]:
+        """Move checkpoints beyond iteration `after` out of the way: the run goes on from there and makes them anew.
+
+        They are damaged, or of a branch that the user has left; counted among the newest they would push out those
+        of this run.
+
+        Returns:
+            What was moved, for the log.
+        """
+        moved = []
+        for iteration in [iteration for iteration in self.iterations() if iteration > after]:
+            for file in (self.state_path(iteration), *self.models.glob(f'net_*_{iteration}.pth')):
+                folder = file.parent / f'set_aside_{time.strftime("%Y%m%d_%H%M%S")}'
+                folder.mkdir(exist_ok=True)
+                file.replace(folder / file.name)
+            moved.append(f'checkpoint of iteration {iteration} is beyond it and was moved to set_aside_*')
+        return moved
 
     def remove(self, iteration: int) -> None:
         """Remove a checkpoint, its state first: no state ever stands without its weights."""

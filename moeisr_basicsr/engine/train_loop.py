@@ -100,7 +100,8 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        notes = set_model_weights(self.model, checkpoint.weights) + set_model_state(self.model, state)
+        notes = self.ranks.together(lambda: self.store.set_aside(checkpoint.iteration))
+        notes += set_model_weights(self.model, checkpoint.weights) + set_model_state(self.model, state)
         self.place, place_notes = self.train_data.place_from(state)
         self.validation_due = bool(state.get('validation_due', False))
         notes += place_notes

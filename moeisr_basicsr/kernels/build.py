@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,8 +65,8 @@ def _link_flags() -> list[str]:
     """Links torch's own OpenMP runtime if it is GCC's: a second one would keep a second set of threads spinning."""
     bundled = sorted((Path(torch.__file__).parent / 'lib').glob('libgomp*.so*'))
     clang = 'clang' in os.environ.get('CXX', '')
-    return ['-Wl,--as-needed'] * (platform.system() == 'Linux') + ([str(bundled[0])] if bundled and not clang
-                                                                    else ['-fopenmp'])
+    flags = ['-Wl,--as-needed'] if platform.system() == 'Linux' else []
+    return flags + ([str(bundled[0])] if bundled and not clang else ['-fopenmp'])
 
 
 def _fingerprint() -> str:
@@ -89,7 +90,10 @@ def _only_one(lock: Path) -> Iterator[None]:
 def _compile(path: Path) -> None:
     """Builds in a private folder, then moves the library into place in one step."""
     folder = tempfile.mkdtemp(prefix='build_', dir=path.parent)
+    search_path = os.environ.get('PATH', '')
     try:
+        # A pip-installed ninja lies beside the interpreter, which need not be on the search path.
+        os.environ['PATH'] = os.pathsep.join(filter(None, [search_path, os.path.dirname(sys.executable)]))
         from torch.utils import cpp_extension  # needs setuptools
         cpp_extension.load(
             'moeisr_decode', [str(source) for source in _sources()], extra_cflags=COMPILE_FLAGS,
@@ -99,4 +103,5 @@ def _compile(path: Path) -> None:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BuildError(f'the C++ build failed: {first_line}') from error
     finally:
+        os.environ['PATH'] = search_path
         shutil.rmtree(folder, ignore_errors=True)

@@ -109,7 +109,7 @@ class MoEISRModel(ArbitraryScaleModel):
     @torch.no_grad()
     def statistics(self, gates: Tensor, tau: float | None) -> dict[str, Tensor]:
         """Share of the queries of each expert, mean relative cost of a query, temperature."""
-        load = gates.float().mean(dim=(0, 1))  # (J,)
+        load = gates.double().mean(dim=(0, 1))  # (J,)
         values = OrderedDict((f'load/expert_{j}', share) for j, share in enumerate(load.unbind()))
         values['mean_cost'] = (load * self.expert_costs).sum()
         if tau is not None:

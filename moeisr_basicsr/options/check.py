@@ -1,17 +1,14 @@
 """The check of a whole options file against the tables: every mistake at once, each with its file and line."""
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from moeisr_basicsr.errors import UserError, did_you_mean
 
 from .kinds import Data, File, Int, Kind
 from .reader import Document, KeyPath, join_keys
-from .schema import DATASET_OURS, UNSET, Key, Named, Section, Table, Typed
-from .typed import Resolved, is_known, registered, root_keys, section_keys
+from .rules import check_together
+from .schema import UNSET, Key, Named, Section, Table, Typed
+from .typed import Resolved, registered, registry, root_keys, section_keys
 
-TRAIN_PHASES = re.compile(r'train|val(_.+)?')
-TEST_PHASES = re.compile(r'(test|val)(_.+)?')
 FORCED_LAST = 10**9  # problems of the command line come after those of the file's last line
 
 
@@ -52,9 +49,8 @@ class Checker:
         keys = root_keys(data, self.is_train)
         self.model_type(data.get('model_type'))
         self.section(data, keys, ())
-        self.phases(data.get('datasets'))
-        self.routing(data.get('val'))
-        self.temperature(data.get('train'))
+        for at, message in check_together(data, self.is_train):
+            self.add(at, message)
         self.finish()
 
     def finish(self) -> None:
@@ -119,71 +115,9 @@ class Checker:
     def model_type(self, name: Any) -> None:
         """The model must be registered."""
         if isinstance(name, str) and name.strip() and registered('MODEL', name) is None:
-            from .typed import registry
             known = list(registry('MODEL').keys())
             self.add(('model_type', ), f'must be the name of a registered model: {", ".join(known)}; got {name!r}.'
                                        f'{did_you_mean(name, known)}')
-
-    def phases(self, datasets: Any) -> None:
-        """Training has one `train` dataset, and `val` ones; testing has `test` or `val` ones."""
-        if not isinstance(datasets, Mapping):
-            return
-        allowed = TRAIN_PHASES if self.is_train else TEST_PHASES
-        words = 'train, val, val_2, ... in training' if self.is_train else 'test, test_2, ... (or val, ...) in testing'
-        for name, dataset in datasets.items():
-            if not allowed.fullmatch(name):
-                near = did_you_mean(name, ('train', 'val', 'val_2') if self.is_train else ('test', 'test_2', 'val'))
-                self.add(('datasets', name), f'a dataset must be called {words}.{near}')
-            elif isinstance(dataset, Mapping):
-                self.images(dataset, ('datasets', name))
-        if self.is_train and 'train' not in datasets:
-            self.add(('datasets', ), "the key 'train' is missing.")
-        if not self.is_train and not datasets:
-            self.add(('datasets', ), "a test needs at least one dataset, called 'test'.")
-
-    def images(self, dataset: Mapping, at: KeyPath) -> None:
-        """A dataset of ours or of BasicSR needs its folders, and an LMDB folder has a name that says so."""
-        backend = dataset.get('io_backend')
-        kind = backend.get('type') if isinstance(backend, Mapping) else None
-        for name in ('dataroot_gt', 'dataroot_lq'):
-            root = dataset.get(name)
-            if kind == 'lmdb' and isinstance(root, str) and not root.endswith('.lmdb'):
-                self.add((*at, name), f"the name of an LMDB folder must end in '.lmdb'; got {root!r}.")
-        self.patches(dataset, at)
-        entry = dataset.get('type')
-        known = registered('DATASET', entry) if isinstance(entry, str) else None
-        if known is not None and is_known(known) and not any(
-                dataset.get(name) for name in ('dataroot_gt', 'dataroot_lq')):
-            self.add(at, 'a dataset needs dataroot_gt or dataroot_lq.')
-
-    def patches(self, dataset: Mapping, at: KeyPath) -> None:
-        """What the keys of an arbitrary-scale dataset must be together."""
-        if dataset.get('type') not in DATASET_OURS:
-            return
-        lq_size, sample_q = dataset.get('lq_size', 48), dataset.get('sample_q', 2304)
-        if all(isinstance(value, int) and value > 0 for value in (lq_size, sample_q)) and sample_q > lq_size**2:
-            self.add((*at, 'sample_q'), f'must be at most lq_size squared, {lq_size**2}: at a factor of 1 an HR patch '
-                                        f'has no more pixels; got {sample_q}.')
-        limits = dataset.get('scale_range')
-        if isinstance(limits, list) and len(limits) == 2 and all(isinstance(value, (int, float)) for value in limits):
-            if limits[0] > limits[1]:
-                self.add((*at, 'scale_range'), f'must rise; got {limits}.')
-        if at[1] != 'train' and dataset['type'] == 'ArbitraryScaleImageDataset' and dataset.get('scale') is None \
-                and self.document.data.get('scale') is None:
-            self.add(at, "the key 'scale' is missing: the factor to evaluate at, or [rows, columns].")
-
-    def routing(self, val: Any) -> None:
-        """A budget decides the cost weight; both at once contradict each other."""
-        if isinstance(val, Mapping) and val.get('budget') is not None and val.get('cost_weight') is not None:
-            self.add(('val', 'cost_weight'), 'give either budget or cost_weight, not both.')
-
-    def temperature(self, train: Any) -> None:
-        """A temperature that changes needs to know where to and when."""
-        options = train.get('temperature') if isinstance(train, Mapping) else None
-        if isinstance(options, Mapping) and options.get('type', 'constant') != 'constant':
-            for name in ('end', 'total_iter'):
-                if name not in options:
-                    self.add(('train', 'temperature'), f"the key '{name}' is missing; {options['type']} needs it.")
 
 
 def known_keys(data: dict, keys: tuple[str, ...], is_train: bool) -> tuple[Table, bool]:

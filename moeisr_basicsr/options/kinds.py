@@ -1,5 +1,6 @@
 """Kinds of values that an option may have. A kind says what is wrong with a value, in words for the user."""
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,7 @@ class Number(Kind):
         return ' '.join([self.noun, ' and '.join(limits)]).strip()
 
     def accepts(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             return False
         return ((self.above is None or value > self.above) and (self.least is None or value >= self.least)
                 and (self.most is None or value <= self.most))
@@ -176,7 +177,7 @@ class Data(Text):
             problems = [self.problem(entry) for entry in value]
             return next((problem for problem in problems if problem), None)
         problem = super().problem(value)
-        if problem is None and not Path(value).expanduser().exists():
+        if problem is None and not Path(value).expanduser().is_dir():
             return f'there is no folder {value}{nearest_path(value)}'
         return problem
 

@@ -13,7 +13,7 @@ import yaml
 from moeisr_basicsr.errors import UserError
 
 KeyPath = tuple[str | int, ...]
-MAX_NODES = 100_000  # an options file has hundreds; aliases of aliases could unfold into more than memory holds
+MAX_NODES = 20_000  # an options file has hundreds; aliases of aliases could unfold into more than memory holds
 MAX_DEPTH = 50
 
 

@@ -19,7 +19,7 @@
 namespace moeisr {
 namespace {
 
-// Ways to compute, in the order of ISAS in kernels/cpu.py.
+// Ways to compute, in the order of ISAS in kernels/native.py.
 enum Isa { kAvx2 = 1, kAvx512 = 2, kAmxFp32 = 3, kAvx512Bf16 = 4, kAmxBf16 = 5, kLastIsa = 5 };
 
 #if defined(__x86_64__)
@@ -105,13 +105,13 @@ int64_t widest(const Decode &d) {
     return width;
 }
 
-bool make_scratch(int64_t width, const Kernel &kernel, Scratch *scratch) {
+bool make_scratch(int64_t width, int64_t rows, const Kernel &kernel, Scratch *scratch) {
     thread_local ThreadMemory memory;
     // One cache line more than the width: at a power of two all rows would share a few cache sets.
     scratch->stride = width * kernel.split + kCacheLine / kernel.element;
     scratch->last_stride = width + kCacheLine / 4;
-    const size_t block = kBlockRows * scratch->stride * kernel.element;  // whole cache lines, as each one below
-    const size_t last = kBlockRows * scratch->last_stride * 4;
+    const size_t block = rows * scratch->stride * kernel.element;  // whole cache lines, as each one below
+    const size_t last = rows * scratch->last_stride * 4;
     const size_t partial = 4 * (2 * 32 * kPad + kBlockPixels * 4 * 16);
     char *p = memory.reserve(2 * block + last + partial);
     if (!p) return false;
@@ -145,7 +145,7 @@ MOEISR_API int64_t moeisr_decode(const Decode *decode, int64_t isa) {
 #pragma omp parallel num_threads(d.num_threads)
     {
         Scratch scratch;
-        if (!make_scratch(widest(d), kernel, &scratch)) failed = kNoMemory;
+        if (!make_scratch(widest(d), kBlockRows, kernel, &scratch)) failed = kNoMemory;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < tiles; ++i) {
             if (failed) continue;
@@ -165,13 +165,14 @@ MOEISR_API int64_t moeisr_table(const TableJob *job, int64_t isa) {
     const TableJob &t = *job;
     const Kernel kernel = kernel_of(isa);
     const int64_t cells = t.height * t.width;
-    // Weights of many experts exceed L2: large blocks read them seldom. A multiple of every micro-tile's rows.
-    const int64_t step = cells >= 96 * t.num_threads ? 96 : 48;
+    // The weights of several experts exceed L2: large blocks read them seldom. Multiples of every micro-tile's rows.
+    int64_t step = 192;
+    while (step > 48 && cells < step * t.num_threads) step /= 2;
     std::atomic<int> failed{kOk};
 #pragma omp parallel num_threads(t.num_threads)
     {
         Scratch scratch;
-        if (!make_scratch(t.layer.in, kernel, &scratch)) failed = kNoMemory;
+        if (!make_scratch(t.layer.in, step, kernel, &scratch)) failed = kNoMemory;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t first = 0; first < cells; first += step)
             if (!failed) kernel.table(t, first, std::min(step, cells - first), scratch);

@@ -1,4 +1,4 @@
-// Plain-C interface of the fused decode, shared by every instruction set and mirrored by ctypes in kernels/cpu.py:
+// Plain-C interface of the fused decode, shared by every instruction set and mirrored by ctypes in kernels/native.py:
 // every field is 8 bytes wide, so that both sides agree without padding rules.
 //
 // Legend: h x w output pixels of one strip, Ht x Wt cells of the LR tables, J experts, C output channels.
@@ -18,7 +18,7 @@ constexpr int kMaxTilePixels = kMaxTileRows * kMaxTileCols;
 
 struct Layer {
     int64_t in, out;     // padded widths
-    const void *weight;  // panels of output channels, see kernels/cpu.py
+    const void *weight;  // panels of output channels, see kernels/packed.py
     const float *bias;   // (out), zero in the padding
 };
 
@@ -80,8 +80,7 @@ struct TableJob {
     Layer layer;          // in = 9 * channels: row, column, channel of the window
     const float *window;  // (Ht + 2, Wt + 2, channels), channels a multiple of kPad
     int64_t channels, height, width;  // Ht, Wt
-    void *out;            // (Ht * Wt, layer.out)
-    int64_t out_stride, out_is_bf16;
+    float *out;           // (Ht * Wt, layer.out)
     int64_t num_threads;
 };
 
@@ -107,7 +106,7 @@ enum Error { kOk = 0, kBadExpert = 1, kMissingTable = 2, kNoMemory = 3 };
 // One way to compute; null functions where the compiler could not build it.
 struct Kernel {
     DecodeTile decode;
-    BuildTable table;  // at most kBlockRows cells at a time
+    BuildTable table;  // AMX only; as many cells as the scratch has rows
     RouteRow route;    // fp32 only
     int64_t element, split;  // of an activation block: bytes per element, elements per channel
 };

@@ -63,7 +63,8 @@ struct GemmAmx {
     // previous piece between the products.
     template <int Tiles, class Meanwhile>
     static inline __attribute__((always_inline)) void sum_piece(const uint16_t *a, int64_t stride, const uint16_t *w,
-                                                                int64_t k_end, float *sums, const Meanwhile &meanwhile) {
+                                                                int64_t k_end, float *sums,
+                                                                const Meanwhile &meanwhile) {
         _tile_zero(0);
         _tile_zero(1);
         if (Tiles == 2) {
@@ -186,12 +187,18 @@ struct GemmAmx {
         }
     }
 
-    static void linear(const Layer &layer, const uint16_t *in, int rows, const Scratch &scratch, const TableOut &out) {
+    // Without activation, fp32 out; only the first `cells` rows are written.
+    static void linear(const Layer &layer, const uint16_t *in, int cells, const Scratch &scratch, float *out,
+                       int64_t out_stride) {
         const float *biases = layer.bias;
+        const int rows = (cells + kRows - 1) / kRows * kRows;
         multiply(layer, in, rows, scratch, [=](const float *sums, int row, int64_t n) {
             const Vec bias[2] = {load(biases + n), load(biases + n + 16)};
-            for (int i = 0; i < 4; ++i)
-                for (int v = 0; v < 2; ++v) out.put(row + i, n + 16 * v, add(load(sums + i * kPad + 16 * v), bias[v]));
+            float *p = out + row * out_stride + n;
+            for (int i = 0; i < 4 && row + i < cells; ++i, p += out_stride) {
+                store(p, add(load(sums + i * kPad), bias[0]));
+                store(p + 16, add(load(sums + i * kPad + 16), bias[1]));
+            }
         });
     }
 };

@@ -63,11 +63,4 @@ struct GemmBf16 {
         });
         blend_rows(d, e, block, out, stride);
     }
-
-    static void linear(const Layer &layer, const uint16_t *in, int rows, const Scratch &scratch, const TableOut &out) {
-        multiply(layer, in, rows, scratch, [=](int row, int64_t n, Vec first, Vec second) {
-            out.put(row, n, first);
-            out.put(row, n + Vec::kLanes, second);
-        });
-    }
 };

@@ -1,7 +1,7 @@
 // Matrix products in fp32. Included inside the namespace of one instruction set, after Vec and tile.h.
 //
-// A micro-tile keeps MicroRows x NumVecs vectors of sums in registers. Its weight panel (NumVecs vectors wide, all of the
-// input width) is read from L1 by every micro-tile of the block before the next panel is touched.
+// A micro-tile keeps MicroRows x NumVecs vectors of sums in registers. Its weight panel (NumVecs vectors wide, all of
+// the input width) is read from L1 by every micro-tile of the block before the next panel is touched.
 
 template <int MicroRows, int NumVecs>
 struct GemmFp32 {
@@ -17,8 +17,8 @@ struct GemmFp32 {
 
     // One micro-tile, bias included; `sink(row, sums)` takes the NumVecs vectors of each row.
     template <class Sink>
-    static inline __attribute__((always_inline)) void micro(const float *a, int64_t stride, const float *w, int64_t k_end,
-                                                            const float *bias, const Sink &sink) {
+    static inline __attribute__((always_inline)) void micro(const float *a, int64_t stride, const float *w,
+                                                            int64_t k_end, const float *bias, const Sink &sink) {
         Vec acc[MicroRows][NumVecs];
         for (int i = 0; i < MicroRows; ++i)
             for (int v = 0; v < NumVecs; ++v) acc[i][v] = load(bias + v * Vec::kLanes);
@@ -57,11 +57,5 @@ struct GemmFp32 {
         float *out = static_cast<float *>(in == scratch.block[0] ? scratch.block[1] : scratch.block[0]);
         hidden(layer, in, out, block.rows, scratch);
         blend_rows(d, e, block, out, scratch.stride);
-    }
-
-    static void linear(const Layer &layer, const float *in, int rows, const Scratch &scratch, const TableOut &out) {
-        multiply(layer, in, rows, scratch, [=](int row, int64_t n, const Vec *sums) {
-            for (int v = 0; v < NumVecs; ++v) out.put(row, n + v * Vec::kLanes, sums[v]);
-        });
     }
 };

@@ -1,5 +1,5 @@
-// The kernels for AVX2 and FMA. The target pragma, not a compiler flag, selects the instructions: one build serves every
-// x86-64 machine. Standard headers come first, so that no shared inline function is compiled for this target only.
+// The kernels for AVX2 and FMA. The target pragma, not a compiler flag, selects the instructions: one build serves
+// every x86-64 machine. Standard headers come first, so that no shared inline function is compiled for this target.
 #include <cmath>
 #include <cstring>
 
@@ -9,7 +9,8 @@
 #include <immintrin.h>
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -19,7 +20,6 @@ namespace moeisr {
 namespace avx2 {
 #include "vec_avx2.h"
 #include "tile.h"
-#include "table.h"
 #include "gemm_fp32.h"
 #include "route.h"
 }  // namespace avx2
@@ -34,7 +34,7 @@ namespace avx2 {
 // 16 registers: 6 rows x 2 vectors of sums, 2 of weights, 1 broadcast.
 moeisr::Kernel moeisr::avx2_kernel() {
     using Gemm = avx2::GemmFp32<6, 2>;
-    return {avx2::decode_tile<Gemm>, avx2::TableRows::run<Gemm>, avx2::route_row, 4, 1};
+    return {avx2::decode_tile<Gemm>, nullptr, avx2::route_row, 4, 1};
 }
 
 #else

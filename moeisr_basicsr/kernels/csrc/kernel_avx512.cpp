@@ -1,5 +1,5 @@
-// The kernels for AVX-512. The target pragma, not a compiler flag, selects the instructions: one build serves every
-// x86-64 machine. Standard headers come first, so that no shared inline function is compiled for this target only.
+// The kernels for AVX-512. The target pragma, not a compiler flag, selects the instructions: one build serves
+// every x86-64 machine. Standard headers come first, so that no shared inline function is compiled for this target.
 #include <cmath>
 #include <cstring>
 
@@ -9,7 +9,8 @@
 #include <immintrin.h>
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
@@ -19,7 +20,6 @@ namespace moeisr {
 namespace avx512 {
 #include "vec_avx512.h"
 #include "tile.h"
-#include "table.h"
 #include "gemm_fp32.h"
 #include "route.h"
 }  // namespace avx512
@@ -34,7 +34,7 @@ namespace avx512 {
 // 32 registers: 12 rows x 2 vectors of sums, 2 of weights, broadcasts in flight.
 moeisr::Kernel moeisr::avx512_kernel() {
     using Gemm = avx512::GemmFp32<12, 2>;
-    return {avx512::decode_tile<Gemm>, avx512::TableRows::run<Gemm>, avx512::route_row, 4, 1};
+    return {avx512::decode_tile<Gemm>, nullptr, avx512::route_row, 4, 1};
 }
 
 #else

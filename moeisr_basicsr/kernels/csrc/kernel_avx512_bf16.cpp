@@ -1,5 +1,5 @@
-// The kernels for AVX512_BF16. The target pragma, not a compiler flag, selects the instructions: one build serves every
-// x86-64 machine. Standard headers come first, so that no shared inline function is compiled for this target only.
+// The kernels for AVX512_BF16. The target pragma, not a compiler flag, selects the instructions: one build serves
+// every x86-64 machine. Standard headers come first, so that no shared inline function is compiled for this target.
 #include <cmath>
 #include <cstring>
 
@@ -9,7 +9,8 @@
 #include <immintrin.h>
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16")
@@ -19,7 +20,6 @@ namespace moeisr {
 namespace avx512_bf16 {
 #include "vec_avx512.h"
 #include "tile.h"
-#include "table.h"
 #include "bf16.h"
 #include "gemm_bf16.h"
 }  // namespace avx512_bf16
@@ -33,7 +33,7 @@ namespace avx512_bf16 {
 
 moeisr::Kernel moeisr::avx512_bf16_kernel() {
     using Gemm = avx512_bf16::GemmBf16;
-    return {avx512_bf16::decode_tile<Gemm>, avx512_bf16::TableRows::run<Gemm>, nullptr, 2, 1};
+    return {avx512_bf16::decode_tile<Gemm>, nullptr, nullptr, 2, 1};
 }
 
 #else

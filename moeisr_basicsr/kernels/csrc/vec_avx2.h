@@ -19,17 +19,6 @@ static inline Vec load(const uint16_t *p) {  // bf16 is the upper half of fp32
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
 }
 
-// One vector to bf16, nearest even; NaN stays NaN.
-static inline void store_rounded(uint16_t *p, Vec a) {
-    const __m256i bits = _mm256_castps_si256(a.v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
-    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), packed);
-}
-
 static inline float sum(Vec a) {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));

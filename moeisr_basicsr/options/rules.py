@@ -1,0 +1,144 @@
+"""What the keys of an options file must be together; each key by itself is checked against the tables.
+
+A rule yields (keys, message) for each problem. It looks only at values that are sound by themselves, because the rest
+is reported already.
+"""
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moeisr_basicsr.errors import did_you_mean
+
+from .reader import KeyPath
+from .schema import DATASET_OURS
+from .typed import is_known, registered
+
+Problems = Iterator[tuple[KeyPath, str]]
+TRAIN_PHASES = re.compile(r'train|val(_.+)?')
+TEST_PHASES = re.compile(r'(test|val)(_.+)?')
+SUM_TOLERANCE = 1e-6  # of shares that add up to 1
+
+
+def section(data: Any, *keys: str) -> Mapping:
+    """The section at `keys`; an empty one where there is none."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data if isinstance(data, Mapping) else {}
+
+
+def numbers(values: Any, length: int | None = None) -> bool:
+    """Whether `values` is a list of numbers."""
+    return isinstance(values, list) and (length is None or len(values) == length) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+
+
+def check_together(data: dict, is_train: bool) -> Problems:
+    """All rules."""
+    yield from phases(data, is_train)
+    for name, dataset in section(data, 'datasets').items():
+        if isinstance(dataset, Mapping):
+            yield from folders(dataset, ('datasets', name))
+            if isinstance(dataset.get('type'), str) and dataset['type'] in DATASET_OURS:
+                yield from patches(dataset, ('datasets', name), data)
+    yield from network(section(data, 'network_g'), ('network_g', ))
+    yield from training(data, is_train)
+    val = section(data, 'val')
+    if val.get('budget') is not None and val.get('cost_weight') is not None:
+        yield ('val', 'cost_weight'), 'give either budget or cost_weight, not both.'
+
+
+def phases(data: dict, is_train: bool) -> Problems:
+    """Training has one `train` dataset and `val` ones; testing has `test` or `val` ones; names differ."""
+    datasets = data.get('datasets')
+    if not isinstance(datasets, Mapping):
+        return
+    allowed = TRAIN_PHASES if is_train else TEST_PHASES
+    words = 'train, val, val_2, ... in training' if is_train else 'test, test_2, ... (or val, ...) in testing'
+    names: dict[str, str] = {}
+    for phase, dataset in datasets.items():
+        if not allowed.fullmatch(phase):
+            near = did_you_mean(phase, ('train', 'val', 'val_2') if is_train else ('test', 'test_2', 'val'))
+            yield ('datasets', phase), f'a dataset must be called {words}.{near}'
+        name = section(dataset).get('name')
+        if phase != 'train' and isinstance(name, str):
+            if name in names:
+                yield ('datasets', phase, 'name'), (f"'{name}' is also the name of {names[name]}: their results would "
+                                                    'overwrite each other.')
+            names.setdefault(name, phase)
+    if is_train and 'train' not in datasets:
+        yield ('datasets', ), "the key 'train' is missing."
+    if not is_train and not datasets:
+        yield ('datasets', ), "a test needs at least one dataset, called 'test'."
+
+
+def folders(dataset: Mapping, at: KeyPath) -> Problems:
+    """What BasicSR's datasets ask of their folders."""
+    kind = dataset.get('type')
+    entry = registered('DATASET', kind) if isinstance(kind, str) else None
+    if entry is None or not is_known(entry) or kind in DATASET_OURS:
+        return
+    roots = {name: dataset.get(name) for name in ('dataroot_gt', 'dataroot_lq')}
+    if not any(roots.values()):
+        yield at, 'a dataset needs dataroot_gt or dataroot_lq.'
+    for name, root in roots.items():
+        if section(dataset, 'io_backend').get('type') == 'lmdb' and isinstance(root, str) and not root.endswith('.lmdb'):
+            yield (*at, name), f"the name of an LMDB folder must end in '.lmdb'; got {root!r}."
+
+
+def patches(dataset: Mapping, at: KeyPath, data: dict) -> Problems:
+    """Arbitrary-scale datasets: patches that hold the queries, factors that rise, a factor to evaluate at."""
+    lq_size, sample_q = dataset.get('lq_size', 48), dataset.get('sample_q', 2304)
+    if all(isinstance(value, int) and value > 0 for value in (lq_size, sample_q)) and sample_q > lq_size**2:
+        yield (*at, 'sample_q'), (f'must be at most lq_size squared, {lq_size**2}: at a factor of 1 an HR patch has no '
+                                  f'more pixels; got {sample_q}.')
+    limits = dataset.get('scale_range')
+    if numbers(limits, 2) and limits[0] > limits[1]:
+        yield (*at, 'scale_range'), f'must rise; got {limits}.'
+    scale = dataset.get('scale', data.get('scale'))
+    if at[1] != 'train' and dataset['type'] == 'ArbitraryScaleImageDataset' and scale is None:
+        yield at, "the key 'scale' is missing: the factor to evaluate at, or [rows, columns]."
+
+
+def network(options: Mapping, at: KeyPath) -> Problems:
+    """What this package's constructors would refuse."""
+    entry = registered('ARCH', options['type']) if isinstance(options.get('type'), str) else None
+    if entry is None or not entry.__module__.startswith('moeisr_basicsr.'):
+        return
+    if options['type'] == 'MoEISR' and options.get('hidden_dim') is not None and options.get('decoder') != 'lte':
+        yield (*at, 'hidden_dim'), "belongs to the decoder 'lte'."
+    if isinstance(options.get('hidden_dim'), int) and options['hidden_dim'] % 2:
+        yield (*at, 'hidden_dim'), f'must be even; got {options["hidden_dim"]}.'
+    channels = [options.get(key, 3) for key in ('in_channels', 'out_channels')]
+    skip = options.get('skip', 'bilinear' if options['type'] == 'LTE' else 'none')
+    if skip != 'none' and channels[0] != channels[1]:
+        yield (*at, 'skip'), f"'{skip}' needs in_channels = out_channels; got {channels[0]} and {channels[1]}."
+    encoder = section(options, 'encoder')
+    depths, heads = encoder.get('depths', [6] * 6), encoder.get('num_heads', [6] * 6)
+    if encoder.get('type') == 'SwinIREncoder' and numbers(depths) and numbers(heads):
+        width = encoder.get('embed_dim', 180)
+        if len(depths) != len(heads):
+            yield (*at, 'encoder', 'num_heads'), f'must have as many entries as depths, {len(depths)}; got {len(heads)}.'
+        elif isinstance(width, int) and (width % 2 or any(head > 0 and width % head for head in heads)):
+            yield (*at, 'encoder', 'embed_dim'), f'must be even and divisible by every num_heads; got {width}.'
+
+
+def training(data: dict, is_train: bool) -> Problems:
+    """Losses and schedules that fit the network."""
+    train = section(data, 'train')
+    ours = data.get('model_type') in ('ArbitraryScaleModel', 'MoEISRModel')
+    if is_train and train and (ours or data.get('model_type') == 'SRModel') and not any(
+            train.get(key) for key in ('pixel_opt', 'perceptual_opt')):
+        yield ('train', ), "a loss is missing: the key 'pixel_opt'."
+    temperature = section(train, 'temperature')
+    if temperature.get('type', 'constant') != 'constant':
+        for name in ('end', 'total_iter'):
+            if name not in temperature:
+                yield ('train', 'temperature'), f"the key '{name}' is missing; {temperature['type']} needs it."
+    target = section(train, 'balance_opt').get('target')
+    experts = section(data, 'network_g').get('experts')
+    if numbers(target):
+        if isinstance(experts, list) and len(target) != len(experts):
+            yield ('train', 'balance_opt', 'target'), (f'must have a share for each of the {len(experts)} experts; got '
+                                                       f'{len(target)}.')
+        elif abs(sum(target) - 1) > SUM_TOLERANCE:
+            yield ('train', 'balance_opt', 'target'), f'must be shares that add up to 1; got {target}.'

@@ -1,0 +1,157 @@
+"""`scripts/benchmark_decode.py` on tiny images: its lines, its results, and that wrong outputs stop it."""
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.core.render import TORCH, TorchBackend
+
+SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
+TINY = ['--lq-size', '8', '--repeats', '2', '--memory-lq-size', '16']
+# the least of a checkout of yinboc/liif: the same interface, computed by the tests' own reference
+PEER = '''
+import reference, torch
+class Peer:
+    def __init__(self):
+        self.imnet = torch.nn.Module()
+        self.imnet.layers = torch.nn.Sequential(*(m for i, o in ((580, 256), (256, 256), (256, 256), (256, 256), (256, 3))
+                                                  for m in (torch.nn.Linear(i, o), torch.nn.ReLU())))[:-1]
+    def to(self, device): return self
+    def eval(self): return self
+    def query_rgb(self, coord, cell):
+        pool = torch.nn.Module()
+        pool.experts = [lambda x: self.imnet.layers(x)]
+        return reference.liif(pool, 0, self.feat.cuda(), coord, cell) + {error}
+def make(spec):
+    assert spec['name'] == 'liif'
+    return Peer()
+'''
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    for name in ('benchmark_decode', 'liif_peer', 'models'):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(torch.Tensor, 'cuda', torch.Tensor.cuda)  # the peer's patch is undone afterwards
+    monkeypatch.setenv('MOEISR_KERNELS', 'off')
+    module = importlib.import_module('benchmark_decode')
+    monkeypatch.setattr(module, 'fused_backend', lambda decoder, device, precision: TorchBackend())
+    yield module
+    for name in ('benchmark_decode', 'liif_peer', 'models'):
+        sys.modules.pop(name, None)
+
+
+def test_lines_and_results(script, tmp_path, capsys):
+    target = tmp_path / 'out.json'
+    script.main([*TINY, '--scales', '2', '3', '--precisions', 'fp32', '--json', str(target)])
+    lines = capsys.readouterr().out.splitlines()
+    printed = [line for line in lines if not line.startswith('#')]
+    assert all(re.fullmatch(r'\S+ x[\d.]+ [\d.e+-]+', line) for line in printed)
+    rows = {(row['case'], row['scale'][0]): row for row in schema.load(target)['rows']}
+    assert [(line.split()[0], float(line.split()[1][1:])) for line in printed] == list(rows)
+    for scale in (2.0, 3.0):
+        plain = rows['plain-30000', scale]['time_ms']['total']
+        for code in ('torch', 'fused'):
+            for what in ('dense', 'moe-uniform', 'moe-50/25/15/10'):
+                row = rows[f'{code}-{what}-fp32', scale]
+                assert row['ratio'] == pytest.approx(plain / row['time_ms']['total'])
+                assert row['difference'] <= 1e-5 and row['repeats'] == 2
+            dense, moe = (rows[f'{code}-{what}-fp32', scale] for what in ('dense', 'moe-50/25/15/10'))
+            saved = dense['macs']['total'] / moe['macs']['total']
+            # by hand: 5 layers of 256, experts of 1 to 4 hidden layers, tables of 9 x 64 x 256 per LR cell and expert
+            assert dense['macs']['total'] == 4 * (512 + 3 * 65536) + 768 + 147456 / scale**2
+            assert moe['macs']['total'] == pytest.approx(4 * (512 + 0.85 * 65536) + 768 + 4 * 147456 / scale**2)
+            assert rows[f'mac-efficiency-{code}-fp32', scale]['ratio'] == pytest.approx(
+                dense['time_ms']['total'] / moe['time_ms']['total'] / saved)
+        assert rows['route-agreement', scale]['ratio'] == 1
+        assert ('whole-fused-moe-50/25/15/10-fp32', scale) in rows and ('plain-10000', scale) in rows
+    assert any(case.startswith('memory-mib-torch') for case, _ in rows) or '# skipped memory' in '\n'.join(lines)
+
+
+def test_wrong_output_stops_it(script, monkeypatch):
+    class Wrong(TorchBackend):
+        def decode(self, decoder, tile):
+            output = super().decode(decoder, tile)
+            output[:, 0, 0] += 1e-3  # one pixel of a tile, 5e-4 on the [0, 1] scale
+            return output
+
+    monkeypatch.setattr(script, 'fused_backend', lambda *_: Wrong())
+    with pytest.raises(AssertionError, match='fused-moe-50/25/15/10-fp32 x3 differs by 0.00'):
+        script.main([*TINY, '--scales', '3', '--quick'])
+
+
+def test_quick_stops_in_time_and_says_what_is_missing(script, monkeypatch, capsys, tmp_path):
+    target = tmp_path / 'out.json'
+    now = [script.START]
+    monkeypatch.setattr(script.time, 'perf_counter', lambda: now[0])
+
+    def timed(work, device):
+        work()
+        now[0] += 9  # each case takes 9 seconds
+        return 9000.0
+
+    monkeypatch.setattr(script, 'time_ms', timed)
+    script.main([*TINY, '--quick', '--train', '--json', str(target)])
+    output = capsys.readouterr().out
+    assert now[0] - script.START <= 50
+    assert 'fused-moe-50/25/15/10-fp32 x4' in output and 'skipped plain-10000 x4: no time left' in output
+    assert 'skipped x8: no time left' in output and 'skipped train: no time left' in output
+    assert [row['scale'][0] for row in schema.load(target)['rows']].count(8.0) == 0
+
+
+def test_missing_kernels_are_said(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, 'fused_backend', lambda *_: None)
+    script.main([*TINY, '--quick', '--scales', '2', '--precisions', 'fp32'])
+    output = capsys.readouterr().out
+    assert '# skipped fused moe fp32' in output and '\nfused' not in output and '\ntorch-dense-fp32 x2 ' in output
+
+
+def test_training_steps(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, 'TrainSteps', lambda decoder, batch: script_steps(script, decoder))
+    script.main([*TINY, '--quick', '--scales', '2', '--precisions', 'fp32', '--train'])
+    output = capsys.readouterr().out
+    assert '# equal train-exact' in output
+    assert all(f'\ntrain-{form} x2.5 ' in output and f'\ntrain-whole-{form} x2.5 ' in output
+               for form in ('exact', 'sampled', 'naive'))
+
+
+def script_steps(script, decoder):
+    from moeisr_basicsr.analysis.train_steps import TrainSteps
+    script.PATCH = 8
+    return TrainSteps(decoder, batch=1, patch=8, queries=40)
+
+
+def checkout(folder, error):
+    (folder / 'models').mkdir(parents=True)
+    (folder / 'models' / '__init__.py').write_text(PEER.replace('{error}', str(error)))
+    (folder / 'models' / 'liif.py').write_text('')
+    return str(folder)
+
+
+def test_peer_takes_the_place_of_the_plain_algorithm(script, tmp_path, capsys):
+    target = tmp_path / 'out.json'
+    script.main([*TINY, '--quick', '--scales', '2', '--precisions', 'fp32', '--peer', checkout(tmp_path / 'p', 0.0),
+                 '--json', str(target)])
+    rows = {row['case']: row for row in schema.load(target)['rows']}
+    assert rows['peer-30000']['ratio'] == 1 and 'plain-30000' in rows and 'peer-10000' in rows
+    assert rows['torch-dense-fp32']['baseline'] == 'peer-30000'
+    assert '# equal peer' in capsys.readouterr().out
+
+
+def test_peer_that_computes_something_else(script, tmp_path):
+    with pytest.raises(AssertionError, match='peer differs'):
+        script.main([*TINY, '--quick', '--scales', '2', '--peer', checkout(tmp_path / 'p', 1e-3)])
+
+
+def test_peer_that_is_no_checkout(script, tmp_path):
+    with pytest.raises(SystemExit, match='no checkout'):
+        script.main([*TINY, '--quick', '--peer', str(tmp_path)])
+
+
+def test_torch_code_is_the_baseline_of_backends(script):
+    benchmark = script.Benchmark(script.parse_args([*TINY, '--quick']))
+    assert benchmark.backend('torch', 'moe', 'fp32') is TORCH

@@ -1,0 +1,128 @@
+"""`basicsr profile` through the command's own entry point, on tiny networks."""
+import json
+
+import pytest
+import torch
+import yaml
+from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.analysis.complexity import decoder_macs, dense_plain_macs, encoder_macs, parameters
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
+from moeisr_basicsr.checkpoint import save_model
+from moeisr_basicsr.cli import main
+from moeisr_basicsr.inference import upscale
+from PIL import Image
+
+MOEISR = {'type': 'MoEISR', 'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}, 'decoder': 'liif',
+          'experts': [[16], [16, 16], [32, 32, 16]], 'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8}}
+LTE = {'type': 'LTE', 'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}, 'hidden_list': [16],
+       'hidden_dim': 32}
+
+
+@pytest.fixture(autouse=True)
+def _torch_code(monkeypatch):
+    monkeypatch.setenv('MOEISR_KERNELS', 'off')  # nothing is compiled here
+
+
+@pytest.fixture
+def options(tmp_path):
+    def write(network):
+        path = tmp_path / 'net.yml'
+        path.write_text(yaml.safe_dump({'network_g': network}))
+        return str(path)
+
+    return write
+
+
+def build(network):
+    return MoEISR(**{key: value for key, value in network.items() if key != 'type'}).eval()
+
+
+def test_results_agree_with_the_closed_forms(options, tmp_path, capsys):
+    target = tmp_path / 'out.json'
+    assert main(['profile', '-opt', options(MOEISR), '--lq-size', '6x9', '--scale', '2', '2x3.5', '--repeats', '1',
+                 '--device', 'cpu', '--json', str(target), '--plot', str(tmp_path / 'out.png')]) == 0
+    results, net = schema.load(target), build(MOEISR)
+    assert results['command'] == 'profile' and results['model']['network_g'] == MOEISR
+    assert results['model']['parameters'] == parameters(net)._asdict()
+    assert [row['size'] for row in results['rows']] == [[12, 18], [12, 32]]
+    for row in results['rows']:
+        lq_size, size, macs = (6, 9), tuple(row['size']), row['macs']
+        assert macs['encoder'] == pytest.approx(encoder_macs(net.encoder, lq_size) / (size[0] * size[1]))
+        counts, loads = decoder_macs(net.decoder, lq_size, size), row['routing']['loads']
+        assert macs['total'] == pytest.approx(macs['encoder'] + counts.total(loads))
+        assert macs['each_expert'] == net.expert_macs
+        assert macs['dense_plain'] == dense_plain_macs(net.decoder, lq_size, size)
+        assert set(row['time_ms']) == {'encode', 'map', 'decode', 'total', 'dense_folded', 'dense_plain'}
+    with Image.open(tmp_path / 'out.png') as picture:
+        assert picture.format == 'PNG' and picture.size[1] > 300
+    shown = capsys.readouterr().out
+    assert f'{parameters(net).total:,}' in shown and 'x2x3.5' in shown and 'dense plain' in shown
+
+
+def test_model_file_image_and_budget(tmp_path):
+    torch.manual_seed(3)
+    net = build(MOEISR)
+    with torch.no_grad():
+        net.decoder.mapper.query_out.weight *= 50  # different pixels to different experts
+    save_model(tmp_path / 'net.safetensors', net, MOEISR)
+    pixels = (torch.rand(8, 10, 3) * 255).byte()
+    Image.fromarray(pixels.numpy()).save(tmp_path / 'lq.png')
+    target = tmp_path / 'out.json'
+    assert main(['profile', '--model', str(tmp_path / 'net.safetensors'), '--image', str(tmp_path / 'lq.png'),
+                 '--scale', '3', '--budget', '0.6', '--repeats', '1', '--no-plain', '--device', 'cpu', '--json',
+                 str(target)]) == 0
+    results = json.loads(target.read_text())
+    row, = results['rows']
+    lq = pixels.permute(2, 0, 1)[None] / 255
+    counts = torch.bincount(upscale(net, lq, scale=3, budget=0.6).expert_map.flatten().long(), minlength=3)
+    assert row['routing']['loads'] == pytest.approx((counts / counts.sum()).tolist(), abs=1e-6)
+    assert abs(row['routing']['mean_cost'] - 0.6) < 0.01
+    assert row['lq_size'] == [8, 10] and row['budget'] == 0.6 and 'dense_plain' not in row['time_ms']
+    assert results['model']['file'].endswith('net.safetensors')
+
+
+def test_dense_network_has_no_mapper(options, tmp_path, capsys):
+    target = tmp_path / 'out.json'
+    assert main(['profile', '-opt', options(LTE), '--lq-size', '5x5', '--scale', '2', '--repeats', '1', '--precision',
+                 'bf16', '--device', 'cpu', '--json', str(target)]) == 0
+    row, = schema.load(target)['rows']
+    assert row['routing'] == {'loads': [1.0], 'mean_cost': 1.0} and row['macs']['mapper'] == 0
+    assert row['macs']['tables'] + row['macs']['experts'] == row['macs']['dense_folded']
+    assert row['precision'] == 'bf16' and 'map' not in capsys.readouterr().out.split()
+
+
+def test_training_step(options, tmp_path, capsys):
+    target = tmp_path / 'out.json'
+    assert main(['profile', '-opt', options(MOEISR), '--train', '--batch', '2', '--patch', '8', '--queries', '30',
+                 '--repeats', '1', '--device', 'cpu', '--json', str(target), '--plot', str(tmp_path / 't.png')]) == 0
+    rows = schema.load(target)['rows']
+    assert [row['case'] for row in rows] == ['train-exact', 'train-naive', 'train-sampled']
+    assert all(row['lq_size'] == [8, 8] and row['count'] == 2 for row in rows)
+    assert 'unchosen experts' in capsys.readouterr().out and (tmp_path / 't.png').is_file()
+
+
+@pytest.mark.parametrize('more, message', [
+    (['--lq-size', '5'], "'5' is not a size"),
+    (['--scale', '0.5'], 'at least 1'),
+    (['--budget', '0.01'], 'budget must lie between'),
+    (['--repeats', '0'], 'whole number of at least 1'),
+    (['--plot', 'out.pdf'], '.png'),
+    (['--image', 'missing.png'], 'missing.png'),
+    (['--device', 'tpu'], "'tpu'"),
+])
+def test_mistakes_are_one_line(options, capsys, more, message):
+    assert main(['profile', '-opt', options(MOEISR), *more]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_wrong_networks(options, tmp_path, capsys):
+    assert main(['profile', '-opt', options({**MOEISR, 'experts': []})]) == 2
+    assert 'experts' in capsys.readouterr().err
+    (tmp_path / 'empty.yml').write_text('name: nothing\n')
+    assert main(['profile', '-opt', str(tmp_path / 'empty.yml')]) == 2
+    assert "empty.yml has no section 'network_g'" in capsys.readouterr().err
+    assert main(['profile', '-opt', options({'type': 'MSRResNet', 'upscale': 4})]) == 2
+    assert 'MSRResNet has no decoder' in capsys.readouterr().err
+    assert main(['profile']) == 2
+    assert '--model' in capsys.readouterr().err

@@ -1,0 +1,489 @@
+"""The arbitrary-scale datasets: what an item holds, that it can be made again, and what awkward input gives."""
+import copy
+import math
+import multiprocessing
+import pickle
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from basicsr.data import build_dataloader, build_dataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from helpers import shared_data
+from moeisr_basicsr.core.coords import make_coord
+from moeisr_basicsr.data import cache as cache_module
+from moeisr_basicsr.data.image_io import write_image
+from moeisr_basicsr.data.pairs import patch_axis
+from moeisr_basicsr.data.resize import imresize, pil_resize
+from moeisr_basicsr.errors import UserError
+
+SIZES = {'a': (60, 75), 'b': (52, 44), 'c': (90, 41)}
+
+
+def noise(height, width, seed=0):
+    """Every pixel another colour, as far as 24 bits go: a query's colour tells where it was taken."""
+    rng = np.random.default_rng(seed)
+    return rng.permutation(2**18)[:height * width].astype(np.uint32).view(np.uint8).reshape(height, width, 4)[..., :3]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / 'hr'
+    root.mkdir()
+    for seed, (name, size) in enumerate(SIZES.items()):
+        write_image(root / f'{name}.png', noise(*size, seed))
+    return root
+
+
+def options(root, phase='train', **more):
+    small = {'lq_size': 8, 'sample_q': 50} if phase == 'train' else {'scale': 2}
+    return {'name': 'images', 'type': 'ArbitraryScaleImageDataset', 'phase': phase, 'dataroot_gt': str(root),
+            'io_backend': {'type': 'disk'}, **small, **more}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) if torch.is_tensor(first[key]) else first[key] == second[key]
+        for key in first)
+
+
+def differs(first, second):
+    return not torch.equal(first['gt'], second['gt']) and not torch.equal(first['coord'], second['coord'])
+
+
+def locate(image, colours):
+    """(row, column) in `image` of each of its colours."""
+    codes = image.astype(np.int64) @ [1, 256, 65536]
+    order = np.argsort(codes, axis=None)
+    wanted = np.rint(np.asarray(colours) * 255).astype(np.int64) @ [1, 256, 65536]
+    found = order[np.searchsorted(codes.ravel()[order], wanted)]
+    assert (codes.ravel()[found] == wanted).all()
+    return np.stack(np.unravel_index(found, codes.shape), axis=-1)
+
+
+@pytest.mark.parametrize('asymmetric', [False, True])
+@pytest.mark.parametrize('downsample', ['matlab', 'pil'])
+def test_a_training_item_is_what_its_coordinates_say(folder, asymmetric, downsample):
+    """The HR patch is found again by its colours; the LR patch, coordinates and cells must all follow from it."""
+    dataset = build_dataset(options(folder, asymmetric=asymmetric, downsample=downsample, use_flip=False, use_rot=False))
+    scales = []
+    for index in range(24):
+        item = dataset[index]
+        image = noise(*SIZES['abc'[index % 3]], index % 3)
+        size = np.rint(item['scale'].numpy() * 8).astype(int)  # of the HR patch
+        np.testing.assert_allclose(item['cell'], np.broadcast_to(2 / size, (50, 2)), rtol=1e-6)
+        position = locate(image, item['gt'])
+        in_patch = np.rint((item['coord'].numpy() + 1) / 2 * size - 0.5).astype(int)
+        corner = position - in_patch
+        assert (corner == corner[0]).all()
+        assert len(set(map(tuple, position.tolist()))) == 50  # without replacement
+        top, left = corner[0]
+        assert top >= 0 and left >= 0 and (corner[0] + size <= image.shape[:2]).all()
+        patch = image[top:top + size[0], left:left + size[1]]
+        shrink = pil_resize if downsample == 'pil' else lambda x, s: imresize(x, size=s)
+        np.testing.assert_array_equal(item['lq'].permute(1, 2, 0) * 255, shrink(patch, (8, 8)))
+        coord = make_coord(tuple(size.tolist()))
+        assert torch.equal(item['coord'], coord[torch.from_numpy(in_patch[:, 0] * size[1] + in_patch[:, 1])])
+        scales.append(item['scale'])
+    scales = torch.stack(scales)
+    assert scales.min() >= 1 and scales.max() <= 4 and len(set(scales[:, 0].tolist())) > 8
+    assert bool((scales[:, 0] == scales[:, 1]).all()) != asymmetric
+
+
+def test_flips_and_transpose_move_image_and_queries_alike(folder):
+    """An item with augmentation is the item without, turned: the LR pixel below each query has the same colour."""
+    plain = build_dataset(options(folder, asymmetric=True, use_flip=False, use_rot=False))
+    turned = build_dataset(options(folder, asymmetric=True))
+    seen = set()
+    for index in range(40):
+        before, after = plain[index], turned[index]
+        kinds = [(rows, cols, transpose) for rows in (0, 1) for cols in (0, 1) for transpose in (0, 1)]
+        for rows, cols, transpose in kinds:
+            lq = before['lq'].flip([1] * rows + [2] * cols)
+            lq = lq.transpose(1, 2) if transpose else lq
+            if torch.equal(lq, after['lq']):
+                break
+        else:
+            raise AssertionError('the LR patch is no flip or transpose of the plain one')
+        seen.add((rows, cols, transpose))
+        image = noise(*SIZES['abc'[index % 3]], index % 3)
+        position, coord = locate(image, after['gt']), after['coord'].numpy()
+        if transpose:
+            coord = coord[:, ::-1]
+        coord = coord * np.array([1 - 2 * rows, 1 - 2 * cols])
+        scale = after['scale'].numpy()[::-1] if transpose else after['scale'].numpy()
+        np.testing.assert_array_equal(scale, before['scale'].numpy())
+        size = np.rint(scale * 8)
+        corner = position - np.rint((coord + 1) / 2 * size - 0.5)
+        assert (corner == corner[0]).all()
+        np.testing.assert_allclose(after['cell'][0], before['cell'][0].flip(0) if transpose else before['cell'][0])
+    assert len(seen) == 8
+
+
+def test_an_item_is_a_function_of_seed_epoch_and_index(folder):
+    first, again = build_dataset(options(folder)), build_dataset(options(folder))
+    assert all(same(first[index], again[index]) for index in (0, 1, 2, 3, 300))
+    assert differs(first[0], first[3])  # the same image, its next repeat
+    epoch_0 = first[1]
+    first.set_epoch(5)
+    assert differs(first[1], epoch_0) and same(again[1], epoch_0)
+    first.set_epoch(0)
+    assert same(first[1], epoch_0)
+    assert differs(build_dataset(options(folder, seed=1))[1], epoch_0)
+    assert same(build_dataset(options(folder, manual_seed=1))[1], build_dataset(options(folder, seed=1))[1])
+    assert same(build_dataset(options(folder, manual_seed=9, seed=1))[1], build_dataset(options(folder, seed=1))[1])
+    for _ in range(3):  # other generators neither matter nor move
+        np.random.seed(0)
+        torch.manual_seed(0)
+        assert same(again[1], epoch_0)
+        assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize('method, cache', [('fork', 'none'), ('fork', 'memory'), ('spawn', 'memory')])
+def test_workers_make_the_same_items_and_see_the_epoch(folder, method, cache):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f'no {method} on this system')
+    dataset = build_dataset(options(folder, cache=cache, repeat=4))
+    alone = build_dataset(options(folder, repeat=4))
+    dataset[0]  # opened in this process as well
+    loader = DataLoader(dataset, batch_size=3, num_workers=2 if method == 'fork' else 1, multiprocessing_context=method,
+                        persistent_workers=True)
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        alone.set_epoch(epoch)
+        for number, batch in enumerate(loader):
+            for place in range(3):
+                item = {key: value[place] for key, value in batch.items()}
+                assert same(item, alone[3 * number + place])
+    assert number == 3
+
+
+def test_basicsr_builds_and_loads_it(folder):
+    opt = options(folder, batch_size_per_gpu=2, num_worker_per_gpu=0, repeat=2)
+    before = copy.deepcopy(opt)
+    dataset = build_dataset(opt)
+    loader = build_dataloader(dataset, opt, num_gpu=0, dist=False, sampler=None, seed=3)
+    batches = list(loader)
+    assert opt == before and len(batches) == 3
+    assert batches[0]['lq'].shape == (2, 3, 8, 8) and batches[0]['gt'].shape == (2, 50, 3)
+    assert batches[0]['scale'].shape == (2, 2) and batches[0]['scale'].dtype == torch.float32
+    assert same(pickle.loads(pickle.dumps(dataset))[4], dataset[4])
+
+
+@pytest.mark.parametrize('scale, lq_size, size', [
+    (2, (160, 240), (320, 480)), (3, (107, 160), (321, 480)), (4, (80, 120), (320, 480)),
+    (2.5, (128, 192), (320, 480)), (3.3, (97, 145), (320, 479)), ([2, 3.5], (160, 137), (320, 480)),
+    (1, (321, 481), (321, 481)), (12, (26, 40), (312, 480)),
+])
+def test_validation_sizes(scale, lq_size, size):
+    root = shared_data('BSDS500_train')
+    dataset = build_dataset(options(root, 'val', scale=scale))
+    index = next(i for i, name in enumerate(dataset.names)
+                 if Image.open(root / name).size == (481, 321))
+    item = dataset[index]
+    assert tuple(item['lq'].shape[1:]) == lq_size and tuple(item['gt'].shape[1:]) == size
+    truth = np.asarray(Image.open(item['gt_path']).convert('RGB'))[:size[0], :size[1]]
+    np.testing.assert_array_equal(item['gt'].permute(1, 2, 0) * 255, truth)
+    np.testing.assert_array_equal(item['lq'].permute(1, 2, 0) * 255, imresize(truth, size=lq_size))
+    np.testing.assert_allclose(item['scale'], [size[0] / lq_size[0], size[1] / lq_size[1]], rtol=1e-6)
+    factors = scale if isinstance(scale, list) else [scale, scale]
+    assert lq_size == tuple(math.floor(n / s) for n, s in zip((321, 481), factors))
+
+
+def test_validation_ends_and_takes_pil(folder):
+    dataset = build_dataset(options(folder, 'test', downsample='pil'))
+    items = list(dataset)  # stops by itself
+    assert len(items) == len(dataset) == 3
+    np.testing.assert_array_equal(items[1]['lq'].permute(1, 2, 0) * 255, pil_resize(noise(52, 44, 1), (26, 22)))
+
+
+def test_a_small_image_gets_the_largest_factor_it_allows(tmp_path):
+    write_image(tmp_path / 'small.png', noise(20, 30))
+    dataset = build_dataset(options(tmp_path, scale_range=[2, 4]))
+    scales = torch.stack([dataset[index]['scale'] for index in range(30)])
+    assert scales.max() == 20 / 8 and scales.min() < 2.4 and (scales[:, 0] == scales[:, 1]).all()
+    scales = torch.stack([build_dataset(options(tmp_path, scale_range=[2, 4], asymmetric=True))[index]['scale']
+                          for index in range(30)])
+    assert scales.max() == 30 / 8
+    write_image(tmp_path / 'small.png', noise(15, 30))
+    with pytest.raises(UserError, match=r'small.png: 15 x 30 pixels .* too small.*need 16 x 16'):
+        dataset[0]
+    with pytest.raises(UserError, match='small.png.*need 24 x 24'):
+        build_dataset(options(tmp_path, scale=3))[0]
+    with pytest.raises(UserError, match='small.png.*leaves no LR pixel'):
+        build_dataset(options(tmp_path, 'val', scale=16))[0]
+
+
+def test_a_fixed_scale_in_training_and_a_scale_range_beside_it(folder):
+    assert {tuple(build_dataset(options(folder, scale=[2, 2.5], use_rot=False))[index]['scale'].tolist())
+            for index in range(5)} == {(2.0, 2.5)}
+    dataset = build_dataset(options(folder, scale=2, scale_range=[3, 4]))  # a run's own scale is set on every dataset
+    assert all(dataset[index]['scale'].min() > 2.9 for index in range(5))
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'dataroot_gt': None}, "images: the key 'dataroot_gt' is missing"),
+    ({'dataroot_gt': '/nowhere'}, '/nowhere is not a folder'),
+    ({'scale_range': [4, 1]}, r'scale_range must rise: \[1, 4\]'),
+    ({'scale_range': [0.5, 2]}, 'at least 1'),
+    ({'scale_range': 4}, 'least, greatest'),
+    ({'scale_range': [1, float('inf')]}, 'at least 1'),
+    ({'scale': 0.5}, 'scale must be a factor of at least 1'),
+    ({'scale': [2, 3, 4]}, 'rows, columns'),
+    ({'sample_q': 65}, 'sample_q must be at most lq_size squared, 64'),
+    ({'sample_q': 0}, 'at least 1'),
+    ({'lq_size': 2.5}, 'whole number'),
+    ({'use_flip': 'yes'}, 'true or false'),
+    ({'downsample': 'matlb'}, "Did you mean 'matlab'"),
+    ({'cache': 'ram'}, 'none, memory'),
+    ({'phase': 'trian'}, "Did you mean 'train'"),
+    ({'seed': -1}, 'at least 0'),
+    ({'io_backend': {'type': 'lmbd'}}, "Did you mean 'lmdb'"),
+    ({'io_backend': {'type': 'lmdb'}}, 'is not an LMDB'),
+    ({'meta_info_file': '/nowhere.txt'}, '/nowhere.txt cannot be read'),
+    ({'phase': 'val'}, "the key 'scale' is missing"),
+])
+def test_wrong_options(folder, change, words):
+    with pytest.raises(UserError, match=words) as caught:
+        build_dataset({**options(folder), **change})
+    assert '\n' not in str(caught.value)
+
+
+def test_folders_without_images_and_other_files(tmp_path, folder):
+    (folder / 'notes.txt').write_text('no image')
+    (folder / '.hidden.png').write_text('no image')
+    assert len(build_dataset(options(folder))) == 3
+    with pytest.raises(UserError, match='has no image directly in it'):
+        build_dataset(options(tmp_path))
+
+
+def test_meta_info_files(folder, tmp_path):
+    listed = tmp_path / 'list.txt'
+    listed.write_text('c.png (90,41,3)\n\na.png (60,75,3) 1\n')
+    dataset = build_dataset(options(folder, 'val', meta_info_file=str(listed)))
+    assert [item['gt'].shape[1] for item in dataset] == [90, 60]
+    listed.write_text('z.png\n')
+    with pytest.raises(UserError, match='list.txt: z.png is not in'):
+        build_dataset(options(folder, meta_info_file=str(listed)))
+    listed.write_text('\n')
+    with pytest.raises(UserError, match='lists no image'):
+        build_dataset(options(folder, meta_info_file=str(listed)))
+
+
+def make_lmdb(root, folder, names):
+    environment = lmdb.open(str(root), map_size=1 << 24)
+    with environment.begin(write=True) as transaction:
+        for name in names:
+            transaction.put(name.encode(), (folder / f'{name}.png').read_bytes())
+    environment.close()
+    (root / 'meta_info.txt').write_text(''.join(f'{name}.png (1,1,3) 1\n' for name in names))
+
+
+@pytest.mark.parametrize('cache', ['none', 'memory'])
+def test_lmdb_gives_what_the_folder_gives(folder, tmp_path, cache):
+    root = tmp_path / 'images.lmdb'
+    root.mkdir()
+    make_lmdb(root, folder, 'abc')
+    disk = build_dataset(options(folder))
+    dataset = build_dataset(options(root, io_backend={'type': 'lmdb'}, cache=cache))
+    for index in range(4):
+        assert same({**dataset[index], 'gt_path': '', 'lq_path': ''}, {**disk[index], 'gt_path': '', 'lq_path': ''})
+    listed = tmp_path / 'list.txt'
+    listed.write_text('b.png (1,1,3)\n')
+    assert len(build_dataset(options(root, io_backend={'type': 'lmdb'}, meta_info_file=str(listed)))) == 1
+    listed.write_text('bb\n')
+    with pytest.raises(UserError, match='no record bb'):
+        build_dataset(options(root, io_backend={'type': 'lmdb'}, meta_info_file=str(listed)))
+    second = build_dataset(options(root, 'val', io_backend={'type': 'lmdb'}))  # two datasets of one LMDB, both open
+    assert torch.equal(second[1]['gt'], build_dataset(options(folder, 'val'))[1]['gt'])
+    for _ in range(2):
+        loader = DataLoader(dataset, batch_size=3, num_workers=2)  # forked where the system can
+        assert torch.equal(next(iter(loader))['lq'][2], disk[2]['lq'])
+    assert torch.equal(second[2]['gt'], build_dataset(options(folder, 'val'))[2]['gt'])
+
+
+def test_a_damaged_file_or_record_names_itself(folder, tmp_path):
+    whole = (folder / 'b.png').read_bytes()
+    (folder / 'b.png').write_bytes(whole[:len(whole) // 2])
+    dataset = build_dataset(options(folder))
+    with pytest.raises(UserError, match=str(folder / 'b.png')):
+        dataset[1]
+    with pytest.raises(UserError, match='b.png'):  # the error crosses the border of a worker process
+        list(DataLoader(dataset, num_workers=1, batch_size=3, sampler=[0, 1, 2]))
+    (folder / 'b.png').unlink()
+    with pytest.raises(UserError, match='b.png: cannot be read .No such file'):
+        dataset[1]
+    (folder / 'b.png').write_bytes(b'')
+    with pytest.raises(UserError, match='b.png: the file is empty'):
+        dataset[1]
+    with pytest.raises(UserError, match='b.png: the file is empty'):
+        build_dataset(options(folder, cache='memory'))
+    (folder / 'b.png').write_bytes(whole[:len(whole) // 2])
+    root = tmp_path / 'images.lmdb'
+    root.mkdir()
+    make_lmdb(root, folder, 'abc')
+    (root / 'meta_info.txt').write_text('a.png (1,1,3) 1\nb.png (1,1,3) 1\nd.png (1,1,3) 1\n')
+    dataset = build_dataset(options(root, io_backend={'type': 'lmdb'}))
+    with pytest.raises(UserError, match='images.lmdb: record b: the image is damaged'):
+        dataset[1]
+    with pytest.raises(UserError, match='images.lmdb: record d: the LMDB has no such record'):
+        dataset[2]
+
+
+def test_images_of_every_kind_train(tmp_path):
+    """Grey, grey with alpha, RGBA, palette, 16-bit and CMYK images all become RGB items."""
+    colours = noise(40, 40)
+    Image.fromarray(colours[..., 0]).save(tmp_path / 'a_grey.png')
+    write_image(tmp_path / 'b_grey_alpha.png', colours, colours[..., 0], grey=True)
+    write_image(tmp_path / 'c_rgba.png', colours, colours[..., 1])
+    Image.fromarray(colours).quantize(16).save(tmp_path / 'd_palette.png')
+    write_image(tmp_path / 'e_sixteen.png', colours.astype(np.uint16) * 257 - (colours > 99), bit_depth=16)
+    Image.fromarray(colours).convert('CMYK').save(tmp_path / 'f_cmyk.jpg')
+    for cache in ('none', 'memory'):
+        dataset = build_dataset(options(tmp_path, cache=cache, downsample='pil'))
+        for index in range(6):
+            item = dataset[index]
+            assert item['lq'].shape == (3, 8, 8) and item['gt'].shape == (50, 3)
+            assert 0 <= item['gt'].min() and item['gt'].max() <= 1
+        assert (dataset[0]['gt'] == dataset[0]['gt'][:, :1]).all() and (dataset[0]['lq'] == dataset[0]['lq'][:1]).all()
+        sixteen = dataset[4]['gt'] * 65535
+        torch.testing.assert_close(sixteen, sixteen.round(), rtol=0, atol=0.01)
+        assert not torch.allclose(sixteen / 257, (sixteen / 257).round(), atol=1e-4)  # not cut to 8 bits
+
+
+def test_the_memory_cache_reads_each_image_once(folder, monkeypatch):
+    dataset = build_dataset(options(folder, cache='memory'))
+    first = [dataset[index] for index in range(3)]
+    for path in folder.iterdir():
+        path.unlink()
+    assert all(same(dataset[index], first[index]) for index in range(3))
+    with pytest.raises(ValueError, match='read-only'):
+        dataset.images.read('a.png')[:] = 0
+    usage = type('Usage', (), {'free': 1000})
+    monkeypatch.setattr(cache_module.shutil, 'disk_usage', lambda _: usage)
+    write_image(folder / 'a.png', noise(60, 75))
+    with pytest.raises(UserError, match='/dev/shm has .* --shm-size'):
+        build_dataset(options(folder, cache='memory'))
+
+
+def paired(lq, gt, phase='train', **more):
+    return {**options(gt, phase), 'scale': None, 'type': 'ArbitraryScalePairedDataset', 'dataroot_lq': str(lq), **more}
+
+
+@pytest.fixture
+def pair_folders(tmp_path):
+    """HR images of 80 x 90; LR images of 32 x 30, factors 2.5 and 3, whose pixels hold their own row and column."""
+    lq, gt = tmp_path / 'lq', tmp_path / 'gt'
+    lq.mkdir()
+    gt.mkdir()
+    row, col = np.mgrid[0:32, 0:30]
+    for seed, name in enumerate('ab'):
+        write_image(gt / f'{name}.png', noise(80, 90, seed))
+        write_image(lq / f'{name}x.png', np.stack([row, col, row * 0 + seed], axis=-1).astype(np.uint8))
+    return lq, gt
+
+
+def test_a_paired_item_fits_its_partner(pair_folders):
+    """Each query lies, by its coordinate, on the LR pixel that covers its HR pixel; also after flips and transpose."""
+    dataset = build_dataset(paired(*pair_folders, filename_tmpl='{}x'))
+    scales = set()
+    for index in range(60):
+        item = dataset[index]
+        position = locate(noise(80, 90, index % 2), item['gt'])
+        centre = (position + 0.5) / [2.5, 3]  # of each query, in LR pixels of the whole image
+        coord = item['coord'].numpy()
+        row, col = np.clip(((coord + 1) / 2 * 8).astype(int), 0, 7).T  # in the LR patch
+        covering = item['lq'].permute(1, 2, 0).numpy()[row, col] * 255
+        inside = np.abs(centre - np.rint(centre)) > 1e-6  # not where a centre lies on the border of two LR pixels
+        np.testing.assert_allclose(covering[:, :2][inside], np.floor(centre)[inside], atol=1e-3)
+        assert inside.mean() > 0.5
+        # Exactly: distances between queries along both axes, in the patch and in the image.
+        order = np.array([[1, 2.5], [0, 3]])[::1 if item['scale'][0] == 2.5 else -1]
+        for axis, (source, factor) in enumerate(order):
+            along = np.abs(np.diff(coord[:, axis])) * 4 * factor  # 8 LR pixels are 2 units
+            np.testing.assert_allclose(along, np.abs(np.diff(position[:, 1 - int(source)])), atol=1e-4)
+            np.testing.assert_allclose(item['cell'][:, axis], 2 / (8 * factor), rtol=1e-6)
+        scales.add(tuple(item['scale'].tolist()))
+        assert item['lq_path'].endswith('x.png') and len(set(map(tuple, position.tolist()))) == 50
+    assert scales == {(2.5, 3.0), (3.0, 2.5)}
+    assert same(build_dataset(paired(*pair_folders, filename_tmpl='{}x'))[7], dataset[7])
+
+
+@pytest.mark.parametrize('n_lr, n_hr', [(10, 10), (10, 20), (12, 30), (7, 23), (9, 9 * 4), (48, 49), (31, 100)])
+def test_patch_axis_against_the_definition(n_lr, n_hr):
+    for count in (1, 3, n_lr):
+        for first in range(n_lr - count + 1):
+            axis = patch_axis(first, count, n_lr, n_hr)
+            inside = [i for i in range(n_hr) if 2 * first * n_hr <= (2 * i + 1) * n_lr < 2 * (first + count) * n_hr]
+            assert inside == list(range(axis.start, axis.stop)) and len(inside) >= count
+            centres = [((i + 0.5) * n_lr / n_hr - first) / count * 2 - 1 for i in inside]
+            np.testing.assert_allclose(axis.coord, centres, atol=1e-6)
+            assert axis.cell == pytest.approx(2 * n_lr / n_hr / count)
+    whole = patch_axis(0, n_lr, n_lr, n_hr)
+    assert torch.equal(whole.coord, make_coord((n_hr, 1))[:, 0])
+
+
+def test_paired_validation(pair_folders):
+    item = build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x'))[1]
+    np.testing.assert_array_equal(item['gt'].permute(1, 2, 0) * 255, noise(80, 90, 1))
+    assert item['lq'].shape == (3, 32, 30) and item['scale'].tolist() == [2.5, 3]
+    item = build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=[2, 2.9]))[1]
+    assert item['gt'].shape == (3, 64, 87)
+    with pytest.raises(UserError, match='b.png .80 x 90.*too small for 32 x 30 times the scale of 3 x 3 .*bx.png'):
+        build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=3))[1]
+
+
+def test_a_rest_that_the_lr_image_lacks_is_cut_off(tmp_path):
+    lq, gt = tmp_path / 'lq', tmp_path / 'gt'
+    lq.mkdir()
+    gt.mkdir()
+    write_image(lq / 'a.png', noise(20, 24))
+    write_image(gt / 'a.png', noise(41, 49))
+    item = build_dataset(paired(lq, gt, 'val'))[0]
+    assert item['gt'].shape == (3, 40, 48) and item['scale'].tolist() == [2, 2]
+    training = build_dataset(paired(lq, gt, use_flip=False, use_rot=False))[0]
+    assert training['scale'].tolist() == [2, 2]
+    assert set(training['coord'].flatten().tolist()) <= set(make_coord((16, 16)).flatten().tolist())
+
+
+def test_pairs_that_do_not_fit(pair_folders):
+    lq, gt = pair_folders
+    with pytest.raises(UserError, match=r"a.png has no partner a in .*Nearest: 'ax.png'; check filename_tmpl"):
+        build_dataset(paired(lq, gt))
+    with pytest.raises(UserError, match=r"must hold '\{\}'"):
+        build_dataset(paired(lq, gt, filename_tmpl='x'))
+    with pytest.raises(UserError, match="the key 'dataroot_lq' is missing"):
+        build_dataset(paired(lq, gt, dataroot_lq=None))
+    with pytest.raises(UserError, match='x.png.*too small; lq_size is 31'):
+        build_dataset(paired(lq, gt, filename_tmpl='{}x', lq_size=31))[0]
+    write_image(gt / 'a.png', noise(20, 90))
+    with pytest.raises(UserError, match='a.png .20 x 90.*smaller than its LR image .*ax.png .32 x 30'):
+        build_dataset(paired(lq, gt, filename_tmpl='{}x'))[0]
+    (lq / 'ax.jpg').write_bytes((lq / 'ax.png').read_bytes())
+    with pytest.raises(UserError, match='could both be the partner'):
+        build_dataset(paired(lq, gt, filename_tmpl='{}x'))
+
+
+def test_paired_lmdb(pair_folders, tmp_path):
+    lq, gt = pair_folders
+    for name, folder in (('lq', lq), ('gt', gt)):
+        (tmp_path / f'{name}.lmdb').mkdir()
+    for name in 'ab':
+        (lq / f'{name}x.png').rename(lq / f'{name}.png')
+    make_lmdb(tmp_path / 'lq.lmdb', lq, 'ab')
+    make_lmdb(tmp_path / 'gt.lmdb', gt, 'ab')
+    disk = build_dataset(paired(lq, gt))
+    dataset = build_dataset(paired(tmp_path / 'lq.lmdb', tmp_path / 'gt.lmdb', io_backend={'type': 'lmdb'}))
+    assert all(torch.equal(dataset[index][key], disk[index][key]) for index in range(4) for key in ('lq', 'gt', 'coord'))
+
+
+def test_published_pairs_train_and_validate():
+    """Set5 at x2 as published: own folders, names with a suffix."""
+    dataset = build_dataset(paired(shared_data('Set5_LRx2_reference'), shared_data('Set5'), 'val', filename_tmpl='{}x2'))
+    made = build_dataset(options(shared_data('Set5'), 'val', scale=2))
+    for index in range(5):
+        assert torch.equal(dataset[index]['gt'], made[index]['gt'])
+        assert torch.equal(dataset[index]['lq'], made[index]['lq'])

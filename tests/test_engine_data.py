@@ -1,0 +1,104 @@
+"""The loader of the training loop: its place in the epoch, its workers, other datasets."""
+import random
+
+import numpy as np
+import pytest
+import torch
+from basicsr.utils.registry import DATASET_REGISTRY
+from tiny_runs import run_options
+from torch.utils.data import Dataset, get_worker_info
+
+from moeisr_basicsr.engine.data_loading import Place, TrainData
+from moeisr_basicsr.engine.distributed import Ranks
+from moeisr_basicsr.errors import UserError
+
+CPU = torch.device('cpu')
+
+
+@DATASET_REGISTRY.register()
+class DrawingDataset(Dataset):
+    """Draws from the global generators, as BasicSR's datasets do."""
+
+    def __init__(self, opt):
+        self.opt = opt
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        worker = get_worker_info()
+        return {'index': index, 'worker': -1 if worker is None else worker.id, 'lq_path': str(index),
+                'draws': torch.tensor([random.random(), np.random.rand(), float(torch.rand(()))], dtype=torch.float64)}
+
+
+def data(root, ranks=None, **changes):
+    opt = run_options(root, **changes)
+    return TrainData(opt, ranks or Ranks(), CPU)
+
+
+def take(source, place, count):
+    batches = source.batches(place)
+    return [next(batches) for _ in range(count)]
+
+
+def test_any_place_can_be_reached_again(tmp_path):
+    """From every place of two epochs on, also with workers: the same batches as without an interruption."""
+    whole = take(data(tmp_path), Place(), 14)
+    assert [(place.epoch, place.samples) for place, _ in whole] == [
+        (at // 6, 4 * (at % 6 + 1)) for at in range(14)]
+    for start, workers in ((1, 0), (5, 1), (6, 0), (8, 2)):
+        place = whole[start - 1][0]
+        again = take(data(tmp_path, **{'datasets:train:num_worker_per_gpu': workers}), place, 14 - start)
+        for (_, one), (_, other) in zip(whole[start:], again):
+            assert one['lq_path'] == other['lq_path']
+            for key in ('lq', 'gt', 'coord', 'cell', 'scale'):
+                assert torch.equal(one[key], other[key]), (start, key)
+    assert not torch.equal(whole[0][1]['scale'], whole[6][1]['scale'])  # epochs differ
+
+
+def test_ranks_share_the_samples_of_one_process(tmp_path):
+    """Batch 4 of one rank is the interleaved batches of 2 of two ranks; and a place can be taken over."""
+    whole = take(data(tmp_path), Place(), 6)
+    parts = [take(data(tmp_path, Ranks(rank, 2), **{'datasets:train:batch_size_per_gpu': 2}), Place(), 6)
+             for rank in range(2)]
+    for (_, one), (_, first), (_, second) in zip(whole, *parts):
+        assert torch.equal(one['gt'][0::2], first['gt']) and torch.equal(one['gt'][1::2], second['gt'])
+    state = {'place': parts[0][2][0].state(Ranks(0, 2))}
+    place, notes = data(tmp_path).place_from(state)
+    assert place == whole[2][0] and 'of 2 ranks' in notes[0]
+
+
+def test_workers_live_for_the_whole_run(tmp_path):
+    source = data(tmp_path, **{'datasets:train:num_worker_per_gpu': 2})
+    batches, pids = source.batches(Place()), set()
+    for _ in range(14):  # three epochs
+        next(batches)
+        pids |= {worker.pid for worker in source.loader._iterator._workers}
+    assert len(pids) == 2
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_datasets_that_draw_from_global_generators_differ_by_epoch_and_worker(tmp_path, workers):
+    """BasicSR's loader reseeds numpy and python identically each epoch."""
+    drawing = {'datasets:train': {'name': 'drawing', 'type': 'DrawingDataset', 'batch_size_per_gpu': 1,
+                                  'num_worker_per_gpu': workers, 'persistent_workers': False}}
+    before = torch.get_rng_state()
+    draws = [batch['draws'] for _, batch in take(data(tmp_path, **drawing), Place(), 18)]
+    for column in torch.cat(draws).t():
+        assert len(set(column.tolist())) == 18
+    if workers:
+        assert torch.equal(torch.get_rng_state(), before)  # the model's own generator is left alone
+
+
+def test_an_epoch_without_a_whole_batch_is_an_error(tmp_path):
+    with pytest.raises(UserError, match='raise dataset_enlarge_ratio'):
+        data(tmp_path, **{'datasets:train:batch_size_per_gpu': 100})
+
+
+def test_a_damaged_image_in_a_worker_is_one_line(tmp_path):
+    opt = run_options(tmp_path, **{'datasets:train:num_worker_per_gpu': 1})
+    for path in (tmp_path / 'train').iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError) as error:
+        take(TrainData(opt, Ranks(), CPU), Place(), 1)
+    assert '.png' in str(error.value) and '\n' not in str(error.value)
