@@ -78,7 +78,8 @@ def read_model(path: str | PathLike, device: str | torch.device = 'cpu') -> Mode
     return Model(network_opt, weights, metadata)
 
 
-def read_safetensors(path: str | PathLike, device: str | torch.device = 'cpu') -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: str | PathLike,
+                     device: str | torch.device = 'cpu') -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights and metadata of any safetensors file.
 
     Raises:
@@ -91,8 +92,8 @@ def read_safetensors(path: str | PathLike, device: str | torch.device = 'cpu') -
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, ValueError) as error:
         if Path(path).suffix != '.safetensors':
-            raise UserError(f'{path} is no model file (.safetensors). `basicsr convert {path} -o OUT.safetensors` makes '
-                            'one of a checkpoint.') from error
+            raise UserError(f'{path} is no model file (.safetensors). `basicsr convert {path} -o OUT.safetensors` '
+                            'makes one of a checkpoint.') from error
         raise UserError(f'{path} is no whole safetensors file: it is damaged or was cut short ({error}).') from error
 
 

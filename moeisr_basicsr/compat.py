@@ -78,12 +78,10 @@ def _define_torchvision_operators() -> None:
 def _loads(folder: Path) -> bool:
     """Whether torchvision's compiled library loads beside this torch; if so it is loaded, which torchvision repeats."""
     import torch
-    for path in [*folder.glob('_C*.so'), *folder.glob('_C*.pyd'), *folder.glob('_C*.dylib')]:
-        try:
+    for path in (path for ending in ('so', 'pyd', 'dylib') for path in folder.glob(f'_C*.{ending}')):
+        with contextlib.suppress(OSError):
             torch.ops.load_library(str(path))
-        except OSError:
-            continue
-        return True
+            return True
     return False
 
 
@@ -280,7 +278,7 @@ def _patch_loading() -> None:
 def _load_url(url: str, progress: bool = True) -> Any:
     """`torch.hub.load_state_dict_from_url` with `weights_only` on every torch."""
     import torch
-    path = Path(torch.hub.get_dir(), 'checkpoints', url.rsplit('/', 1)[-1])
+    path = Path(torch.hub.get_dir(), 'checkpoints', url.rpartition('/')[-1])
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), progress=progress)
@@ -364,10 +362,7 @@ OrderedDumper.add_representer(OrderedDict, lambda dumper, data: dumper.represent
 
 
 def ordered_yaml() -> tuple[type, type]:
-    """The loader and dumper classes for option files, in place of BasicSR's function of the same name.
-
-    BasicSR's own uses PyYAML's full loader, with which a file can run code, and reads `lr: 1e-4` as a string.
-    """
+    """Loader and dumper in place of BasicSR's, with which a file can run code and `lr: 1e-4` is a string."""
     return OrderedSafeLoader, OrderedDumper
 
 

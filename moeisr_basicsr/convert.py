@@ -114,7 +114,8 @@ def basicsr_weights(content: Mapping[str, Any], source: str, param_key: str | No
         raise UserError(f'{source} has no {param_key}; it has {", ".join(map(str, list(content)[:8]))}.')
     weights = content if key is None else content[key]
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise UserError(f'{source} is of an unknown kind: it has {", ".join(map(str, list(content)[:8])) or "nothing"}. '
+        has = ', '.join(map(str, list(content)[:8])) or 'nothing'
+        raise UserError(f'{source} is of an unknown kind: it has {has}. '
                         'Known are checkpoints of BasicSR (params, params_ema) and of the official LIIF and LTE code.')
     return {str(name).removeprefix('module.'): value for name, value in weights.items()}
 

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moeisr_basicsr.analysis import schema  # noqa: E402
-from moeisr_basicsr.analysis.complexity import decoder_macs, dense_folded_macs  # noqa: E402
+from moeisr_basicsr.analysis.complexity import decoder_macs, dense_folded_macs, plain_query_macs  # noqa: E402
 from moeisr_basicsr.analysis.environment import environment  # noqa: E402
 from moeisr_basicsr.analysis.measure import time_ms  # noqa: E402
 from moeisr_basicsr.analysis.plain import CHUNK, plain_image, plain_pixels  # noqa: E402
@@ -65,11 +65,12 @@ class Case:
         loads: Name of its expert map; None for a dense decoder.
         backend: What decodes; None for cases that are not compared with the plain algorithm.
         precision: Of encoder and experts.
+        guess: At most this part of the whole plain algorithm's time, to know whether there is time for it.
     """
 
     def __init__(self, name: str, work: Callable[[], object], fraction: float = 1.0, loads: str | None = None,
-                 backend: Backend | None = None, precision: str = 'fp32'):
-        self.name, self.work, self.fraction = name, work, fraction
+                 backend: Backend | None = None, precision: str = 'fp32', guess: float = 0.0):
+        self.name, self.work, self.fraction, self.guess = name, work, fraction, guess
         self.loads, self.backend, self.precision = loads, backend, precision
         self.times: list[float] = []
         self.difference: float | None = None
@@ -123,7 +124,6 @@ class Benchmark:
         if time.perf_counter() - start > 5:
             note('the kernels were compiled just now; run again for more rounds')
         self.rows: list[dict] = []
-        self.last_scale, self.last_ms = 1.0, {}  # of the scale before, to guess how long the next one takes
 
     def check_peer(self) -> None:
         """The peer's code with our weights gives what the built-in plain algorithm gives.
@@ -167,9 +167,10 @@ class Benchmark:
             count = QUICK_PIXELS // chunk if self.args.quick else math.ceil(pixels / chunk)
             part = min(count * chunk / pixels, 1.0)
             if self.peer is not None:
-                cases.append(Case(f'peer-{chunk}', lambda c=chunk, n=count: self.peer(self.feat, size, c, n), part))
+                cases.append(Case(f'peer-{chunk}', lambda c=chunk, n=count: self.peer(self.feat, size, c, n), part,
+                                  guess=part))
             cases.append(Case(f'plain-{chunk}', lambda c=chunk, n=count: plain_image(
-                self.dense, 0, self.feat, size, make_cell(size), c, n), part))
+                self.dense, 0, self.feat, size, make_cell(size), c, n), part, guess=part))
         return cases
 
     def decode_cases(self, size: tuple[int, int], maps: dict[str, Tensor], few: bool) -> list[Case]:
@@ -182,14 +183,17 @@ class Benchmark:
                     backend = self.backend(code, what, precision)
                     if backend is None:
                         continue
+                    # torch needs no more time per multiply-add than the plain algorithm, the kernels less than a third
+                    guess = self.macs(size, SKEWED if name == 'whole' else name) / plain_query_macs(self.dense, 0)
+                    guess = guess if code == 'torch' else guess / 3
                     if name == 'whole':
                         cases.append(Case(f'whole-{code}-moe-{SKEWED}-{precision}', lambda b=backend, p=precision:
-                                          self.whole(size, b, p, maps[SKEWED]), precision=precision))
+                                          self.whole(size, b, p, maps[SKEWED]), precision=precision, guess=2 * guess))
                         continue
                     label = 'dense' if name is None else f'moe-{name}'
                     cases.append(Case(f'{code}-{label}-{precision}', lambda b=backend, p=precision, n=name:
                                       self.render(self.feat, size, b, p, maps.get(n)),
-                                      loads=name, backend=backend, precision=precision))
+                                      loads=name, backend=backend, precision=precision, guess=guess))
         return cases
 
     def check_equal(self, case: Case, scale: float) -> None:
@@ -221,15 +225,14 @@ class Benchmark:
         size = output_size(self.lq_size, scale)
         maps = {name: clustered_map(size, self.lq_size, loads).to(self.device) for name, loads in MAPS.items()}
         ours = self.decode_cases(size, maps, few)
-        if few and not self.clock.fits(2 * sum(self.last_ms.get(case.name, 0.0) for case in ours) / 1e3
-                                       * (scale / self.last_scale) ** 2):
-            return note(f'skipped x{scale:g}: no time left')
         plain, *others = self.plain_cases(size)
         encode = Case('encode', lambda: self.net.encode(self.lq))
         with torch.no_grad():
-            rounds = self.take_turns([plain, encode, *ours, *others], scale)
+            rounds = self.take_turns([plain, encode, *others[:self.peer is not None], *ours, *others[self.peer is not None:]],
+                                     scale)
+        if rounds == 0:
+            return
         done = {case.name: case for case in (plain, *others, *ours) if case.times}
-        self.last_scale, self.last_ms = scale, {name: case.ms for name, case in done.items()}
         for case in done.values():
             is_whole = case.name.startswith('whole')
             before = plain.ms + encode.ms if is_whole else plain.ms
@@ -245,10 +248,13 @@ class Benchmark:
 
     def take_turns(self, cases: list[Case], scale: float) -> int:
         """Check each case, then time all in turns while there is time; returns the number of rounds."""
+        if not self.clock.fits():
+            note(f'skipped x{scale:g}: no time left')
+            return 0
         for done in range(self.args.repeats):
             start = time.perf_counter()
             for place, case in enumerate(cases):
-                if done == 0 and place > 0 and not self.clock.fits():
+                if done == 0 and place > 0 and not self.clock.fits(case.guess * cases[0].ms / 1e3):
                     note(f'skipped {case.name} x{scale:g}: no time left')
                     continue
                 if done == 0 and case.backend is not None:
@@ -301,13 +307,16 @@ class Benchmark:
         output, gradient = steps.compare('exact')
         note(f'equal train-exact: largest difference {output:.2e}, gradients differ by {gradient:.2e} of their norm')
         assert output <= LIMITS['fp32'] and gradient <= GRADIENT_LIMIT, 'exact training differs from the naive sum'
-        if not self.clock.fits(2 * (time.perf_counter() - start)):
+        if not self.clock.fits(time.perf_counter() - start):
             return note('skipped train: no time left')
         lq = torch.rand(batch, 3, PATCH, PATCH, device=self.device)
-        cases = [Case(name, lambda form=name: steps.run(form)) for name in ('plain-naive', 'exact', 'sampled', 'naive')]
-        cases.append(Case('encoder', lambda: self.net.encode(lq).sum().backward()))
+        cases = [Case(name, lambda form=name: steps.run(form), guess=1.0)
+                 for name in ('plain-naive', 'exact', 'sampled', 'naive')]
+        cases.append(Case('encoder', lambda: self.net.encode(lq).sum().backward(), guess=1.0))
         rounds = self.take_turns(cases, SCALE)
         plain, *forms, encoder = cases
+        if rounds == 0:
+            return
         details = {'repeats': rounds, 'count': batch, 'lq_size': [PATCH, PATCH], 'notes': f'{QUERIES} queries per image'}
         for case in forms:
             if case.times:
@@ -320,17 +329,18 @@ class Benchmark:
     def run_memory(self) -> None:
         """512x512 at x8, in a process of its own: nothing else is in its memory."""
         side = self.args.memory_lq_size
-        for precision in self.args.precisions:
+        for precision, budget in [(precision, []) for precision in self.args.precisions] + [('fp32', ['--budget', '0.3'])]:
             child = subprocess.run([sys.executable, str(Path(__file__).with_name('decode_memory.py')), '--precision',
-                                    precision, '--lq-size', str(side), '--threads', str(torch.get_num_threads())],
+                                    precision, '--lq-size', str(side), '--threads', str(torch.get_num_threads()), *budget],
                                    capture_output=True, text=True)
             if child.returncode:
                 raise RuntimeError(f'the memory case failed: {child.stderr.strip().splitlines()[-1]}')
             result = json.loads(child.stdout.splitlines()[-1])
             if result['mib'] is None:
                 return note('skipped memory: this system does not say how much memory a process used')
-            self.report(f'memory-mib-{result["code"]}-{precision}', 8, result['mib'], precision=precision,
-                        peak_mib={'decode': result['mib']}, lq_size=[side, side])
+            name = f'memory-mib-{result["code"]}-{"budget-" if budget else ""}{precision}'
+            self.report(name, 8, result['mib'], precision=precision, peak_mib={'decode': result['mib']},
+                        lq_size=[side, side], routing={'loads': result['loads']})
 
 
 def checked_pixels(size: tuple[int, int]) -> Tensor:

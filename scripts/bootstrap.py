@@ -20,6 +20,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, '.venv')
 STAMP = os.path.join(VENV, 'installed.sha256')
 UNFINISHED = os.path.join(VENV, 'install-unfinished')
+STARTED = 'MOEISR_BASICSR_BOOTSTRAPPED'
 SUPPORTED = ((3, 10), (3, 11), (3, 12))
 INPUTS = ('requirements.txt', 'setup.py', 'pyproject.toml')
 # Builds BasicSR's source package; must be there before the rest (see requirements.txt).
@@ -41,8 +42,8 @@ def venv_python():
 
 
 def inside():
-    """Whether this process already runs in the environment."""
-    return os.path.realpath(sys.prefix) == os.path.realpath(VENV)
+    """Whether `run` started this process, in the environment."""
+    return os.environ.get(STARTED) == '1' and os.path.realpath(sys.prefix) == os.path.realpath(VENV)
 
 
 def environment():
@@ -81,6 +82,7 @@ def run(arguments, extra_env=None):
     """Run the environment's Python with the given arguments in the current folder; returns its exit code."""
     env = environment()
     env.update(extra_env or {})
+    env[STARTED] = '1'
     process = subprocess.Popen([venv_python()] + list(arguments), env=env)
     while True:
         try:
@@ -143,7 +145,7 @@ def _make_venv():
 def _supported_python():
     """This interpreter if its version is supported, otherwise one that is found on the path."""
     if sys.version_info[:2] in SUPPORTED:
-        return sys.executable
+        return getattr(sys, '_base_executable', None) or sys.executable  # not the environment's own, if that is active
     check = 'import sys; sys.exit(sys.version_info[:2] not in {!r})'.format(SUPPORTED)
     for version in reversed(SUPPORTED):
         path = shutil.which('python{}.{}'.format(*version)) if hasattr(shutil, 'which') else None

@@ -78,7 +78,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help='of PNG; 0 reads fastest and takes about twice the room (default: 1)')
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)')
     parser.add_argument('--resume', action='store_true', help='go on with an interrupted run of the same settings')
-    parser.add_argument('--skip-damaged', action='store_true', help='leave out files that cannot be read, and list them')
+    parser.add_argument('--skip-damaged', action='store_true',
+                        help='leave out files that cannot be read, and list them')
     args = parser.parse_args(argv)
     if not args.output.endswith('.lmdb'):
         raise UserError(f'--output: {args.output} must end in .lmdb, which BasicSR asks for.')
@@ -188,7 +189,8 @@ class Database:
                 transaction.put(SETTINGS, text.encode())
         if before is not None and before.decode() != text:
             self.environment.close()
-            raise UserError(f'{self.folder} was begun with other settings ({before.decode()}); use those, or remove it.')
+            raise UserError(f'{self.folder} was begun with other settings ({before.decode()}); use those, or remove '
+                            'it.')
 
     def notes(self) -> dict[str, dict]:
         """Finished source files: key -> {'lines': lines of meta_info.txt, 'notes': what was left out}."""

@@ -1,6 +1,7 @@
 """Peak memory of decoding one large image, alone in its process; a part of `benchmark_decode.py`.
 
-Prints one JSON object: `mib`, the peak beyond input, features and output (null where the system cannot say), and `code`.
+Prints one JSON object: `mib`, the peak beyond input, features and output (null where the system cannot say), `code`
+('torch' or 'fused'), and `loads`, the experts' shares of the pixels.
 """
 import argparse
 import json
@@ -19,8 +20,6 @@ from moeisr_basicsr.core.render import TORCH, FeatureWindow, Renderer  # noqa: E
 from moeisr_basicsr.inference import evaluation  # noqa: E402
 from moeisr_basicsr.kernels import fused_backend  # noqa: E402
 
-BUDGET = 0.3  # random weights would send every pixel to one or two experts
-
 
 def main() -> None:
     """Decode with the mapper's own routing."""
@@ -29,11 +28,14 @@ def main() -> None:
     parser.add_argument('--lq-size', type=int, default=512)
     parser.add_argument('--scale', type=float, default=8)
     parser.add_argument('--threads', type=int)
+    parser.add_argument('--budget', type=float, help='route by a budget; by default as trained')
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     net = MoEISR({'type': 'EDSREncoder', 'num_block': 1}).eval()
+    with torch.no_grad():
+        net.decoder.mapper.query_out.weight.mul_(100)  # random weights would send nearly all pixels to one expert
     lq_size = (args.lq_size, args.lq_size)
     size = output_size(lq_size, args.scale)
     backend = fused_backend(net.decoder, torch.device('cpu'), args.precision)
@@ -42,14 +44,17 @@ def main() -> None:
     window = FeatureWindow(feat, 0, 0, lq_size)
     with evaluation(net, 'cpu', args.precision):
         for rows in ((0, min(size[0], 64)), (0, size[0])):  # a first strip loads the libraries
+            loads = torch.zeros(net.num_experts)
             meter = PeakMeter(torch.device('cpu'))
-            renderer = Renderer(net.decoder, size, lq_size, control=Budget(BUDGET, net.expert_costs),
-                                backend=backend or TORCH)
-            renderer.observe(window, rows, (0, size[1]))
+            control = None if args.budget is None else Budget(args.budget, net.expert_costs)
+            renderer = Renderer(net.decoder, size, lq_size, control=control, backend=backend or TORCH)
+            if control is not None:
+                renderer.observe(window, rows, (0, size[1]))
             for top, bottom, strip in renderer.render(window, rows, (0, size[1])):
                 output[:, top:bottom] = strip.output[0]
+                loads += torch.bincount(strip.expert_map.flatten(), minlength=net.num_experts) / (size[0] * size[1])
     print(json.dumps({'mib': meter.read() if meter.works else None, 'code': 'torch' if backend is None else 'fused',
-                      'checksum': float(output.sum() + lq.sum())}))
+                      'loads': loads.tolist(), 'checksum': float(output.sum() + lq.sum())}))
 
 
 if __name__ == '__main__':

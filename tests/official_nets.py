@@ -126,7 +126,7 @@ class OfficialNet(nn.Module):
         if self.name == 'liif':
             return liif(pool, 0, self.encoder(x), coord, cell) / 2 + 0.5
         pool.coef, pool.freq, pool.phase = self.coef, self.freq, self.phase
-        bilinear = F.grid_sample(x, coord.flip(-1)[:, None], mode='bilinear', padding_mode='border', align_corners=False)
+        bilinear = F.grid_sample(x, coord.flip(-1)[:, None], padding_mode='border', align_corners=False)
         return (lte(pool, 0, self.encoder(x), coord, cell) + bilinear[:, :, 0].transpose(1, 2)) / 2 + 0.5
 
     def checkpoint(self):

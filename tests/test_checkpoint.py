@@ -202,7 +202,8 @@ def test_convert_official(name, encoder, args, hidden):
     assert options['type'] == name.upper() and options['hidden_list'] == hidden
     net = load_model('m.safetensors')
     assert not [key for key in net.state_dict() if 'mean' in key]
-    for lq_size, size in (((6, 4), (12, 8)), ((5, 7), (16, 9)), ((4, 4), (12, 17)), ((3, 5), (25, 26)), ((1, 1), (3, 2))):
+    for lq_size, size in (((6, 4), (12, 8)), ((5, 7), (16, 9)), ((4, 4), (12, 17)), ((3, 5), (25, 26)),
+                          ((1, 1), (3, 2))):
         lq = torch.rand(1, 3, *lq_size)
         coord, cell = grid(size)
         with torch.no_grad():

@@ -111,7 +111,7 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
     (('upscale', 'empty', *UPSCALE[2:], '--scale', '2'), 'empty has no image directly in it'),
     (('upscale', 'images', *UPSCALE[2:], '--scale', '2'), 'out.png is one file, but there are 2 images'),
     (('upscale', 'images/a.png', '-o', 'images/a.png', *UPSCALE[4:], '--scale', '2'), 'would be overwritten'),
-    (('upscale', 'images/a.png', '-o', 'a.gif', *UPSCALE[4:], '--scale', '2'), "images are written as .jpeg, .jpg, .png"),
+    (('upscale', 'images/a.png', '-o', 'a.gif', *UPSCALE[4:], '--scale', '2'), 'images are written as .jpeg, .jpg'),
     (('upscale', 'images/a.png', '-o', 'moe.safetensors', *UPSCALE[4:], '--scale', '2'), 'moe.safetensors is a file'),
     ((*UPSCALE, '--scale', '2', '--ext', 'jpg'), 'out.png and --ext jpg contradict each other'),
     (('upscale', 'corrupt.png', *UPSCALE[2:], '--scale', '2'), 'corrupt.png'),
@@ -160,7 +160,8 @@ def test_help(capsys):
 
 def test_keys_are_listed(capsys):
     code, output, _ = run(capsys, 'train', '--keys')
-    assert code == 0 and 'train: temperature: start\n' in output and 'datasets: NAME (ArbitraryScaleImageDataset)' in output
+    assert code == 0 and 'train: temperature: start\n' in output
+    assert 'datasets: NAME (ArbitraryScaleImageDataset)' in output
 
 
 def test_modules_of_users(capsys, folder):

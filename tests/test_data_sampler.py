@@ -78,7 +78,7 @@ def test_an_epoch_can_start_in_its_middle(ranks, rank):
     whole = list(sampler)
     sampler.start = 4
     assert list(sampler) == whole[4:] and len(sampler) == len(whole)
-    rest = [batch for batch in DataLoader(Drawing(), 2, sampler=sampler, drop_last=True, collate_fn=len)]
+    rest = [batch for batch in DataLoader(sampler.dataset, 2, sampler=sampler, drop_last=True, collate_fn=len)]
     assert len(rest) == (len(whole) - 4) // 2
     sampler.set_epoch(5)
     assert sampler.start == 0 and len(list(sampler)) == len(whole)

@@ -11,6 +11,7 @@ from torch import nn
 
 from moeisr_basicsr.core.coords import GridAxis, grid_axis, make_coord
 from moeisr_basicsr.kernels import cpu
+from moeisr_basicsr.kernels.build import BuildError, load_library
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason=f'the fused kernels cannot run here: {cpu.reason()}')
 ISAS = cpu.supported_isas()
@@ -344,6 +345,7 @@ def test_route_takes_the_first_of_equal_experts():
 CHILD = """
 import torch
 from moeisr_basicsr.kernels import cpu
+from moeisr_basicsr.kernels.build import BuildError, load_library
 print(cpu.available(), cpu.reason())
 if cpu.available():
     out = torch.zeros(1, 2, 2)
@@ -378,10 +380,11 @@ def test_no_compiler_falls_back(tmp_path):
     assert not list(tmp_path.rglob('*.so')) and not list(tmp_path.rglob('build_*'))
 
 
-def test_unwritable_cache_falls_back(tmp_path):
+def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
     (tmp_path / 'file').write_text('')
-    out = finish_child(start_child(tmp_path / 'file'))
-    assert out.startswith('False torch code') and 'file' in out
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path / 'file'))
+    with pytest.raises(BuildError, match='file'):
+        load_library()
 
 
 @needs_kernels

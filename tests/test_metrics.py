@@ -9,6 +9,7 @@ from basicsr.utils import tensor2img
 from PIL import Image
 
 from helpers import shared_data
+from moeisr_basicsr.data.resize import imresize
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.metrics.psnr_ssim_sr_metric import calculate_psnr_sr, calculate_ssim_sr
 from moeisr_basicsr.metrics.shave import shave
@@ -37,8 +38,8 @@ def slow_psnr(first, second, rows, cols, luma):
 
 
 @pytest.mark.parametrize('protocol, scale, rule', [
-    ('benchmark', 2, (2, 2)), ('benchmark', 3.3, (4, 4)), ('benchmark', (2, 3.5), (2, 4)), ('benchmark', 2.0000001, (2, 2)),
-    ('div2k', 2, (8, 8)), ('div2k', (2.5, 4), (9, 10)), ('benchmark', 1, (1, 1)),
+    ('benchmark', 2, (2, 2)), ('benchmark', 3.3, (4, 4)), ('benchmark', (2, 3.5), (2, 4)),
+    ('benchmark', 2.0000001, (2, 2)), ('div2k', 2, (8, 8)), ('div2k', (2.5, 4), (9, 10)), ('benchmark', 1, (1, 1)),
 ])
 @pytest.mark.parametrize('channels', [1, 3])
 def test_psnr_against_the_definition(protocol, scale, rule, channels):
@@ -53,7 +54,8 @@ def test_psnr_against_the_definition(protocol, scale, rule, channels):
 def test_rounded_psnr_and_ssim_are_basicsrs():
     first, second = pair()
     images = {'img': tensor2img([first]), 'img2': tensor2img([second])}  # BGR, 8 bits
-    for ours, theirs, tolerance in (('calculate_psnr_sr', 'calculate_psnr', 2e-3), ('calculate_ssim_sr', 'calculate_ssim', 1e-5)):
+    for ours, theirs, tolerance in (('calculate_psnr_sr', 'calculate_psnr', 2e-3),
+                                    ('calculate_ssim_sr', 'calculate_ssim', 1e-5)):
         for protocol, luma, border in (('benchmark', True, 3), ('div2k', False, 9)):
             expected = calculate_metric(images, {'type': theirs, 'crop_border': border, 'test_y_channel': luma})
             from_arrays = calculate_metric(images, {'type': ours, 'scale': 3, 'protocol': protocol, 'better': 'higher'})
@@ -101,7 +103,6 @@ def test_colours_are_in_the_right_order():
 
 
 def test_the_published_bicubic_value_of_set5():
-    from moeisr_basicsr.data.resize import imresize
     values = []
     for path in sorted(shared_data('Set5').glob('*.png')):
         hr = np.asarray(Image.open(path).convert('RGB'))
@@ -113,7 +114,7 @@ def test_the_published_bicubic_value_of_set5():
 
 @pytest.mark.parametrize('arguments, words', [
     ({'scale': None}, 'needs the scale'),
-    ({'scale': 0.5}, 'at least 1; got 0.5'),
+    ({'scale': 0.5}, 'at least 1, .*got 0.5'),
     ({'scale': (2, 3, 4)}, 'at least 1'),
     ({'scale': 2, 'protocol': 'benchmrk'}, "Did you mean 'benchmark'"),
     ({'scale': 30}, 'none left after a shave of 30 x 30'),

@@ -186,8 +186,8 @@ class Args:
 
 
 def test_values():
-    document = read_yaml(write('a: 1e-4\nb: !!float 1\nc: 1.5e+3\nd: [1, 2.0, x]\ne: ~\nf: none\ng: 2024-01-02\nh: 0x10\n'
-                               'i: {k: yes}\nz: -3\n'))
+    document = read_yaml(write('a: 1e-4\nb: !!float 1\nc: 1.5e+3\nd: [1, 2.0, x]\ne: ~\nf: none\ng: 2024-01-02\n'
+                               'h: 0x10\ni: {k: yes}\nz: -3\n'))
     expected = {'a': 1e-4, 'b': 1.0, 'c': 1500.0, 'd': [1, 2.0, 'x'], 'e': None, 'f': 'none', 'g': '2024-01-02',
                 'h': 16, 'i': {'k': True}, 'z': -3}
     assert document.data == expected
@@ -283,7 +283,7 @@ def test_all_mistakes_at_once_with_their_lines():
         found[3],
         f"run.yml:{line_of(text, 'val_freq')}: val: val_freq: must be a whole number of at least 1; got 'often'.",
         "--force_yml logger:print_freq=0: logger: print_freq: must be a whole number of at least 1; got 0."]
-    assert found[3].startswith(f"run.yml:{line_of(text, 'Adan')}: train: optim_g: type: must be the name of an optimizer")
+    assert found[3].startswith(f"run.yml:{line_of(text, 'Adan')}: train: optim_g: type: must be the name of an opti")
     assert found[3].endswith("got 'Adan'. Did you mean 'Adam'?")
 
 
@@ -374,8 +374,8 @@ def test_no_value_in_any_place_ends_in_anything_but_a_message(text):
 @pytest.mark.parametrize(('changes', 'words'), [
     ({'network_g:hidden_dim': 8}, "hidden_dim: belongs to the decoder 'lte'"),
     ({'network_g:decoder': 'lte', 'network_g:hidden_dim': 7}, 'must be even; got 7'),
-    ({'network_g:in_channels': 1, 'network_g:skip': 'bicubic'}, "skip: 'bicubic' needs in_channels = out_channels; got 1 and 3"),
-    ({'network_g:encoder': {'type': 'SwinIREncoder', 'depths': [2]}}, 'num_heads: must have as many entries as depths, 1'),
+    ({'network_g:in_channels': 1, 'network_g:skip': 'bicubic'}, "'bicubic' needs in_channels = out_channels; got 1"),
+    ({'network_g:encoder': {'type': 'SwinIREncoder', 'depths': [2]}}, 'must have as many entries as depths, 1'),
     ({'network_g:encoder': {'type': 'SwinIREncoder', 'embed_dim': 20}}, 'embed_dim: must be even and divisible'),
     ({'train:balance_opt:target': [0.5, 0.2, 0.3]}, 'must have a share for each of the 2 experts; got 3'),
     ({'train:balance_opt:target': [0.5, 0.2]}, 'must be shares that add up to 1'),
@@ -453,7 +453,7 @@ def test_the_dictionary_is_that_of_basicsr(folder, monkeypatch):
     write(text)
     theirs, args = basicsr_options.parse_options(str(folder), is_train=False)
     ours = parse_options(args, str(folder), is_train=False)
-    assert ours['path'].items() >= {key: theirs['path'][key] for key in ('results_root', 'log', 'visualization')}.items()
+    assert all(ours['path'][key] == theirs['path'][key] for key in ('results_root', 'log', 'visualization'))
     assert ours['datasets'] == theirs['datasets']
 
 

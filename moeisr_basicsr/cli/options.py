@@ -11,10 +11,10 @@ def add_options_file(parser: argparse.ArgumentParser) -> None:
     """What `basicsr train` and `basicsr test` take; the names and meanings are BasicSR's."""
     parser.add_argument('-opt', metavar='YAML', help='options file, for example options/moeisr_edsr.yml')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm'), default='none',
-                        help='how processes are started: none for one process, pytorch under torchrun, slurm under srun')
+                        help='how processes are started: none for one, pytorch under torchrun, slurm under srun')
     parser.add_argument('--auto_resume', action='store_true', help='go on from the newest checkpoint of this run')
     parser.add_argument('--debug', action='store_true',
-                        help='a short trial: the name gets the prefix debug_, and everything happens every 8 iterations')
+                        help='a short trial: the name gets the prefix debug_, all happens every 8 iterations')
     parser.add_argument('--force_yml', nargs='+', metavar='KEY:KEY=VALUE',
                         help='change the options file for this run, for example train:ema_decay=0.999 '
                              'datasets:train:batch_size_per_gpu=4')

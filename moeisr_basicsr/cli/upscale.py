@@ -28,7 +28,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument('--scale', type=parse_scale, metavar='S',
                         help='factor of at least 1, for example 3.3; or rows x columns, for example 2.5x4')
-    target.add_argument('--size', type=parse_size, metavar='WxH', help='output size, width first, for example 3840x2160')
+    target.add_argument('--size', type=parse_size, metavar='WxH',
+                        help='output size, width first, for example 3840x2160')
     routing = parser.add_mutually_exclusive_group()
     routing.add_argument('--cost-weight', type=parse_number, default=0.0, metavar='K',
                          help='above 0 cheaper, below 0 dearer than the trained routing (default 0)')

@@ -30,15 +30,16 @@ def plan(args: argparse.Namespace) -> list[Job]:
     output = Path(args.output)
     given = output.suffix.lower()
     is_file = not output.is_dir() and given in OUTPUT_SUFFIXES
+    known = ', '.join(sorted(OUTPUT_SUFFIXES))
     if is_file and (len(sources) > 1 or any(Path(name).is_dir() for name in args.inputs)):
         raise UserError(f'{output} is one file, but there are {len(sources)} images; name a folder after -o.')
     if is_file and args.ext not in (None, OUTPUT_SUFFIXES[given]):
         raise UserError(f'{output} and --ext {args.ext} contradict each other.')
     if not output.is_dir() and given and not is_file and len(given) <= 5:
-        known = sorted(OUTPUT_SUFFIXES)
-        raise UserError(f"{output}: images are written as {', '.join(known)}; got '{given}'.{did_you_mean(given, known)}")
+        raise UserError(f"{output}: images are written as {known}; got '{given}'."
+                        f'{did_you_mean(given, OUTPUT_SUFFIXES)}')
     if not is_file and output.exists() and not output.is_dir():
-        raise UserError(f'{output} is a file; name a folder, or a file that ends in {", ".join(sorted(OUTPUT_SUFFIXES))}.')
+        raise UserError(f'{output} is a file; name a folder, or a file that ends in {known}.')
     label = factor_label(args)
     jobs = []
     for source in sources:

@@ -3,6 +3,7 @@
 Shapes: (R, S) rows and columns of the output image; strips have r rows; C is 1 to 4 channels as stored.
 """
 import queue
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -11,19 +12,20 @@ import numpy as np
 
 from moeisr_basicsr.data.image_io import ImageData, join_channels, write_image
 from moeisr_basicsr.data.strip_writer import FORMATS, StripWriter
+from moeisr_basicsr.inference import Strip
 
 from .expert_map import ExpertMapPicture
 from .upscale_jobs import Job
 
-STRIPS_WAITING = 2  # between the network and the disk
+BLOCK_VALUES = 1 << 22  # of a block of rows: its temporaries stay far below the memory that a network needs
+BLOCKS_WAITING = 8  # between the network and the disk
 POLL_SECONDS = 0.2
 END = object()
 
 
 class Part(NamedTuple):
-    """One strip."""
-    rgb: np.ndarray  # (r, S, 3) fp32 in [0, 1]
-    alpha: np.ndarray | None  # (r, S) uint8 or uint16
+    """A block of rows, as they are stored."""
+    pixels: np.ndarray  # (r, S, C) uint8 or uint16
     expert_map: np.ndarray | None  # (r, S) uint8
 
 
@@ -35,12 +37,31 @@ class Target(NamedTuple):
     costs: list[float]  # of the experts, for the map's legend
 
 
+def blocks(strip: Strip, alpha: np.ndarray | None, source: ImageData, with_map: bool) -> Iterator[Part]:
+    """A strip as blocks of rows: a strip of a large image is large itself, and its copies would add up.
+
+    Args:
+        strip: From the network.
+        alpha: (R, S) of the whole image, or None.
+        source: Says the depth and whether to write grey.
+        with_map: Whether the expert map is wanted.
+    """
+    rows, cols = strip.image.shape[1:]
+    step = max(BLOCK_VALUES // (3 * cols), 1)
+    for top in range(0, rows, step):
+        bottom = min(top + step, rows)
+        rgb = strip.image[:, top:bottom].permute(1, 2, 0).float().cpu().numpy()  # (r, S, 3)
+        part = None if alpha is None else alpha[strip.top + top:strip.top + bottom]
+        expert_map = strip.expert_map[top:bottom].cpu().numpy() if with_map else None
+        yield Part(join_channels(rgb, part, source.bit_depth, source.was_grey), expert_map)
+
+
 class Aborted(Exception):
     """The image could not be computed; its files must not appear."""
 
 
 class Pipe:
-    """Strips on their way to a file.
+    """Blocks of rows on their way to a file.
 
     Args:
         pool: Runs the writing; one worker, so that files are written one after the other.
@@ -48,11 +69,11 @@ class Pipe:
     """
 
     def __init__(self, pool: Executor, target: Target):
-        self.parts: queue.Queue = queue.Queue(STRIPS_WAITING)
+        self.parts: queue.Queue = queue.Queue(BLOCKS_WAITING)
         self.future: Future = pool.submit(write_files, target, self.parts)
 
     def send(self, part: object) -> None:
-        """Hand on a strip; waits while the disk is slower than the network.
+        """Hand on a block; waits while the disk is slower than the network.
 
         Raises:
             UserError: Writing has failed.
@@ -65,7 +86,7 @@ class Pipe:
                     self.future.result()  # raises what stopped it
 
     def close(self) -> Future:
-        """All strips are sent; the result is the experts' shares, once the files are there."""
+        """All blocks are sent; the result is the experts' shares, once the files are there."""
         self.send(END)
         return self.future
 
@@ -79,7 +100,7 @@ class Pipe:
 
 
 def write_files(target: Target, parts: queue.Queue) -> list[float]:
-    """Write the strips of `parts` until its end: the image, and the expert map before it.
+    """Write the blocks of `parts` until its end: the image, and the expert map before it.
 
     Raises:
         Aborted: As the queue says; no file appears.
@@ -108,7 +129,7 @@ class ImageFile:
 
     def __init__(self, target: Target):
         self.target = target
-        self.waiting: list[Part] = []
+        self.waiting: list[np.ndarray] = []
         self.writer: StripWriter | None = None
 
     def __enter__(self) -> 'ImageFile':
@@ -125,18 +146,18 @@ class ImageFile:
         return profile if profile is not None and (profile[16:20] == b'GRAY') == self.target.source.was_grey else None
 
     def write(self, part: Part) -> None:
-        """Append a strip."""
-        source = self.target.source
+        """Append a block."""
         if self.writer is None:
-            self.waiting.append(part)
+            self.waiting.append(part.pixels)
         else:
-            self.writer.write(join_channels(part.rgb, part.alpha, source.bit_depth, source.was_grey))
+            self.writer.write(part.pixels)
 
     def __exit__(self, kind, error, trace) -> None:
         if self.writer is not None:
             self.writer.__exit__(kind, error, trace)
         elif kind is None:
             source = self.target.source
-            rgb = np.concatenate([part.rgb for part in self.waiting])
-            alpha = None if source.alpha is None else np.concatenate([part.alpha for part in self.waiting])
+            pixels = np.concatenate(self.waiting)  # (R, S, C)
+            colours, alpha = (pixels, None) if source.alpha is None else (pixels[..., :-1], pixels[..., -1])
+            rgb = np.broadcast_to(colours, (*colours.shape[:2], 3))
             write_image(self.target.job.target, rgb, alpha, source.bit_depth, source.was_grey, self.profile)

@@ -25,7 +25,7 @@ from moeisr_basicsr.errors import UserError, did_you_mean
 from moeisr_basicsr.inference import make_control, target_size, upscale_strips
 
 from .upscale_jobs import Job
-from .upscale_output import Part, Pipe, Target
+from .upscale_output import Pipe, Target, blocks
 
 FAILED = 2
 DEVICES = ('cpu', 'cuda', 'mps', 'xpu')
@@ -105,9 +105,8 @@ class Upscaler:
         try:
             with tqdm(total=size[0], unit='row', disable=None if show else True, leave=False) as bar:
                 for strip in strips:
-                    pipe.send(Part(strip.image.permute(1, 2, 0).float().cpu().numpy(),  # (r, S, 3)
-                                   None if alpha is None else alpha[strip.top:strip.bottom],
-                                   strip.expert_map.cpu().numpy() if args.expert_map else None))
+                    for block in blocks(strip, alpha, image, args.expert_map):
+                        pipe.send(block)
                     bar.update(strip.bottom - strip.top)
             return pipe.close()
         except BaseException:
@@ -142,8 +141,8 @@ def choose_device(name: str | None) -> torch.device:
         local = int(os.environ.get('LOCAL_RANK', 0))
         return torch.device('cuda', local % torch.cuda.device_count()) if device.type == 'cuda' else device
     if not re.fullmatch(r'[a-z]+(:\d+)?', name) or name.partition(':')[0] not in DEVICES:
-        raise UserError(f"--device must be one of {', '.join(DEVICES)}, or one with a number such as cuda:1; got '{name}'."
-                        f'{did_you_mean(name.partition(":")[0], DEVICES)}')
+        raise UserError(f"--device must be one of {', '.join(DEVICES)}, or one with a number such as cuda:1; got "
+                        f"'{name}'.{did_you_mean(name.partition(':')[0], DEVICES)}")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

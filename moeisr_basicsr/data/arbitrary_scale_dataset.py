@@ -13,9 +13,7 @@ import torch
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch import Tensor
 
-from moeisr_basicsr.errors import UserError
-
-from .base import ArbitraryScaleDataset, read_rgb, to_tensor, too_small
+from .base import ArbitraryScaleDataset, to_tensor, too_small
 from .pairs import align_pair, draw_pair_patch
 from .resize import METHODS, resize
 from .sampling import draw_crop, draw_queries, draw_scale, round_half_up
@@ -27,10 +25,10 @@ EPS_FLOOR = 1e-9  # LIIF, SRImplicitDownsampled: H / s may fall short of a whole
 class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
     """HR images; the LR image is made on the fly by bicubic shrinking.
 
-    Training follows LIIF: a factor s is drawn, an HR patch of round(lq_size * s) is cut out at random, shrunk to lq_size
-    with 8 (or 16) bits, both are flipped and transposed, and `sample_q` of the HR patch's pixels become queries. An HR
-    image that is smaller than the patch gets the largest factor that it allows; smaller than lq_size times the least
-    factor is an error that names it.
+    Training follows LIIF: a factor s is drawn, an HR patch of round(lq_size * s) is cut out at random and shrunk to
+    lq_size with 8 (or 16) bits, both are flipped and transposed, and `sample_q` of the HR patch's pixels become queries.
+    An HR image that is smaller than the patch gets the largest factor that it allows; smaller than lq_size times the
+    least factor is an error that names it.
 
     Validation takes the whole image at the fixed `scale`: the LR size is floor(HR / s), the HR image is cropped to
     round(LR * s); for a whole s that is floor(HR / s) * s.
@@ -68,7 +66,7 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         name = self.names[self.position(index, len(self.names))]
         path = self.source.path(name)
-        image = read_rgb(self.images, name)
+        image = self.images.rgb(name)
         item = self.train_item(image, path, index) if self.phase == 'train' else self.val_item(image, path)
         return {**item, 'lq_path': path, 'gt_path': path}
 
@@ -174,7 +172,7 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         lq_name, gt_name = self.pairs[self.position(index, len(self.pairs))]
         paths = {'lq_path': self.lq_source.path(lq_name), 'gt_path': self.gt_source.path(gt_name)}
-        lq, gt = read_rgb(self.lq_images, lq_name), read_rgb(self.gt_images, gt_name)
+        lq, gt = self.lq_images.rgb(lq_name), self.gt_images.rgb(gt_name)
         rows, cols = align_pair(lq.shape[:2], gt.shape[:2], self.scale, paths)
         gt = gt[:rows, :cols]
         if self.phase != 'train':

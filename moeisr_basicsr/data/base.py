@@ -75,11 +75,6 @@ class ArbitraryScaleDataset(Dataset):
         return index % count
 
 
-def read_rgb(images: SharedImages | ImageSource, name: str) -> np.ndarray:
-    """(H, W, 3) uint8 or uint16. Transparency is left out: training and evaluation compare colours."""
-    return images.read(name) if isinstance(images, SharedImages) else images.read(name).rgb
-
-
 def to_tensor(image: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 or uint16 -> (3, H, W) fp32 in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(to_float(image).transpose(2, 0, 1)))

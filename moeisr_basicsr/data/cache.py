@@ -14,8 +14,8 @@ MODES = ('none', 'memory')
 class SharedImages:
     """Decodes each image of a source once, into memory shared by the processes that have this object.
 
-    It fills up as images are asked for. Two workers that ask for the same image at the same time both write it: the same
-    bytes, so nobody needs to wait.
+    It fills up as images are asked for. Two workers that ask for the same image at the same time both write it: the
+    same bytes, so nobody needs to wait.
 
     Args:
         source: The images.
@@ -38,14 +38,14 @@ class SharedImages:
         self.pixels = torch.zeros(total, dtype=torch.uint8).share_memory_()
         self.filled = torch.zeros(len(names), dtype=torch.bool).share_memory_()
 
-    def read(self, name: str) -> np.ndarray:
-        """(H, W, 3) uint8 or uint16 RGB, read-only; errors as `ImageSource.read`."""
+    def rgb(self, name: str) -> np.ndarray:
+        """(H, W, 3) uint8 or uint16 RGB, read-only; errors as `ImageSource.rgb`."""
         start, size, header = self.places[name]
         position = self.order[name]
         dtype = np.uint16 if header.bit_depth == 16 else np.uint8
         view = self.pixels[start:start + size].numpy().view(dtype).reshape(header.height, header.width, 3)
         if not self.filled[position]:
-            rgb = self.source.read(name).rgb
+            rgb = self.source.rgb(name)
             if rgb.shape != view.shape or rgb.dtype != view.dtype:  # rotated by what the header did not show
                 return rgb
             view[...] = rgb
@@ -61,6 +61,6 @@ def _check_room(total: int, source: ImageSource) -> None:
     except OSError:  # not Linux: shared memory has no such limit
         return
     if total > free:
-        raise UserError(f'cache: memory needs {total / 2**30:.1f} GiB of shared memory for the images of {source.root}, '
-                        f'/dev/shm has {free / 2**30:.1f} GiB free. Enlarge it (docker: --shm-size), or use cache: none '
-                        'with sub-images in an LMDB.')
+        raise UserError(f'cache: memory needs {total / 2**30:.1f} GiB of shared memory for the images of '
+                        f'{source.root}, /dev/shm has {free / 2**30:.1f} GiB free. Enlarge it (docker: --shm-size), or '
+                        'use cache: none with sub-images in an LMDB.')

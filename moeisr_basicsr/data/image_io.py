@@ -36,7 +36,7 @@ LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # BT.601; the three channels of a grey ima
 
 
 class _PillowLimit:
-    """Pillow's limit on the size of images, off while any thread reads: `MAX_PIXELS` is ours, and Pillow's is global."""
+    """Turns Pillow's limit on the size of images off while any thread reads: it is global, and `MAX_PIXELS` is ours."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -142,7 +142,7 @@ def check_writable(path: str | os.PathLike, size: tuple[int, int], bit_depth: in
         size: (rows, columns).
 
     Raises:
-        UserError: An unknown suffix, a missing folder, or a format that has no 16 bits, no transparency or no such size.
+        UserError: An unknown suffix, a missing folder, or a format that has no 16 bits, transparency or such a size.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:

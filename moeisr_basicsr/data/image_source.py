@@ -1,13 +1,14 @@
-"""Where a dataset's images come from: a folder, a list in a meta_info file, or an LMDB, through BasicSR's FileClient."""
+"""Where a dataset's images come from: a folder, a list in a meta_info file, or an LMDB, by BasicSR's FileClient."""
 import os
 import weakref
 from pathlib import Path
 
+import numpy as np
 from basicsr.utils import FileClient
 
 from moeisr_basicsr.errors import UserError, did_you_mean
 
-from .image_io import SUFFIXES, ImageData, ImageHeader, is_image_name, read_header, read_image
+from .image_io import SUFFIXES, ImageHeader, is_image_name, read_header, read_image
 
 CLIENT_KEY = 'images'
 # One client for all datasets that read the same LMDB: a process may open it only once.
@@ -69,7 +70,8 @@ class ImageSource:
     def _list_records(self, option: str, meta_info_file: str | None) -> list[str]:
         own_list = self.root / 'meta_info.txt'
         if not own_list.is_file() or not (self.root / 'data.mdb').is_file():
-            raise UserError(f'{option}: {self.root} is not an LMDB with a meta_info.txt; scripts/create_lmdb.py makes one.')
+            raise UserError(f'{option}: {self.root} is not an LMDB with a meta_info.txt; scripts/create_lmdb.py makes '
+                            'one.')
         names = [os.path.splitext(word)[0] for word in _first_words(own_list, option)]
         if meta_info_file is None:
             return names
@@ -88,16 +90,16 @@ class ImageSource:
         """What items and errors call an image: its file, or its record's key inside the LMDB's folder."""
         return str(self.root / name)
 
-    def read(self, name: str) -> ImageData:
-        """Decode one image.
+    def rgb(self, name: str) -> np.ndarray:
+        """(H, W, 3) uint8 or uint16. Transparency is left out: training and evaluation compare colours.
 
         Raises:
-            UserError: It is missing or damaged; the message has its path or record.
+            UserError: The image is missing or damaged; the message has its path or record.
         """
-        return read_image(self._bytes(name), self._label(name))
+        return read_image(self._bytes(name), self._label(name)).rgb
 
     def header(self, name: str) -> ImageHeader:
-        """Size and bit depth of one image, without decoding it; errors as `read`."""
+        """Size and bit depth of one image, without decoding it; errors as `rgb`."""
         if self.backend == 'disk':
             return read_header(self.root / name)
         return read_header(self._bytes(name), self._label(name))

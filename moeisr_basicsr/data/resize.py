@@ -1,8 +1,8 @@
 """Bicubic resizing: MATLAB's `imresize`, bit for bit, and Pillow's.
 
-The papers' low-resolution images come from these two. They differ: MATLAB resizes the axis with the smaller factor first
-(rows first where both are equal) and rounds 8-bit images between the passes; Pillow resizes columns first and works in
-fixed point.
+The papers' low-resolution images come from these two. They differ: MATLAB resizes the axis with the smaller factor
+first (rows first where both are equal) and rounds 8-bit images between the passes; Pillow resizes columns first and
+works in fixed point.
 
 Shapes: (H, W, C) or (H, W) images; n input and m output positions on one axis, T taps per output position.
 """
@@ -45,7 +45,8 @@ def resize(image: np.ndarray, size: tuple[int, int], method: str = 'matlab') -> 
         return imresize(image, size=size)
     if method == 'pil':
         return pil_resize(image, size)
-    raise UserError(f"'{method}' is not a way to resize; there are {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
+    raise UserError(f"'{method}' is not a way to resize; there are {', '.join(METHODS)}."
+                    f'{did_you_mean(method, METHODS)}')
 
 
 def imresize(image: np.ndarray, scale: float | tuple[float, float] | None = None,
@@ -57,7 +58,7 @@ def imresize(image: np.ndarray, scale: float | tuple[float, float] | None = None
 
     Args:
         image: (H, W, C) or (H, W), uint8, uint16, float32 or float64.
-        scale: Factor, or (row factor, column factor), above 0; the output size is the factor times the size, rounded up.
+        scale: Factor, or (row factor, column factor), above 0; the output size is factor times size, rounded up.
         size: Output (rows, columns) instead; the factors are then output / input size.
         antialias: Widen the kernel when shrinking.
 

@@ -1,7 +1,7 @@
 """PNG and TIFF files written strip by strip: the image is never held as a whole, in memory or half finished on disk.
 
-Both formats are simple enough to write by hand: filtered or differenced rows, deflated. Pillow and OpenCV want the whole
-image, and neither writes every kind: 16-bit colour, grey with alpha.
+Both formats are simple enough to write by hand: filtered or differenced rows, deflated. Pillow and OpenCV want the
+whole image, and neither writes every kind: 16-bit colour, grey with alpha.
 
 Shapes: strips are (R, W, C) with R rows; C is 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha).
 """
@@ -23,7 +23,7 @@ LEVEL = 4  # of zlib; level 6 takes twice the time and saves 8 % on photographs
 PNG_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 PNG_FILTERS = (1, 2, 4)  # Sub, Up, Paeth
 PNG_LIMIT = 2**31 - 1
-TIFF_STRIP_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20  # of rows that are filtered at once; a strip of a TIFF file
 TIFF_CLASSIC_LIMIT = 4_000_000_000  # offsets have 32 bits; deflate adds at most 0.1 % to what does not compress
 
 
@@ -171,7 +171,7 @@ class _Png:
             self.file.write(struct.pack('>I', zlib.crc32(data, zlib.crc32(kind))))
 
     def write(self, rows: np.ndarray) -> None:
-        step = max(TIFF_STRIP_BYTES // self.row_bytes, 1)  # bounds the temporaries of a tall strip
+        step = max(BLOCK_BYTES // self.row_bytes, 1)  # bounds the temporaries of a tall strip
         for start in range(0, len(rows), step):
             part = np.ascontiguousarray(rows[start:start + step])
             part = part.astype(part.dtype.newbyteorder('>')).view(np.uint8).reshape(len(part), -1)  # (R, row bytes)
@@ -228,7 +228,7 @@ class _Tiff:
         self.icc_profile = icc_profile
         row_bytes = shape[1] * shape[2] * bit_depth // 8
         self.big = shape[0] * row_bytes > TIFF_CLASSIC_LIMIT
-        self.strip_rows = min(max(TIFF_STRIP_BYTES // row_bytes, 1), shape[0])
+        self.strip_rows = min(max(BLOCK_BYTES // row_bytes, 1), shape[0])
         self.waiting: list[np.ndarray] = []
         self.offsets, self.lengths = [], []
         # The place of the directory is not known yet: it is filled in at the end.

@@ -80,8 +80,9 @@ def folders(dataset: Mapping, at: KeyPath) -> Problems:
     roots = {name: dataset.get(name) for name in ('dataroot_gt', 'dataroot_lq')}
     if not any(roots.values()):
         yield at, 'a dataset needs dataroot_gt or dataroot_lq.'
+    is_lmdb = section(dataset, 'io_backend').get('type') == 'lmdb'
     for name, root in roots.items():
-        if section(dataset, 'io_backend').get('type') == 'lmdb' and isinstance(root, str) and not root.endswith('.lmdb'):
+        if is_lmdb and isinstance(root, str) and not root.endswith('.lmdb'):
             yield (*at, name), f"the name of an LMDB folder must end in '.lmdb'; got {root!r}."
 
 
@@ -117,7 +118,8 @@ def network(options: Mapping, at: KeyPath) -> Problems:
     if encoder.get('type') == 'SwinIREncoder' and numbers(depths) and numbers(heads):
         width = encoder.get('embed_dim', 180)
         if len(depths) != len(heads):
-            yield (*at, 'encoder', 'num_heads'), f'must have as many entries as depths, {len(depths)}; got {len(heads)}.'
+            yield (*at, 'encoder', 'num_heads'), (f'must have as many entries as depths, {len(depths)}; got '
+                                                  f'{len(heads)}.')
         elif isinstance(width, int) and (width % 2 or any(head > 0 and width % head for head in heads)):
             yield (*at, 'encoder', 'embed_dim'), f'must be even and divisible by every num_heads; got {width}.'
 

@@ -88,14 +88,16 @@ TOP: Table = {
         'timeout': Key(Number(above=0), 'minutes that processes wait for each other'),
     }), 'distributed training', null=True),
     'network_g': Key(Typed('network'), 'the network', required=True),
-    'datasets': Key(Named(Typed('dataset')), 'train, val, val_2, ... in training; test, test_2, ... in testing', required=True),
+    'datasets': Key(Named(Typed('dataset')), 'train, val, val_2, ... in training; test, test_2, ... in testing',
+                    required=True),
 }
 
 PATH: Table = {
     'pretrain_network_g': Key(File(), WEIGHTS, null=True),
     'strict_load_g': Key(Bool(), 'whether every weight must fit', null=True),
     'param_key_g': Key(Text(), 'params or params_ema', null=True),
-    'resume_state': Key(File(), 'training state to go on from; --auto_resume finds it by itself', null=True, default=None),
+    'resume_state': Key(File(), 'training state to go on from; --auto_resume finds it by itself', null=True,
+                        default=None),
     'ignore_resume_networks': Key(AnyOf((Text(), ListOf(Text()))), 'networks that resuming does not load', null=True),
 }
 
@@ -172,8 +174,8 @@ DATASET: Table = {
     'name': Key(Text(), 'name in logs and folders', required=True),
     'io_backend': Key(IO_BACKEND, 'disk or lmdb'),
     'scale': Key(FACTOR, 'factor, or [rows, columns]'),
-    'crop_border': Key(AnyOf((COUNT, ListOf(COUNT, length=2))), "shave of this dataset's metrics, or [rows, columns], in "
-                                                                "place of the metrics' own"),
+    'crop_border': Key(AnyOf((COUNT, ListOf(COUNT, length=2))),
+                       "shave of this dataset's metrics, or [rows, columns], in place of the metrics' own"),
     'phase': Key(Text(), 'set from the section\'s name'),
     'pin_memory': Key(Bool(), 'faster copies to a GPU'),
     'persistent_workers': Key(Bool(), 'keep loader processes between epochs'),
