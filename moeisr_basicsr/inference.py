@@ -22,6 +22,7 @@ from moeisr_basicsr.kernels import fused_backend
 # Input pixels that the encoder sees at once by default: 64-channel fp32 features of 640 x 640 take 100 MiB, and an
 # encoder holds several of them. The halo of EDSR-baseline then costs a quarter more.
 TILE_PIXELS = 640 * 640
+STRIP_ROWS = 128  # of a band of tiles that are finished at once: the skip image and its temporaries stay small
 PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
@@ -192,7 +193,9 @@ def render_tiles(net: nn.Module, lq: Tensor, renderer: Renderer, row_spans: list
                 band[:, top - rows[0]:bottom - rows[0], cols[0]:cols[1]] = strip.output[0]
                 if experts is not None:
                     experts[top - rows[0]:bottom - rows[0], cols[0]:cols[1]] = strip.expert_map[0]
-        yield finish(net, lq, size, *rows, band, None if experts is None else experts[None])
+        for top, bottom in spans(*rows, math.ceil((rows[1] - rows[0]) / STRIP_ROWS)):
+            part = slice(top - rows[0], bottom - rows[0])
+            yield finish(net, lq, size, top, bottom, band[:, part], None if experts is None else experts[None, part])
 
 
 def finish(net: nn.Module, lq: Tensor, size: tuple[int, int], top: int, bottom: int, output: Tensor,

@@ -94,7 +94,9 @@ class ArbitraryScaleModel(SRModel):
 
     def setup_schedulers(self) -> None:
         """The scheduler of `train: scheduler`, for every optimizer."""
-        self.schedulers = [build_scheduler(self.opt['train']['scheduler'], optimizer) for optimizer in self.optimizers]
+        train_opt = self.opt['train']
+        self.schedulers = [build_scheduler(train_opt['scheduler'], optimizer, int(train_opt['total_iter']))
+                           for optimizer in self.optimizers]
 
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
         """Schedule times linear warm-up."""

@@ -70,13 +70,22 @@ def build_optimizer(options: dict, params: Iterable[nn.Parameter]) -> Optimizer:
         raise UserError(f'train: optim_g: {options["type"]} refuses its options: {error}') from error
 
 
-def build_scheduler(options: dict, optimizer: Optimizer) -> LRScheduler:
+def build_scheduler(options: dict, optimizer: Optimizer, total_iter: int = 0) -> LRScheduler:
     """A scheduler from `{'type': 'MultiStepLR', 'milestones': [...], ...}`, stepped once per iteration.
 
+    Args:
+        total_iter: Iterations that it has to last for.
+
     Raises:
-        UserError: An unknown type or option, or a value that the scheduler refuses.
+        UserError: An unknown type or option, a value that the scheduler refuses, or a schedule that ends too early.
     """
     scheduler, arguments = check_options('train: scheduler', options, scheduler_classes())
+    ends = {'CosineAnnealingRestartLR': ('periods', sum(arguments.get('periods', []))),
+            'OneCycleLR': ('total_steps', arguments.get('total_steps') or
+                           (arguments.get('epochs') or 0) * (arguments.get('steps_per_epoch') or 0))}
+    key, end = ends.get(options['type'], ('', total_iter))
+    if end < total_iter:  # both fail in the middle of the run
+        raise UserError(f'train: scheduler: {key} of {options["type"]} cover {end} iterations; total_iter is {total_iter}.')
     try:
         return scheduler(optimizer, **arguments)
     except (AssertionError, TypeError, ValueError) as error:
