@@ -94,7 +94,8 @@ struct Scratch {
     int64_t stride;       // elements from one row of a block to the next
     float *last;          // last hidden vectors in fp32, kBlockRows x last_stride
     int64_t last_stride;
-    float *partial;       // AMX: two pieces of sums, then per-pixel partial sums of the output channels
+    float *sums;          // AMX: sums of 32 rows, for all channels of a layer
+    float *total;         // AMX: output channels of each pixel, not yet added over lanes
 };
 
 using DecodeTile = void (*)(const Decode &, const Tile &, const Scratch &, int *error);

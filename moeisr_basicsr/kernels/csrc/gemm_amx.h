@@ -58,21 +58,18 @@ struct GemmAmx {
         }
     }
 
-    // Sums of `Tiles` x 16 rows by 32 channels over all input channels, without bias. Tile registers hold 32 rows of
-    // sums at most, and storing them waits for the last product; so `meanwhile()` lets the caller finish the
-    // previous piece between the products.
+    // Input channels per pass. With Split = 3 a pass over all of them would push 32 rows of activations out of L1 for
+    // each panel of weights; a quarter to a half of the usual widths stays.
+    static constexpr int64_t kDepth = Split == 1 ? INT64_MAX : 4 * kPad;
+
+    // Adds the products of `Tiles` x 16 rows and 32 output channels to the sum tiles. Their store waits for the last
+    // product, so `meanwhile()` lets the caller finish the previous piece between the products.
     template <int Tiles, class Meanwhile>
-    static inline __attribute__((always_inline)) void sum_piece(const uint16_t *a, int64_t stride, const uint16_t *w,
-                                                                int64_t k_end, float *sums,
-                                                                const Meanwhile &meanwhile) {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (Tiles == 2) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
+    static inline __attribute__((always_inline)) void multiply_piece(const uint16_t *a, int64_t stride,
+                                                                     const uint16_t *w, int64_t depth,
+                                                                     const Meanwhile &meanwhile) {
         using P = Products<Split>;
-        for (int64_t k = 0; k < k_end; k += kPad, a += kPad * Split) {
+        for (int64_t k = 0; k < depth; k += kPad, a += kPad * Split, w += kPad * kPad * Split) {
 #pragma GCC unroll 6
             for (int i = 0; i < P::kCount; ++i) {
                 const uint16_t *left = a + P::kLeft[i] * kPad;
@@ -91,44 +88,70 @@ struct GemmAmx {
                     _tile_dpbf16ps(3, 5, 7);
                 }
             }
-            w += kPad * kPad * Split;
             meanwhile();
-        }
-        _tile_stored(0, sums, 4 * kPad);
-        _tile_stored(1, sums + 16, 4 * kPad);
-        if (Tiles == 2) {
-            _tile_stored(2, sums + 16 * kPad, 4 * kPad);
-            _tile_stored(3, sums + 16 * kPad + 16, 4 * kPad);
         }
     }
 
-    // Calls finish(sums, row, channel) once for every four rows (one pixel) and 32 channels of the product.
+    static inline void start_sums(const float *sums, bool resume) {
+        if (resume) {
+            _tile_loadd(0, sums, 4 * kPad);
+            _tile_loadd(1, sums + 16, 4 * kPad);
+            _tile_loadd(2, sums + 16 * kPad, 4 * kPad);
+            _tile_loadd(3, sums + 16 * kPad + 16, 4 * kPad);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    }
+
+    static inline void store_sums(float *sums) {
+        _tile_stored(0, sums, 4 * kPad);
+        _tile_stored(1, sums + 16, 4 * kPad);
+        _tile_stored(2, sums + 16 * kPad, 4 * kPad);
+        _tile_stored(3, sums + 16 * kPad + 16, 4 * kPad);
+    }
+
+    // Calls finish(sums, row, channel) once for every four rows (one pixel) and 32 channels of the product, bias not
+    // yet added.
     template <class Finish>
     static inline __attribute__((always_inline)) void multiply(const Layer &layer, const uint16_t *in, int rows,
                                                                const Scratch &scratch, const Finish &finish) {
         const uint16_t *weight = static_cast<const uint16_t *>(layer.weight);
-        const int64_t steps = layer.in / kPad, pixels_per_step = (8 + steps - 1) / steps;
         const float *done = nullptr;  // piece whose sums are stored but not finished
         int done_row = 0, done_end = 0;
         int64_t done_channel = 0;
-        float *sums = scratch.partial;
         const auto finish_pixels = [&](int64_t count) {
             for (; count > 0 && done_row < done_end; --count, done_row += 4, done += 4 * kPad)
                 finish(done, done_row, done_channel);
         };
-        const auto meanwhile = [&] { finish_pixels(pixels_per_step); };
+        int64_t turn = 0;
         fence();
-        for (int64_t n = 0; n < layer.out; n += kPad) {
-            for (int m = 0; m < rows; m += 32) {
-                const uint16_t *a = in + m * scratch.stride, *w = weight + n * layer.in * Split;
-                const int count = rows - m > 16 ? 32 : 16;
-                if (count == 32) sum_piece<2>(a, scratch.stride, w, layer.in, sums, meanwhile);
-                else sum_piece<1>(a, scratch.stride, w, layer.in, sums, meanwhile);
-                done = sums;
-                done_row = m;
-                done_end = m + count;
-                done_channel = n;
-                sums = scratch.partial + (sums == scratch.partial ? 32 * kPad : 0);
+        for (int m = 0; m < rows; m += 32) {
+            const int count = rows - m > 16 ? 32 : 16;
+            for (int64_t k = 0; k < layer.in;) {
+                const int64_t depth = layer.in - k < kDepth ? layer.in - k : kDepth, steps = depth / kPad;
+                const int64_t pixels_per_step = (8 + steps - 1) / steps;
+                const auto meanwhile = [&] { finish_pixels(pixels_per_step); };
+                for (int64_t n = 0; n < layer.out; n += kPad) {
+                    // One pass needs the previous sums and its own; several keep the sums of all output channels.
+                    float *sums = scratch.sums + 32 * (layer.in > kDepth ? n : kPad * (turn++ & 1));
+                    const uint16_t *a = in + m * scratch.stride + k * Split;
+                    const uint16_t *w = weight + (n * layer.in + k * kPad) * Split;
+                    start_sums(sums, k > 0);
+                    if (count == 32) multiply_piece<2>(a, scratch.stride, w, depth, meanwhile);
+                    else multiply_piece<1>(a, scratch.stride, w, depth, meanwhile);
+                    finish_pixels(8);
+                    store_sums(sums);
+                    if (k + depth == layer.in) {
+                        done = sums;
+                        done_row = m;
+                        done_end = m + count;
+                        done_channel = n;
+                    }
+                }
+                k += depth;
             }
         }
         finish_pixels(8);
@@ -152,7 +175,7 @@ struct GemmAmx {
     template <int C>
     static void last_channels(const Decode &d, const Expert &e, const Layer &layer, const uint16_t *in,
                               const Block &block, const Scratch &scratch, int64_t first) {
-        float *total = scratch.partial + 2 * 32 * kPad;
+        float *total = scratch.total;
         const float *w_last = e.w_last + first * e.last_width;
         std::memset(total, 0, sizeof(float) * C * 16 * static_cast<size_t>(block.rows / 4));
         multiply(layer, in, block.rows, scratch, [&](const float *sums, int row, int64_t n) {
