@@ -17,7 +17,7 @@ ASSETS = os.path.join(bootstrap.ROOT, 'assets', 'quickstart')
 OPTIONS = os.path.join(bootstrap.ROOT, 'options', 'quickstart.yml')
 EXPERIMENT = os.path.join('experiments', 'quickstart')
 EXPECTED_GAINS = {'x2': 0.5, 'x3.3': 0.3, 'x4': 0.3}  # dB of luma PSNR over bicubic, on the validation photographs
-PHOTOGRAPH, FACTOR = 'kodim19', '2.5'
+PHOTOGRAPH, FACTOR = 'kodim21', '2.5'
 MAX_THREADS = 4  # more do not help a network of this size
 
 

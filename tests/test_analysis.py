@@ -12,8 +12,8 @@ from mmengine.analysis import FlopAnalyzer, parameter_count
 from mmengine.analysis.jit_handles import addmm_flop_jit
 from moeisr_basicsr.analysis import measure, schema
 from moeisr_basicsr.analysis.chart import COLOURS, Bar, Panel, draw_chart, nice_step
-from moeisr_basicsr.analysis.complexity import (decoder_macs, dense_folded_macs, dense_plain_macs, encoder_macs, heaviest,
-                                                parameters, plain_query_macs)
+from moeisr_basicsr.analysis.complexity import (decoder_macs, dense_folded_macs, dense_plain_macs, encoder_macs,
+                                                heaviest, parameters, plain_query_macs)
 from moeisr_basicsr.analysis.environment import environment
 from moeisr_basicsr.analysis.plain import plain_image, plain_mixture, plain_pixels
 from moeisr_basicsr.analysis.rendering import clustered_map, render_fixed
@@ -133,7 +133,8 @@ def test_encoder_macs_against_mmengine(encoder):
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     for size in ((16, 24), (13, 9)):
         counted = mmengine_macs(encoder, torch.rand(1, 3, *size))
-        assert encoder_macs(encoder, size) == sum(counted.get(kind, 0) for kind in ('conv', 'linear', 'matmul', 'addmm'))
+        kinds = ('conv', 'linear', 'matmul', 'addmm')
+        assert encoder_macs(encoder, size) == sum(counted.get(kind, 0) for kind in kinds)
     assert all(value.device.type == 'cpu' and value.equal(before[key]) for key, value in encoder.state_dict().items())
 
 

@@ -134,3 +134,18 @@ def test_table_macs_by_hand():
     mapper = Mapper(64, 4, num_layers=5, num_feat=32, hidden=32)
     assert mapper.table_macs() == 9 * 64 * 32 + 4 * 9 * 32 * 32 + 32 * 32
     assert mapper.macs() == 2 * 32 + 32 * 4
+
+
+def test_standardise_gives_the_logits_mean_zero_and_the_spread_asked_for():
+    torch.manual_seed(3)
+    mapper = Mapper(5, 4, num_layers=2, num_feat=8, hidden=16)
+    feat = torch.randn(2, 5, 6, 7)
+    coord, cell = torch.rand(2, 200, 2) * 2 - 1, torch.rand(2, 200, 2)
+    before = mapper(mapper.table(feat), coord, cell, (6, 7)).flatten(0, 1)
+    assert before.std(dim=0).max() < 0.5
+    mapper.standardise(before.mean(dim=0), before.std(dim=0, correction=0), 1.5)
+    after = mapper(mapper.table(feat), coord, cell, (6, 7)).flatten(0, 1)
+    torch.testing.assert_close(after.mean(dim=0), torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(after.std(dim=0, correction=0), torch.full((4, ), 1.5), rtol=1e-3, atol=0)
+    mapper.standardise(torch.zeros(4), torch.zeros(4))  # a constant logit keeps its scale, without a division by zero
+    assert torch.equal(mapper(mapper.table(feat), coord, cell, (6, 7)).flatten(0, 1), after)

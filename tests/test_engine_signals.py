@@ -25,10 +25,22 @@ with StopRequest() as stop:
         time.sleep(0.01)
 '''
 WORKER = LOAD + '''
-shield_worker()
-print('ready', flush=True)
-while True:
-    time.sleep(0.01)
+import multiprocessing
+
+def work():
+    shield_worker()
+    print('ready', flush=True)
+    while True:
+        time.sleep(0.01)
+
+worker = multiprocessing.get_context('fork').Process(target=work)
+worker.start()
+signal.signal(signal.SIGTERM, lambda *_: None)
+print(worker.pid, flush=True)
+sys.stdin.readline()
+worker.terminate()
+worker.join(5)
+print(worker.exitcode, flush=True)
 '''
 
 
@@ -83,10 +95,18 @@ def test_torchruns_copy_of_a_signal_is_no_second_one():
     finish(process)
 
 
-def test_loader_workers_outlive_the_group_signal_but_not_their_parent():
-    process = start(WORKER)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)
-    assert still_runs(process)
-    process.send_signal(signal.SIGTERM)
-    assert finish(process) == -signal.SIGTERM
+@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='this system does not tell who has sent a signal')
+def test_loader_workers_outlive_the_group_signal_and_obey_their_parent():
+    process = subprocess.Popen([sys.executable, '-c', WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    lines = {process.stdout.readline(), process.stdout.readline()}
+    worker = int(max(lines - {'ready\n'}))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        os.kill(worker, number)
+    time.sleep(0.15)
+    os.kill(worker, 0)  # still there
+    process.stdin.write('\n')
+    process.stdin.flush()
+    began = time.monotonic()
+    assert process.stdout.readline() == '0\n'
+    assert time.monotonic() - began < 3
+    assert finish(process) == 0

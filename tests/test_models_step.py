@@ -63,7 +63,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(parts, target):
 def test_every_parameter_has_a_gradient_with_an_idle_expert():
     """DDP's find_unused_parameters can stay off: an idle expert's gradient is zero, not missing."""
     for grad in ('exact', 'naive', 'sampled'):
-        model = build_model(model_options(**{'network_g:expert_grad': grad}))
+        model = build_model(model_options(**{'network_g:expert_grad': grad, 'train:mapper_spread': 0}))
         with torch.no_grad():
             model.net_g.decoder.mapper.query_out.bias.copy_(torch.tensor([1e4, -1e4]))  # expert 1 gets no query
         model.feed_data(query_batch())
@@ -106,7 +106,7 @@ def test_temperature_schedules():
 
 
 def test_ema_is_fp32_and_follows_its_formula():
-    options = model_options(**{'train:amp': 'bf16'})
+    options = model_options(**{'train:amp': 'bf16', 'train:mapper_spread': 0})
     model = build_model(options)
     averages = weights_of(model)
     for iteration in (1, 2, 3):
@@ -215,3 +215,34 @@ def test_bad_train_options_are_user_errors():
                           ({'network_g': {'type': 'MSRResNet'}}, 'needs a network with experts')):
         with pytest.raises(UserError, match=hint):
             build_model(model_options(**changes))
+
+
+@pytest.mark.parametrize('parts', [1, 3])
+def test_first_step_spreads_the_logits_once(parts):
+    """Mean 0 and deviation `mapper_spread` on the first batch, in the averaged weights too; later steps leave it be."""
+    model = build_model(model_options(**{'train:mapper_spread': 2.0, 'train:accumulate': parts,
+                                         'train:optim_g:lr': 1e-12}))
+    batch = query_batch()
+    model.feed_data(batch)
+    model.optimize_parameters(1)
+    for net in (model.net_g, model.net_g_ema):
+        logits = net.decoder.logits(net.encode(batch['lq']), batch['coord'], batch['cell']).flatten(0, 1)
+        torch.testing.assert_close(logits.mean(dim=0), torch.zeros(2), rtol=0, atol=1e-3)
+        torch.testing.assert_close(logits.std(dim=0, correction=0), torch.full((2, ), 2.0), rtol=1e-3, atol=0)
+    before = weights_of(model)
+    model.feed_data(query_batch(seed=5))
+    model.optimize_parameters(2)
+    for name, value in weights_of(model).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-9, msg=name)
+
+
+def test_pretrained_mapper_keeps_its_scale(tmp_path):
+    source = build_model(model_options(**{'train:mapper_spread': 0}))
+    weights = weights_of(source)
+    torch.save({'params': weights, 'params_ema': weights}, tmp_path / 'net.pth')
+    model = build_model(model_options(**{'path:pretrain_network_g': str(tmp_path / 'net.pth'),
+                                         'train:optim_g:lr': 1e-12}))
+    model.feed_data(query_batch())
+    model.optimize_parameters(1)
+    for name, value in weights_of(model).items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-9, msg=name)

@@ -88,4 +88,5 @@ def _draw_bars(draw: ImageDraw.ImageDraw, bars: Sequence[Bar], colours: dict[str
                 draw.rectangle((round(at), y, round(end) - 1, y + BAR), colours[name])
             at = end
         total = sum(bar.parts.values())
-        draw.text((round(at) + 8, y + BAR / 2), f'{total:,.0f}' if total >= 100 else f'{total:.3g}', INK, font, anchor='lm')
+        text = f'{total:,.0f}' if total >= 100 else f'{total:.3g}'
+        draw.text((round(at) + 8, y + BAR / 2), text, INK, font, anchor='lm')

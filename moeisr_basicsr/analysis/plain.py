@@ -88,7 +88,8 @@ def ensemble(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, mlp
 def mlp_inputs(decoder: MoEDecoder, sampled: list[Tensor], rel: Tensor, cell: Tensor) -> Tensor:
     """What one pass reads: (B, Q, 9 C + 4) for LIIF, (B, Q, 2 K) for LTE."""
     if decoder.family == 'liif':
-        return torch.cat([sampled[0], rel, cell], dim=-1)
+        inputs = torch.cat([sampled[0], rel], dim=-1)
+        return torch.cat([inputs, cell], dim=-1)  # in two steps as published: the copy is part of its time
     coef, freq = sampled
     angle = (freq.unflatten(-1, (-1, 2)) * rel.unsqueeze(-2)).sum(dim=-1)  # (B, Q, K)
     angle = math.pi * (angle + decoder.pool.phase(cell))
@@ -110,9 +111,8 @@ def plain_image(decoder: MoEDecoder, j: int, feat: Tensor, size: tuple[int, int]
     cells = cell.to(feat).expand_as(coord)
     stop = coord.shape[1] if max_chunks is None else min(chunk * max_chunks, coord.shape[1])
     maps = lte_maps(decoder, feat)
-    parts = [plain_queries(decoder, j, feat, coord[:, at:min(at + chunk, stop)], cells[:, at:min(at + chunk, stop)], maps)
-             for at in range(0, stop, chunk)]
-    return torch.cat(parts, dim=1)
+    spans = [slice(at, min(at + chunk, stop)) for at in range(0, stop, chunk)]
+    return torch.cat([plain_queries(decoder, j, feat, coord[:, span], cells[:, span], maps) for span in spans], dim=1)
 
 
 def plain_pixels(decoder: MoEDecoder, feat: Tensor, size: tuple[int, int], cell: Tensor, pixels: Tensor,

@@ -1,13 +1,15 @@
-"""The one format of results: `basicsr test`, `basicsr profile`, `scripts/benchmark_decode.py` write it, `basicsr report`
-reads it.
+"""The one format of results.
+
+`basicsr test`, `basicsr profile` and `scripts/benchmark_decode.py` write it, `basicsr report` reads it.
 
 A results file is JSON, one object:
 
 - `format`: 'moeisr_basicsr.results'; `version`: 1; `command`: what wrote it ('test', 'profile', 'benchmark').
 - `environment`: where it ran, from `environment.environment`: versions, `cpu`, `threads`, `device`, `device_name`,
   `kernel` (which code decoded) and the environment variables that matter.
-- `model`: `name`; `file` (null for random weights); `network_g` (its options); `parameters`: number of them in `encoder`,
-  `mapper`, `shared` (LTE's convolutions), `experts` (a list), `total`. Null in a benchmark, whose networks are its own.
+- `model`: `name`; `file` (null for random weights); `network_g` (its options); `parameters`: number of them in
+  `encoder`, `mapper`, `shared` (LTE's convolutions), `experts` (a list), `total`. Null in a benchmark, whose networks
+  are its own.
 - `rows`: a list; each row is one measurement with these keys, all optional but `case`:
 
   - `case`: name of the row ('test', 'profile', 'train', or the benchmark's case).
@@ -16,12 +18,12 @@ A results file is JSON, one object:
   - `precision`: fp32, bf16, fp16. `budget`, `cost_weight`: the control of the routing, null where none was set.
   - `metrics`: name -> value, for example {"psnr_y": 32.24}; null for a value that is not finite.
   - `time_ms`: stage -> median milliseconds. Upscaling: `encode`, `map`, `decode` (LR tables and experts), `total`,
-    `dense_folded`, `dense_plain`. Training: `encoder`, `mapper`, `tables`, `chosen_experts`, `unchosen_experts`, `other`,
-    `backward`, `optimizer`, `total`. `repeats`: number of runs behind each median.
-  - `peak_mib`: the same stages -> highest memory beyond what was in use before, MiB; null where it cannot be measured.
+    `dense_folded`, `dense_plain`. Training: `encoder`, `mapper`, `tables`, `chosen_experts`, `unchosen_experts`,
+    `other`, `backward`, `optimizer`, `total`. `repeats`: number of runs behind each median.
+  - `peak_mib`: the same stages -> highest memory beyond what was in use before, MiB; null where the system cannot say.
   - `macs`: multiply-adds, see `complexity`: `encoder`, `mapper`, `tables`, `experts` (mean of the chosen ones), `total`
-    (all of these), `dense_folded`, `dense_plain` (decoders without encoder), all per output pixel; `each_expert`: a list,
-    per output pixel sent to it.
+    (all of these), `dense_folded`, `dense_plain` (decoders without encoder), all per output pixel; `each_expert`: a
+    list, per output pixel sent to it.
   - `routing`: `loads` (each expert's share of the pixels), `mean_cost` (1 = all to the heaviest),
     `texture_correlation` (Spearman, null where unknown).
   - `ratio`: how many times faster than the row's `baseline` (a case name).

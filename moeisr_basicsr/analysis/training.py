@@ -128,7 +128,8 @@ def run_step(net: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, clo
         optimizer.step()
 
 
-def profile_training(net: nn.Module, batch: Batch, repeats: int = 3, kinds: tuple[str, ...] = EXPERT_GRADS) -> list[dict]:
+def profile_training(net: nn.Module, batch: Batch, repeats: int = 3,
+                     kinds: tuple[str, ...] = EXPERT_GRADS) -> list[dict]:
     """Rows of a results document (see `schema`), one per `expert_grad`; a dense network has one row, 'dense'.
 
     The kinds take turns. Memory is measured in steps of their own. The network's weights and mode are restored.

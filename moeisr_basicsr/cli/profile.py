@@ -45,7 +45,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--plot', metavar='FILE.png', help='draw the results')
     parser.add_argument('--train', action='store_true',
                         help="profile a training step by part instead, with every form of the experts' gradient")
-    parser.add_argument('--batch', type=parse_count, default=16, metavar='N', help='images of a training step (default 16)')
+    parser.add_argument('--batch', type=parse_count, default=16, metavar='N',
+                        help='images of a training step (default 16)')
     parser.add_argument('--patch', type=parse_count, default=48, metavar='N',
                         help='input pixels per side in training (default 48)')
     parser.add_argument('--queries', type=parse_count, default=2304, metavar='N',

@@ -192,7 +192,8 @@ def load_network(model: str | None, options: str | None) -> tuple[nn.Module, dic
             reason = ' '.join(str(error).split())
             raise UserError(f'{options}: {network_opt["type"]} cannot be built: {reason}') from error
     if not hasattr(net, 'decoder'):
-        raise UserError(f'{model or options}: {type(net).__name__} has no decoder to profile; MoEISR, LIIF and LTE have.')
+        raise UserError(f'{model or options}: {type(net).__name__} has no decoder to profile; MoEISR, LIIF and LTE '
+                        'have one.')
     return net, network_opt
 
 

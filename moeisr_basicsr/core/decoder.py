@@ -99,17 +99,23 @@ class MoEDecoder(nn.Module):
             keep: (B, Q, J) bool, the unchosen experts that 'sampled' runs; drawn where it is not given.
         """
         lr_size = feat.shape[-2:]
-        cell = cell * cell.new_tensor(lr_size)  # in units of LR cells
-        corners = make_corners(coord, lr_size)
-
-        logits = None if self.mapper is None else self.mapper(self.mapper.table(feat), coord, cell, lr_size)  # map
+        logits = self.logits(feat, coord, cell)  # map
         routing = self.route(logits, coord.shape[:2], coord.device, noise, tau)  # route
+        corners = make_corners(coord, lr_size)
+        cell = cell * cell.new_tensor(lr_size)  # in units of LR cells
         tables = self.pool.tables(feat)
         # Image by image: a batch's activations would fall out of the cache, and above 32 MiB each temporary is mapped
         # anew by the C library.
         output = [self.decode(make_queries(corners, cell[image], image), [table[image] for table in tables],
                               routing, image, keep) for image in range(feat.shape[0])]
         return Decoded(torch.stack(output), routing)
+
+    def logits(self, feat: Tensor, coord: Tensor, cell: Tensor) -> Tensor | None:
+        """The mapper's logits (B, Q, J), arguments as for `forward`; None where there is one expert."""
+        if self.mapper is None:
+            return None
+        lr_size = feat.shape[-2:]
+        return self.mapper(self.mapper.table(feat), coord, cell * cell.new_tensor(lr_size), lr_size)
 
     def route(self, logits: Tensor | None, shape: tuple[int, int], device: torch.device, noise: Tensor | None = None,
               tau: float | None = None) -> Routing:

@@ -87,6 +87,24 @@ class Mapper(nn.Module):
                 x = x + torch.stack([rows[1], cols[1]], dim=-1).to(x) @ w_rel.t()
             return self.query_out(F.relu(x))
 
+    @torch.no_grad()
+    def standardise(self, mean: Tensor, std: Tensor, spread: float = 1.0) -> None:
+        """Rescale the last layer so that logits of this mean and deviation get mean 0 and deviation `spread`.
+
+        Fresh logits hardly differ between queries: Gumbel noise (deviation 1.28) then routes at random in training, and
+        argmax sends nearly everything to one or two experts at test. Starting from logits as wide as the noise, the
+        experts specialise from the first step on and all are in use. (Data-dependent initialisation, Salimans and
+        Kingma, arXiv 1602.07868; our choice, not the paper's.)
+
+        Args:
+            mean: (J,) over the queries of a batch.
+            std: (J,) likewise; an expert whose logit is constant keeps its scale.
+            spread: Deviation afterwards.
+        """
+        gain = torch.where(std > 0, spread / std, torch.ones_like(std)).to(self.query_out.weight)
+        self.query_out.weight.mul_(gain[:, None])
+        self.query_out.bias.sub_(mean.to(gain)).mul_(gain)
+
     def macs(self) -> int:
         """Multiply-adds for one query."""
         w_rel = 0 if self.granularity == 'cell' else 2 * self.query_in.out_features

@@ -1,4 +1,5 @@
 """The processes of a run: how they find each other, which device each takes, and what they tell each other."""
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from moeisr_basicsr.compat import init_dist
+
+from .rendezvous import agent_store, fresh_store
 
 DEFAULT_TIMEOUT_MINUTES = 30  # rank 0 may validate alone (BasicSR's own models) or write to a slow disk meanwhile
 
@@ -77,8 +80,12 @@ def launched(launcher: str, dist_params: dict | None = None) -> Iterator[Ranks]:
     own = launcher != 'none' and not dist.is_initialized()
     if own:
         options = dict(dist_params or {})
-        minutes = float(options.pop('timeout', DEFAULT_TIMEOUT_MINUTES))
-        init_dist(launcher, **options, timeout=timedelta(minutes=minutes))
+        timeout = timedelta(minutes=float(options.pop('timeout', DEFAULT_TIMEOUT_MINUTES)))
+        store = agent_store(timeout) if launcher == 'pytorch' else None
+        if store is not None:
+            rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+            options.update(store=fresh_store(store, rank, world_size, timeout), rank=rank, world_size=world_size)
+        init_dist(launcher, **options, timeout=timeout)
     ranks = Ranks()
     if dist.is_initialized():
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend='gloo'))

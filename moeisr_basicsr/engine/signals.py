@@ -1,4 +1,5 @@
 """SIGTERM and SIGINT ask for an orderly end; a second one ends the process at once."""
+import multiprocessing
 import os
 import signal
 import threading
@@ -47,11 +48,17 @@ class StopRequest:
 def shield_worker() -> None:
     """Let a loader worker outlive the signals that its whole process group receives; its parent ends it.
 
-    Ctrl-C is ignored. The first SIGTERM is ignored too, for it may be the scheduler's; the parent's own follows.
+    Ctrl-C is ignored. SIGTERM ends it only where the parent has sent it: the scheduler's copy is the parent's business.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_once)
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, 'sigwaitinfo'):  # macOS, Windows: no way to know who has sent it
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, args=(parent.pid,), daemon=True).start()
 
 
-def _ignore_once(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

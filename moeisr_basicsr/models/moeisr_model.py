@@ -32,7 +32,8 @@ class PartDraws(NamedTuple):
 class MoEISRModel(ArbitraryScaleModel):
     """ArbitraryScaleModel for `MoEISR`.
 
-    Reads from `train` also: `balance_opt` (a loss of the gates, MoEBalanceLoss) and `temperature`.
+    Reads from `train` also: `balance_opt` (a loss of the gates, MoEBalanceLoss), `temperature`, and `mapper_spread` (the
+    deviation of the mapper's logits at the start, 1 by default; 0 leaves them as initialised).
     """
 
     whole_batch_losses = ('l_balance',)
@@ -51,6 +52,9 @@ class MoEISRModel(ArbitraryScaleModel):
         self.cri_balance = None
         if train_opt.get('balance_opt') and self.num_experts > 1:
             self.cri_balance = build_loss(train_opt['balance_opt']).to(self.device)
+        # A pretrained mapper keeps its scale; a resumed run does not come by the first iteration.
+        fresh = self.opt['path'].get('pretrain_network_g') is None
+        self.mapper_spread = float(train_opt.get('mapper_spread', 1.0)) if fresh else 0.0
         self.temperature = train_opt.get('temperature')
         if self.temperature is not None:
             check_temperature(self.temperature)
@@ -60,6 +64,8 @@ class MoEISRModel(ArbitraryScaleModel):
         tau = None if self.temperature is None else temperature_at(self.temperature, current_iter)
         if self.num_experts == 1:
             return [PartDraws()] * len(parts)
+        if current_iter == 1 and self.mapper_spread > 0:
+            self.standardise_mapper(parts)
         key = DrawKey(self.opt['manual_seed'], current_iter, self.opt['rank'], self.opt['world_size'])
         sizes = [part.lq.shape[0] for part in parts]
         shape = (sum(sizes), parts[0].queries // sizes[0], self.num_experts)
@@ -75,8 +81,24 @@ class MoEISRModel(ArbitraryScaleModel):
             gates = tuple(self.decode(part, of_part, bare=True).routing.gates for part, of_part in zip(parts, draws))
         return [of_part._replace(before=gates[:place], after=gates[place + 1:]) for place, of_part in enumerate(draws)]
 
+    @torch.no_grad()
+    def standardise_mapper(self, parts: list[Batch]) -> None:
+        """Give the mapper's logits mean 0 and deviation `mapper_spread` on the first batch of all ranks."""
+        net = self.get_bare_model(self.net_g)
+        logits = torch.cat([net.decoder.logits(net.encode(part.lq), *queries_of(part)).flatten(0, 1).double()
+                            for part in parts])  # (B * Q, J)
+        moments = self.average_over_ranks(OrderedDict(
+            (f'{name}{j}', value) for name, values in (('mean', logits.mean(dim=0)), ('square', logits.square().mean(0)))
+            for j, value in enumerate(values)))
+        mean, square = torch.tensor(list(moments.values()), device=self.device, dtype=torch.float64).chunk(2)
+        if not torch.isfinite(square).all():
+            return  # a damaged batch; the step itself decides what becomes of it
+        net.decoder.mapper.standardise(mean, (square - mean.square()).clamp_(min=0).sqrt(), self.mapper_spread)
+        if self.ema_decay > 0:
+            self.model_ema(0)
+
     def decode(self, part: Batch, draws: PartDraws, bare: bool = False) -> Decoded:
-        """Answers and routing of one part; whole patches become queries of all their pixels.
+        """Answers and routing of one part.
 
         Args:
             part: The part.
@@ -84,14 +106,9 @@ class MoEISRModel(ArbitraryScaleModel):
             bare: Past the distributed wrapper, for a forward that no backward follows.
         """
         net = self.get_bare_model(self.net_g) if bare else self.net_g
-        coord, cell = part.coord, part.cell
-        if coord is None:
-            size = tuple(part.gt.shape[-2:])
-            coord = make_coord(size, part.lq.device).expand(part.lq.shape[0], -1, -1)  # (B, Q, 2)
-            cell = make_cell(size, part.lq.device).expand_as(coord)
         with self.precision.autocast():
-            return net(self.precision.images(part.lq), coord, cell, noise=draws.noise, tau=draws.tau, keep=draws.keep,
-                       with_routing=True)
+            return net(self.precision.images(part.lq), *queries_of(part), noise=draws.noise, tau=draws.tau,
+                       keep=draws.keep, with_routing=True)
 
     def part_losses(self, part: Batch, draws: PartDraws) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Reconstruction and balance losses; load of each expert, mean cost and temperature."""
@@ -115,3 +132,12 @@ class MoEISRModel(ArbitraryScaleModel):
         if tau is not None:
             values['tau'] = torch.as_tensor(tau)
         return values
+
+
+def queries_of(part: Batch) -> tuple[Tensor, Tensor]:
+    """Coordinates and cells (B, Q, 2) of a part; whole patches become queries of all their pixels."""
+    if part.coord is not None:
+        return part.coord, part.cell
+    size = tuple(part.gt.shape[-2:])
+    coord = make_coord(size, part.lq.device).expand(part.lq.shape[0], -1, -1)
+    return coord, make_cell(size, part.lq.device).expand_as(coord)

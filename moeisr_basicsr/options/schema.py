@@ -142,6 +142,7 @@ TRAIN_MOEISR: Table = {
         'end': Key(Number(above=0), 'temperature from total_iter on'),
         'total_iter': Key(POSITIVE, 'iterations until `end`'),
     }), 'Gumbel temperature; the constant tau of network_g where it is not given', null=True),
+    'mapper_spread': Key(Number(least=0), "deviation of the mapper's logits at the start (1); 0: as initialised"),
 }
 
 VAL: Table = {

@@ -105,15 +105,14 @@ int64_t widest(const Decode &d) {
     return width;
 }
 
-// For activations of `width` channels and `rows` rows, and layers of `out` output channels.
-bool make_scratch(int64_t width, int64_t out, int64_t rows, const Kernel &kernel, Scratch *scratch) {
+bool make_scratch(int64_t width, int64_t rows, const Kernel &kernel, Scratch *scratch) {
     thread_local ThreadMemory memory;
     // One cache line more than the width: at a power of two all rows would share a few cache sets.
     scratch->stride = width * kernel.split + kCacheLine / kernel.element;
     scratch->last_stride = width + kCacheLine / 4;
     const size_t block = rows * scratch->stride * kernel.element;  // whole cache lines, as each one below
     const size_t last = rows * scratch->last_stride * 4;
-    const size_t sums = 32 * std::max<int64_t>(out, 2 * kPad) * 4;
+    const size_t sums = 2 * 32 * kPad * 4;
     const size_t total = kBlockPixels * 4 * kCacheLine;
     char *p = memory.reserve(2 * block + last + sums + total);
     if (!p) return false;
@@ -148,7 +147,7 @@ MOEISR_API int64_t moeisr_decode(const Decode *decode, int64_t isa) {
 #pragma omp parallel num_threads(d.num_threads)
     {
         Scratch scratch;
-        if (!make_scratch(widest(d), widest(d), kBlockRows, kernel, &scratch)) failed = kNoMemory;
+        if (!make_scratch(widest(d), kBlockRows, kernel, &scratch)) failed = kNoMemory;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < tiles; ++i) {
             if (failed) continue;
@@ -175,7 +174,7 @@ MOEISR_API int64_t moeisr_table(const TableJob *job, int64_t isa) {
 #pragma omp parallel num_threads(t.num_threads)
     {
         Scratch scratch;
-        if (!make_scratch(t.layer.in, t.layer.out, step, kernel, &scratch)) failed = kNoMemory;
+        if (!make_scratch(t.layer.in, step, kernel, &scratch)) failed = kNoMemory;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t first = 0; first < cells; first += step)
             if (!failed) kernel.table(t, first, std::min(step, cells - first), scratch);

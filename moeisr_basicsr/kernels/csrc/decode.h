@@ -94,7 +94,7 @@ struct Scratch {
     int64_t stride;       // elements from one row of a block to the next
     float *last;          // last hidden vectors in fp32, kBlockRows x last_stride
     int64_t last_stride;
-    float *sums;          // AMX: sums of 32 rows, for all channels of a layer
+    float *sums;          // AMX: two pieces of 32 rows x kPad channels
     float *total;         // AMX: output channels of each pixel, not yet added over lanes
 };
 

@@ -4,14 +4,14 @@
 // two of weights.
 //
 // Split = 1 is plain bf16. Split = 3 has the accuracy of fp32: each number is the sum of three bf16 numbers (24 bits of
-// mantissa), and the six products that matter are added up, the smallest first. That is six times the work, on a unit
-// with 16 times the rate of fp32 multiply-adds.
+// mantissa), and the six products that matter are added up; the other three are below the rounding of fp32. That is six
+// times the work, on a unit with 16 times the rate of fp32 multiply-adds. (An infinity becomes NaN: both are broken.)
 //
 // Layouts, for every 32 input channels: activations (Split, 32) per row; weights (Split, 16, kPad, 2), two neighbouring
 // input channels together.
 
 template <int Split>
-struct Products;  // which parts are multiplied, in order; 0 is the largest part
+struct Products;  // which parts are multiplied, 0 the largest, in an order that keeps tiles loaded
 template <>
 struct Products<1> {
     static constexpr int kCount = 1, kLeft[] = {0}, kRight[] = {0};
@@ -58,18 +58,21 @@ struct GemmAmx {
         }
     }
 
-    // Input channels per pass. With Split = 3 a pass over all of them would push 32 rows of activations out of L1 for
-    // each panel of weights; a quarter to a half of the usual widths stays.
-    static constexpr int64_t kDepth = Split == 1 ? INT64_MAX : 4 * kPad;
-
-    // Adds the products of `Tiles` x 16 rows and 32 output channels to the sum tiles. Their store waits for the last
-    // product, so `meanwhile()` lets the caller finish the previous piece between the products.
+    // Sums of `Tiles` x 16 rows by 32 channels over all input channels, without bias. Tile registers hold 32 rows of
+    // sums at most, and storing them waits for the last product; so `meanwhile()` lets the caller finish the
+    // previous piece between the products.
     template <int Tiles, class Meanwhile>
-    static inline __attribute__((always_inline)) void multiply_piece(const uint16_t *a, int64_t stride,
-                                                                     const uint16_t *w, int64_t depth,
-                                                                     const Meanwhile &meanwhile) {
+    static inline __attribute__((always_inline)) void sum_piece(const uint16_t *a, int64_t stride, const uint16_t *w,
+                                                                int64_t k_end, float *sums,
+                                                                const Meanwhile &meanwhile) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (Tiles == 2) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
         using P = Products<Split>;
-        for (int64_t k = 0; k < depth; k += kPad, a += kPad * Split, w += kPad * kPad * Split) {
+        for (int64_t k = 0; k < k_end; k += kPad, a += kPad * Split) {
 #pragma GCC unroll 6
             for (int i = 0; i < P::kCount; ++i) {
                 const uint16_t *left = a + P::kLeft[i] * kPad;
@@ -88,71 +91,48 @@ struct GemmAmx {
                     _tile_dpbf16ps(3, 5, 7);
                 }
             }
+            w += kPad * kPad * Split;
             meanwhile();
         }
-    }
-
-    static inline void start_sums(const float *sums, bool resume) {
-        if (resume) {
-            _tile_loadd(0, sums, 4 * kPad);
-            _tile_loadd(1, sums + 16, 4 * kPad);
-            _tile_loadd(2, sums + 16 * kPad, 4 * kPad);
-            _tile_loadd(3, sums + 16 * kPad + 16, 4 * kPad);
-        } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+        _tile_stored(0, sums, 4 * kPad);
+        _tile_stored(1, sums + 16, 4 * kPad);
+        if (Tiles == 2) {
+            _tile_stored(2, sums + 16 * kPad, 4 * kPad);
+            _tile_stored(3, sums + 16 * kPad + 16, 4 * kPad);
         }
     }
 
-    static inline void store_sums(float *sums) {
-        _tile_stored(0, sums, 4 * kPad);
-        _tile_stored(1, sums + 16, 4 * kPad);
-        _tile_stored(2, sums + 16 * kPad, 4 * kPad);
-        _tile_stored(3, sums + 16 * kPad + 16, 4 * kPad);
-    }
-
-    // Calls finish(sums, row, channel) once for every four rows (one pixel) and 32 channels of the product, bias not
-    // yet added.
+    // Calls finish(sums, row, channel) once for every four rows (one pixel) and 32 channels of the product.
     template <class Finish>
     static inline __attribute__((always_inline)) void multiply(const Layer &layer, const uint16_t *in, int rows,
                                                                const Scratch &scratch, const Finish &finish) {
         const uint16_t *weight = static_cast<const uint16_t *>(layer.weight);
+        const int64_t steps = layer.in / kPad, pixels_per_step = (8 + steps - 1) / steps;
         const float *done = nullptr;  // piece whose sums are stored but not finished
         int done_row = 0, done_end = 0;
         int64_t done_channel = 0;
+        float *sums = scratch.sums;
         const auto finish_pixels = [&](int64_t count) {
             for (; count > 0 && done_row < done_end; --count, done_row += 4, done += 4 * kPad)
                 finish(done, done_row, done_channel);
         };
-        int64_t turn = 0;
+        const auto meanwhile = [&] { finish_pixels(pixels_per_step); };
         fence();
-        for (int m = 0; m < rows; m += 32) {
+        // 32 rows stay in L1 while all weights pass; but weights beyond half of L2 pass once, and all rows each time.
+        const bool weights_once = layer.in * layer.out * Split * sizeof(uint16_t) > (1u << 20);
+        const int64_t panels = layer.out / kPad, row_blocks = (rows + 31) / 32;
+        for (int64_t piece = 0; piece < panels * row_blocks; ++piece) {
+            const int64_t n = kPad * (weights_once ? piece / row_blocks : piece % panels);
+            const int m = 32 * static_cast<int>(weights_once ? piece % row_blocks : piece / panels);
             const int count = rows - m > 16 ? 32 : 16;
-            for (int64_t k = 0; k < layer.in;) {
-                const int64_t depth = layer.in - k < kDepth ? layer.in - k : kDepth, steps = depth / kPad;
-                const int64_t pixels_per_step = (8 + steps - 1) / steps;
-                const auto meanwhile = [&] { finish_pixels(pixels_per_step); };
-                for (int64_t n = 0; n < layer.out; n += kPad) {
-                    // One pass needs the previous sums and its own; several keep the sums of all output channels.
-                    float *sums = scratch.sums + 32 * (layer.in > kDepth ? n : kPad * (turn++ & 1));
-                    const uint16_t *a = in + m * scratch.stride + k * Split;
-                    const uint16_t *w = weight + (n * layer.in + k * kPad) * Split;
-                    start_sums(sums, k > 0);
-                    if (count == 32) multiply_piece<2>(a, scratch.stride, w, depth, meanwhile);
-                    else multiply_piece<1>(a, scratch.stride, w, depth, meanwhile);
-                    finish_pixels(8);
-                    store_sums(sums);
-                    if (k + depth == layer.in) {
-                        done = sums;
-                        done_row = m;
-                        done_end = m + count;
-                        done_channel = n;
-                    }
-                }
-                k += depth;
-            }
+            const uint16_t *a = in + m * scratch.stride, *w = weight + n * layer.in * Split;
+            if (count == 32) sum_piece<2>(a, scratch.stride, w, layer.in, sums, meanwhile);
+            else sum_piece<1>(a, scratch.stride, w, layer.in, sums, meanwhile);
+            done = sums;
+            done_row = m;
+            done_end = m + count;
+            done_channel = n;
+            sums = scratch.sums + (sums == scratch.sums ? 32 * kPad : 0);
         }
         finish_pixels(8);
     }
