@@ -170,7 +170,8 @@ def test_non_finite_gradient_is_found_behind_a_finite_loss():
 
 
 def test_non_finite_steps_are_skipped_up_to_the_limit():
-    model = build_model(model_options(**{'train:non_finite': 'skip', 'train:non_finite_limit': 2}))
+    model = build_model(model_options(**{'train:non_finite': 'skip', 'train:non_finite_limit': 2,
+                                         'train:mapper_spread': 0}))
     bad = query_batch()
     bad['gt'][0] = float('inf')
     before = weights_of(model)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 BINS = 1 << 14  # of arctan(kappa / KAPPA_SCALE); what falls into one bin is split in pixel order
+CHUNK = 1 << 16  # queries at a time: the float64 copies of a wide strip would take more memory than its pixels
 KAPPA_SCALE = 4.0  # logits differ by a few units, relative costs by less than one
 
 
@@ -41,7 +42,8 @@ class CostWeight:
 
     def route(self, logits: Tensor, costs: Tensor) -> Tensor:
         """(..., J) -> (...) int64."""
-        return route_by_cost(logits, costs, self.cost_weight)
+        routed = [route_by_cost(chunk, costs, self.cost_weight) for chunk in logits.flatten(0, -2).split(CHUNK)]
+        return torch.cat(routed).view(logits.shape[:-1])
 
 
 class Budget:
@@ -73,7 +75,11 @@ class Budget:
 
     def observe(self, logits: Tensor) -> None:
         """Add queries, (..., J), to the histogram."""
-        logits = logits.reshape(-1, logits.shape[-1]).double()
+        for chunk in logits.flatten(0, -2).split(CHUNK):
+            self._observe(chunk.double())
+        self.bounds = None
+
+    def _observe(self, logits: Tensor) -> None:
         costs = self.costs.to(logits.device)
         current = route_by_cost(logits, costs, -math.inf)  # walk each query's envelope from the heaviest expert down
         saved = torch.zeros(BINS, dtype=torch.float64, device=logits.device)
@@ -87,7 +93,6 @@ class Budget:
             current = torch.where(moving, target, current)
         self.saved += saved.cpu()
         self.count += logits.shape[0]
-        self.bounds = None
 
     def solve(self) -> tuple[float, float]:
         """The edges (lower, upper) of the bin of kappa in which the budget is crossed."""
@@ -108,16 +113,20 @@ class Budget:
 
     def route(self, logits: Tensor, costs: Tensor) -> Tensor:
         """(..., J) -> (...) int64. Stateful: the queries of a bin are split in the order in which they come."""
+        routed = [self._route(chunk, costs) for chunk in logits.flatten(0, -2).split(CHUNK)]
+        return torch.cat(routed).view(logits.shape[:-1])
+
+    def _route(self, logits: Tensor, costs: Tensor) -> Tensor:
         lower, upper = self.solve()
         cheap = route_by_cost(logits, costs, upper)
         if lower == upper:
             return cheap
         dear = route_by_cost(logits, costs, lower)
-        extra = (self.costs.to(logits.device)[dear] - self.costs.to(logits.device)[cheap]).flatten()
+        extra = (self.costs.to(logits.device)[dear] - self.costs.to(logits.device)[cheap])
         spent = extra.cumsum(0)
         granted = spent <= self.spare * (1 + 1e-12)
         self.spare -= float(torch.where(granted, extra, 0).sum())
-        return torch.where(granted.view(cheap.shape), dear, cheap)
+        return torch.where(granted, dear, cheap)
 
 
 def bin_of(kappa: Tensor) -> Tensor:
