@@ -28,7 +28,7 @@ import yaml  # noqa: E402
 
 TRAIN_IMAGES, VAL_IMAGES = 8, 2
 KILL_LIMIT_S = 300  # no single attempt may take longer
-# Stands in for a full disk where no small file system can be mounted: the n-th written byte fails.
+# Stands in for a full disk where no small file system can be mounted: after so many bytes, writes fail.
 FULL_DISK = '''
 import builtins, errno, os, sys
 real_open, room = builtins.open, [int(sys.argv[1])]
@@ -97,19 +97,20 @@ class Drill:
         path.write_text(yaml.safe_dump(options, sort_keys=False))
         return path
 
-    def start(self, name: str, *arguments: str, ranks: int = 1, restarts: int = 0) -> subprocess.Popen:
-        """`basicsr train` in a process group of its own."""
+    def start(self, name: str, *arguments: str, ranks: int = 1, restarts: int = 0,
+              folder: Path | None = None) -> subprocess.Popen:
+        """`basicsr train` in a process group of its own, with its experiments below `folder`."""
         torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', f'--max-restarts={restarts}',
                     '--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0']
         command = [sys.executable, *(torchrun if ranks > 1 else []), '-m', 'moeisr_basicsr', 'train', '-opt',
                    str(self.work / f'{name}.yml'), *(['--launcher', 'pytorch'] if ranks > 1 else []), *arguments]
         with open(self.work / f'{name}.out', 'a') as output:
-            return subprocess.Popen(command, cwd=self.work, stdout=output, stderr=output, start_new_session=True,
-                                    env=environment())
+            return subprocess.Popen(command, cwd=folder or self.work, stdout=output, stderr=output,
+                                    start_new_session=True, env=environment())
 
-    def run(self, name: str, *arguments: str, ranks: int = 1) -> int:
+    def run(self, name: str, *arguments: str, ranks: int = 1, folder: Path | None = None) -> int:
         """The same, to its end: the exit code."""
-        process = self.start(name, *arguments, ranks=ranks)
+        process = self.start(name, *arguments, ranks=ranks, folder=folder)
         try:
             return process.wait(KILL_LIMIT_S)
         finally:
@@ -191,51 +192,51 @@ class Drill:
             time.sleep(0.01)
 
     def truncated(self) -> str:
-        """The newest checkpoint cut off at ten lengths, and empty."""
+        """The newest checkpoint, its state or its weights, cut off at ten lengths, and empty."""
         reference = self.experiment(self.reference())
-        whole = (reference / 'training_states' / f'{self.iterations}.state').read_bytes()
-        lengths = [0, *sorted(self.random.sample(range(1, len(whole)), 10))]
-        for place, length in enumerate(lengths):
-            name = f'truncated_{length}'
+        lengths = []
+        for place in range(11):
+            name = f'truncated_{place}'
             self.options(name)
             shutil.copytree(reference, self.experiment(name))
             victim = self.experiment(name) / ('training_states' if place % 2 == 0 else 'models')
             victim /= f'{self.iterations}.state' if place % 2 == 0 else f'net_g_{self.iterations}.pth'
-            victim.write_bytes(victim.read_bytes()[:length])
-            check(self.run(name, '--auto_resume') == 0, f'cut at {length}: the run failed')
+            whole = victim.read_bytes()
+            lengths.append(self.random.randrange(1, len(whole)) if place else 0)
+            victim.write_bytes(whole[:lengths[-1]])
+            check(self.run(name, '--auto_resume') == 0, f'cut at {lengths[-1]}: the run failed')
             output = (self.work / f'{name}.out').read_text()
-            check('is not usable, going back' in output, f'cut at {length}: nothing was reported')
-            check(self.same_weights(name, 'reference'), f'cut at {length}: the final weights differ')
+            check('is not usable, going back' in output, f'cut at {lengths[-1]}: nothing was reported')
+            check(self.same_weights(name, 'reference'), f'cut at {lengths[-1]}: the final weights differ')
         return f'state or weights cut at {lengths} bytes: reported, the one before used, same final weights'
 
     def full_disk(self) -> str:
         """No room for a checkpoint: a tmpfs of 1 MiB where one can be mounted, else an injected ENOSPC."""
-        name = 'full_disk'
+        name, small = 'full_disk', self.work / 'small'
         self.options(name)
-        folder = self.experiment(name)
-        folder.mkdir(parents=True)
-        mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(folder)],
+        small.mkdir()
+        mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(small)],
                                  capture_output=True).returncode == 0
         try:
             if mounted:
-                (folder / 'ballast').write_bytes(bytes(550_000))
-                code = self.run(name, '--auto_resume', '--force_yml', 'logger:keep_checkpoints=0')
+                (small / 'ballast').write_bytes(bytes(500_000))
+                code = self.run(name, '--force_yml', 'logger:keep_checkpoints=0', folder=small)
             else:
                 command = [sys.executable, '-c', FULL_DISK, '400000', 'train', '-opt', str(self.work / f'{name}.yml')]
-                done = subprocess.run(command, cwd=self.work, env=environment(), capture_output=True, text=True)
+                done = subprocess.run(command, cwd=small, env=environment(), capture_output=True, text=True)
                 (self.work / f'{name}.out').write_text(done.stdout + done.stderr)
                 code = done.returncode
             output = (self.work / f'{name}.out').read_text()
             check(code == 1, f'the run ended with code {code}')
             check('No space left on device' in output and 'Traceback' not in output, 'the error is not clear')
-            kept = list((folder / 'training_states').glob('*.state'))
+            kept = list((small / 'experiments' / name / 'training_states').glob('*.state'))
             for path in kept:
                 torch.load(path, weights_only=True)
-                torch.load(folder / 'models' / f'net_g_{path.stem}.pth', weights_only=True)
+                torch.load(path.parent.parent / 'models' / f'net_g_{path.stem}.pth', weights_only=True)
             check(bool(kept), 'no checkpoint was written before the disk was full')
         finally:
             if mounted:
-                subprocess.run(['umount', str(folder)], check=False)
+                subprocess.run(['umount', str(small)], check=False)
         return (f'{"tmpfs of 1 MiB" if mounted else "injected ENOSPC"}: exit code 1, one clear line, '
                 f'{len(kept)} older checkpoints intact')
 

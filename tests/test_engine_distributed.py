@@ -3,6 +3,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,11 @@ import torch
 import yaml
 from basicsr.models import build_model
 from tiny_runs import assert_same, metrics_lines, model_options, run_yaml, saved, weights_of
+from torch.distributed import TCPStore
 
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.cli import main
+from moeisr_basicsr.engine.rendezvous import fresh_store
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FLOAT64 = '''
@@ -40,6 +45,7 @@ SCRIPT = '''
 import sys
 import torch.distributed as dist
 from moeisr_basicsr.cli import main
+from moeisr_basicsr.engine.rendezvous import fresh_store
 
 dist.init_process_group('gloo')
 for line in sys.argv[1:]:
@@ -157,3 +163,26 @@ def test_two_processes_evaluate_as_one(runs):
     pictures = [sorted(str(path.relative_to(runs / 'results' / f'test_{processes}'))
                        for path in (runs / 'results' / f'test_{processes}').rglob('*.png')) for processes in (1, 2)]
     assert pictures[0] == pictures[1] and len(pictures[0]) == 10
+
+
+def test_attempts_of_torchrun_share_no_keys():
+    """Ranks of a dead attempt have left their questions, names and addresses in the store."""
+    server = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    timeout = timedelta(seconds=20)
+
+    def attempt(ranks, world_size=3):
+        def come(rank):
+            time.sleep(0.05 * ((rank + 1) % 3))  # rank 0 is not the first
+            store = TCPStore('127.0.0.1', server.port, is_master=False, wait_for_workers=False)
+            return fresh_store(store, rank, world_size, timeout if len(ranks) == world_size else timedelta(seconds=0.3))
+
+        with ThreadPoolExecutor(world_size) as pool:
+            return [future.exception() or future.result() for future in [pool.submit(come, rank) for rank in ranks]]
+
+    assert all(isinstance(result, TimeoutError) for result in attempt([1, 2]))  # died before rank 0 came
+    assert all(isinstance(result, TimeoutError) for result in attempt([0, 1]))
+    first, second = attempt([0, 1, 2]), attempt([0, 1, 2])
+    for stores in (first, second):
+        assert not any(store.check(['address']) for store in stores)
+        stores[0].set('address', 'here')
+        assert all(store.get('address') == b'here' for store in stores)

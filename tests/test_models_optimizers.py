@@ -105,7 +105,7 @@ def test_wrong_optimizers_are_user_errors(options, hint):
 
 @pytest.mark.parametrize('options, hint', [
     ({'type': 'MultiStpLR', 'milestones': [1]}, "Did you mean 'MultiStepLR'"), ({'type': 'MultiStepLR'}, 'refuses'),
-    ({'type': 'CosineAnnealingRestartLR', 'periods': [1], 'restart_weights': [1, 2]}, 'refuses'),
+    ({'type': 'CosineAnnealingRestartLR', 'periods': [20], 'restart_weights': [1, 2]}, 'refuses'),
     ({'type': 'CosineAnnealingRestartLR', 'periods': [9]}, 'cover 9 iterations; total_iter is 10'),
     ({'type': 'OneCycleLR', 'max_lr': 1, 'total_steps': 5}, 'cover 5 iterations'),
     ({'type': 'LambdaLR'}, 'must be one of')])

@@ -103,11 +103,11 @@ class MoEDecoder(nn.Module):
         routing = self.route(logits, coord.shape[:2], coord.device, noise, tau)  # route
         corners = make_corners(coord, lr_size)
         cell = cell * cell.new_tensor(lr_size)  # in units of LR cells
-        tables = self.pool.tables(feat)
+        tables = zip(*(table.unbind() for table in self.pool.tables(feat)))
         # Image by image: a batch's activations would fall out of the cache, and above 32 MiB each temporary is mapped
         # anew by the C library.
-        output = [self.decode(make_queries(corners, cell[image], image), [table[image] for table in tables],
-                              routing, image, keep) for image in range(feat.shape[0])]
+        output = [self.decode(make_queries(corners, cell[image], image), list(of_image), routing, image, keep)
+                  for image, of_image in enumerate(tables)]
         return Decoded(torch.stack(output), routing)
 
     def logits(self, feat: Tensor, coord: Tensor, cell: Tensor) -> Tensor | None:

@@ -51,6 +51,7 @@ class LIIFExperts(nn.Module):
         """
         kernels = [self.split_first(j)[0] for j in range(len(self.experts))]
         biases = [expert.linears[0].bias for expert in self.experts]
+        feat = feat.contiguous(memory_format=torch.channels_last)  # the convolution then writes rows of the table
         table = F.conv2d(feat, torch.cat(kernels), torch.cat(biases), padding=padding)  # (B, sum of D1, H, W)
         table = table.permute(0, 2, 3, 1).flatten(1, 2)  # (B, T, sum of D1)
         return list(table.split([bias.shape[0] for bias in biases], dim=-1))

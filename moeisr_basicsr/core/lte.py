@@ -48,6 +48,7 @@ class LTEExperts(nn.Module):
         Returns:
             Two of (B, T, 2 K).
         """
+        feat = feat.contiguous(memory_format=torch.channels_last)  # the convolutions then write rows of the tables
         maps = (nn.functional.conv2d(feat, conv.weight, conv.bias, padding=padding) for conv in (self.coef, self.freq))
         return [table.permute(0, 2, 3, 1).flatten(1, 2) for table in maps]
 

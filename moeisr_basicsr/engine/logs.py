@@ -3,6 +3,7 @@ import datetime
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from basicsr.utils import get_env_info, get_root_logger, get_time_str, init_tb_l
 from basicsr.utils.logger import initialized_logger
 from basicsr.utils.options import dict2str
 
-from moeisr_basicsr.atomic_file import write_atomic
+from moeisr_basicsr.atomic_file import SaveError, write_atomic
 from moeisr_basicsr.models.evaluation import Evaluated
 
 from .distributed import Ranks
@@ -39,10 +40,17 @@ def start_logger(opt: dict, ranks: Ranks, kind: str) -> logging.Logger:
     while file.exists():
         file = file.with_stem(file.stem + '_')
     logger = get_root_logger(log_level=logging.INFO, log_file=str(file) if ranks.is_main else None)
+    for handler in logger.handlers:
+        handler.handleError = report_log_error
     if ranks.is_main:
         logger.info(get_env_info())
         logger.info(dict2str(opt))
     return logger
+
+
+def report_log_error(record: logging.LogRecord) -> None:
+    """One line where the log cannot be written; logging's own way is a traceback for every line of a full disk."""
+    print(f'The log cannot be written: {sys.exc_info()[1]}', file=sys.stderr)
 
 
 def start_tensorboard(opt: dict, ranks: Ranks, after: int = 0) -> object | None:
@@ -83,11 +91,18 @@ class MetricsFile:
             write_atomic(self.path, lambda file: file.write(''.join(kept).encode()))
 
     def write(self, kind: str, iteration: int | str, values: Mapping) -> None:
-        """Append one line."""
+        """Append one line.
+
+        Raises:
+            SaveError: The disk is full or failing.
+        """
         if self.is_main:
             line = json.dumps(finite({'kind': kind, 'iter': iteration, 'time': round(time.time(), 3), **values}))
-            with open(self.path, 'a', encoding='utf-8') as file:
-                file.write(line + '\n')
+            try:
+                with open(self.path, 'a', encoding='utf-8') as file:
+                    file.write(line + '\n')
+            except OSError as error:
+                raise SaveError(error.errno, f'{error.strerror}: cannot write {self.path}') from error
 
     def write_results(self, iteration: int | str, results: list[Evaluated], best: Mapping) -> None:
         """One line per dataset."""
