@@ -180,7 +180,7 @@ def test_attempts_of_torchrun_share_no_keys():
             return [future.exception() or future.result() for future in [pool.submit(come, rank) for rank in ranks]]
 
     assert all(isinstance(result, TimeoutError) for result in attempt([1, 2]))  # died before rank 0 came
-    assert all(isinstance(result, TimeoutError) for result in attempt([0, 1]))
+    assert isinstance(attempt([0, 1])[0], TimeoutError)  # rank 2 is missing; rank 1 has an answer from this attempt
     first, second = attempt([0, 1, 2]), attempt([0, 1, 2])
     for stores in (first, second):
         assert not any(store.check(['address']) for store in stores)

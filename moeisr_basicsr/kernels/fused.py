@@ -22,7 +22,7 @@ class FusedCPUBackend:
         precision: 'fp32' or 'bf16' for the experts. The mapper is fp32 always.
     """
 
-    tile = 32
+    tile = 64  # measured: larger windows overlap less, and their tables still suit the caches
 
     def __init__(self, decoder: MoEDecoder, precision: str = 'fp32'):
         self.dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
@@ -38,6 +38,9 @@ class FusedCPUBackend:
             kernels, self.w_local = zip(*(pool.split_first(j) for j in range(len(experts))))
             self.kernels = [kernel.detach().to(self.dtype).contiguous(memory_format=torch.channels_last)
                             for kernel in kernels]
+            # On AMX our own convolution is up to twice as fast as torch's.
+            amx = self.packed.isa.startswith('amx')
+            self.convs = [cpu.PackedConv(kernel, self.packed.isa) for kernel in kernels] if amx else None
 
     @staticmethod
     def supports(decoder: MoEDecoder) -> bool:
@@ -64,12 +67,18 @@ class FusedCPUBackend:
         if tile.expert_map is not None:
             counts = torch.bincount(tile.expert_map.flatten(), minlength=decoder.num_experts).tolist()
             used = [j for j in used if counts[j]]
-        bias = torch.cat([decoder.pool.experts[j].linears[0].bias + self.w_local[j][:, 2:] @ tile.cell for j in used])
+        tables: list[Tensor | None] = [None] * decoder.num_experts
+        biases = [decoder.pool.experts[j].linears[0].bias + self.w_local[j][:, 2:] @ tile.cell for j in used]
+        if self.convs is not None:
+            for j, bias in zip(used, biases):
+                tables[j] = self.convs[j](tile.window[0], bias)
+            return tables
         window = tile.window.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        table = F.conv2d(window, torch.cat([self.kernels[j] for j in used]), bias.to(self.dtype))
-        table = table.contiguous(memory_format=torch.channels_last)[0].permute(1, 2, 0)  # (h, w, sum of D)
-        pieces = iter(table.split([self.kernels[j].shape[0] for j in used], dim=-1))
-        return [next(pieces) if j in used else None for j in range(decoder.num_experts)]
+        joined = F.conv2d(window, torch.cat([self.kernels[j] for j in used]), torch.cat(biases).to(self.dtype))
+        joined = joined.contiguous(memory_format=torch.channels_last)[0].permute(1, 2, 0)  # (h, w, sum of D)
+        for j, table in zip(used, joined.split([bias.shape[0] for bias in biases], dim=-1)):
+            tables[j] = table
+        return tables
 
     def _lte_tables(self, decoder: MoEDecoder, tile: Tile) -> cpu.LteTables:
         """Coefficient and frequency (h, w, 2 K), the latter with its row parts first, and the phase."""
