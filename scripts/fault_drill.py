@@ -27,24 +27,18 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 
 TRAIN_IMAGES, VAL_IMAGES = 8, 2
-KILL_LIMIT_S = 300  # no single attempt may take longer
-# Stands in for a full disk where no small file system can be mounted: after so many bytes, writes fail.
+LIMIT_S = 300  # no single attempt may take longer
+# Stands in for a full disk where no small file system can be mounted: after so many bytes, checkpoints fail.
 FULL_DISK = '''
-import builtins, errno, os, sys
-real_open, room = builtins.open, [int(sys.argv[1])]
-class Full:
-    def __init__(self, file): self.file = file
-    def __getattr__(self, name): return getattr(self.file, name)
-    def __enter__(self): return self
-    def __exit__(self, *error): self.file.close()
-    def write(self, data):
-        room[0] -= len(data)
-        if room[0] < 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.file.write(data)
-def small_open(path, mode='r', *rest, **named):
-    file = real_open(path, mode, *rest, **named)
-    return Full(file) if str(path).endswith('.tmp') and 'w' in mode else file
-builtins.open = small_open
+import errno, os, sys
+from moeisr_basicsr import atomic_file
+room, whole_open = [int(sys.argv[1])], open
+def small_open(path, mode):
+    room[0] -= 100_000
+    if room[0] < 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return whole_open(path, mode)
+atomic_file.open = small_open
 from moeisr_basicsr.cli import main
 sys.exit(main(sys.argv[2:]))
 '''
@@ -72,7 +66,7 @@ class Drill:
 
     def options(self, name: str, batch: int = 4, **train: object) -> Path:
         """The options file of a run: two loader workers, EMA, checkpoints off the epoch's end."""
-        dataset = {'type': 'ArbitraryScaleImageDataset', 'dataroot_gt': str(self.folder), 'io_backend': {'type': 'disk'}}
+        dataset = {'type': 'ArbitraryScaleImageDataset', 'dataroot_gt': str(self.folder)}
         encoder = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
         options = {
             'name': name, 'model_type': 'MoEISRModel', 'num_gpu': 0, 'manual_seed': 1,
@@ -112,21 +106,19 @@ class Drill:
         """The same, to its end: the exit code."""
         process = self.start(name, *arguments, ranks=ranks, folder=folder)
         try:
-            return process.wait(KILL_LIMIT_S)
+            return process.wait(LIMIT_S)
         finally:
             end(process)
 
     def experiment(self, name: str) -> Path:
+        """Its folder."""
         return self.work / 'experiments' / name
 
     def progress(self, name: str) -> int:
         """The last iteration that the run has told of."""
         path = self.experiment(name) / 'metrics.jsonl'
-        lines = path.read_text().splitlines() if path.is_file() else []
-        try:
-            return json.loads(lines[-1])['iter'] if lines else 0
-        except ValueError:  # half a line: the run is writing it
-            return self.progress(name)
+        whole = path.read_text().rpartition('\n')[0] if path.is_file() else ''  # the last line may be half written
+        return json.loads(whole.rpartition('\n')[2])['iter'] if whole else 0
 
     def same_weights(self, name: str, other: str) -> bool:
         """Whether two runs ended with the same bits, in the weights and in their average."""
@@ -157,13 +149,14 @@ class Drill:
                 while process.poll() is None and self.progress('killed') < min(target, self.iterations - 1):
                     time.sleep(0.005)
                 time.sleep(self.random.uniform(0, 0.2))
-            check(time.monotonic() - began < KILL_LIMIT_S, 'a restarted run does not get ahead')
+            check(time.monotonic() - began < LIMIT_S, 'a restarted run does not get ahead')
             if process.poll() is not None:
                 check(process.returncode == 0, f'a restarted run ended with code {process.returncode}')
                 break
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             moments.append(self.progress('killed'))
+        check(len(moments) == self.kills, f'the run ended after {len(moments)} kills; give more --iterations')
         check(self.run('killed', '--auto_resume') == 0, 'the last restart failed')
         check(self.same_weights('killed', reference), 'the final weights differ')
         return f'{len(moments)} kills, at iterations {moments}: final weights and EMA bit-identical'
@@ -178,7 +171,7 @@ class Drill:
             self.wait_for(process, 'ranks_killed', self.iterations // 3)
             victim = self.random.choice(children(process.pid))
             os.kill(victim, signal.SIGKILL)
-            check(process.wait(KILL_LIMIT_S) == 0, f'torchrun ended with code {process.returncode}')
+            check(process.wait(LIMIT_S) == 0, f'torchrun ended with code {process.returncode}')
         finally:
             end(process)
         check(self.same_weights('ranks_killed', 'ranks_reference'), 'the final weights differ')
@@ -186,7 +179,7 @@ class Drill:
 
     def wait_for(self, process: subprocess.Popen, name: str, iteration: int) -> None:
         """Until the run has reached an iteration."""
-        limit = time.monotonic() + KILL_LIMIT_S
+        limit = time.monotonic() + LIMIT_S
         while self.progress(name) < iteration:
             check(process.poll() is None and time.monotonic() < limit, f'{name} does not reach iteration {iteration}')
             time.sleep(0.01)
@@ -222,7 +215,7 @@ class Drill:
                 (small / 'ballast').write_bytes(bytes(500_000))
                 code = self.run(name, '--force_yml', 'logger:keep_checkpoints=0', folder=small)
             else:
-                command = [sys.executable, '-c', FULL_DISK, '400000', 'train', '-opt', str(self.work / f'{name}.yml')]
+                command = [sys.executable, '-c', FULL_DISK, '1000000', 'train', '-opt', str(self.work / f'{name}.yml')]
                 done = subprocess.run(command, cwd=small, env=environment(), capture_output=True, text=True)
                 (self.work / f'{name}.out').write_text(done.stdout + done.stderr)
                 code = done.returncode
@@ -268,7 +261,7 @@ class Drill:
             process = self.start(name)
             self.wait_for(process, name, self.random.randint(5, self.iterations - 5))
             os.killpg(process.pid, number)  # loader workers get it too, as from a terminal
-            code = process.wait(KILL_LIMIT_S)
+            code = process.wait(LIMIT_S)
             end(process)
             check(code == 128 + number, f'{number.name}: exit code {code}')
             check(self.run(name, '--auto_resume') == 0, f'{number.name}: the restart failed')
@@ -283,15 +276,13 @@ class Drill:
         tagged.write_text(f'name: !!python/object/apply:os.mkdir ["{marker}"]\n' + plain.read_text())
         torch.save({'params': Bomb(marker), 'iter': 1}, self.work / 'bomb.pth')
         (self.work / 'bomb.state').write_bytes(pickle.dumps({'iter': 1, 'optimizers': Bomb(marker)}))
-        cases = {
-            'YAML tag': ['-opt', str(tagged)],
-            '--force_yml': ['-opt', str(plain), '--force_yml',
-                            f'name"]=__import__("os").mkdir("{marker}")#=1'],
-            '--force_yml value': ['-opt', str(plain), '--force_yml',
-                                  f'datasets:train:scale_range=[__import__("os").mkdir("{marker}")]'],
-            'weights': ['-opt', str(plain), '--force_yml', f'path:pretrain_network_g={self.work}/bomb.pth'],
-            'resume state': ['-opt', str(plain), '--force_yml', f'path:resume_state={self.work}/bomb.state'],
-        }
+        force = ['-opt', str(plain), '--force_yml']
+        code = f'__import__("os").mkdir("{marker}")'
+        cases = {'YAML tag': ['-opt', str(tagged)],
+                 '--force_yml': [*force, f'name"]={code}#=1'],
+                 '--force_yml value': [*force, f'datasets:train:scale_range=[{code}]'],
+                 'weights': [*force, f'path:pretrain_network_g={self.work}/bomb.pth'],
+                 'resume state': [*force, f'path:resume_state={self.work}/bomb.state']}
         for what, arguments in cases.items():
             done = subprocess.run([sys.executable, '-m', 'moeisr_basicsr', 'train', *arguments], cwd=self.work,
                                   env=environment(), capture_output=True, text=True)
@@ -333,6 +324,7 @@ def check(passed: bool, message: str) -> None:
 
 
 def environment() -> dict[str, str]:
+    """One thread per process: more than two processes share the cores, and sums depend on the number of threads."""
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 
 
@@ -367,7 +359,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--images', type=Path, help='folder of PNG or JPEG photographs; made-up images without it')
-    parser.add_argument('--work', type=Path, help='where the runs go; a temporary folder, removed afterwards, without it')
+    parser.add_argument('--work', type=Path, help='where the runs go; without it a temporary folder')
     parser.add_argument('--kills', type=int, default=20, help='number of random SIGKILLs')
     parser.add_argument('--iterations', type=int, default=150, help='length of a run')
     parser.add_argument('--seed', type=int, default=0, help='of the random moments and lengths')

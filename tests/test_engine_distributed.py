@@ -112,7 +112,8 @@ def runs(tmp_path_factory):
     float64 = {'network_g:type': 'Float64MoEISR', 'network_g:expert_grad': 'sampled', 'train:accumulate': 2}
     for processes in (1, 2):
         options = {'fp32': train_options(root, processes, 'fp32', **{'datasets:train:num_worker_per_gpu': 1}),
-                   'fp64': train_options(root, processes, 'fp64', **float64), 'test': evaluation_options(root, processes)}
+                   'fp64': train_options(root, processes, 'fp64', **float64),
+                   'test': evaluation_options(root, processes)}
         for name, one in options.items():
             (root / f'{name}.yml').write_text(yaml.safe_dump(one, sort_keys=False))
         lines = ['train -opt fp32.yml', 'train -opt fp64.yml --import float64.py', 'test -opt test.yml']

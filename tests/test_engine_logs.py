@@ -30,7 +30,8 @@ def test_a_resumed_run_drops_the_lines_that_come_again(tmp_path):
         ('train', 5), ('validation', 5), ('train', 10), ('validation', 10)]
     assert lines(tmp_path)[1]['metrics']['psnr'] == 'inf'  # JSON has no infinity
     MetricsFile(tmp_path, is_main=True, after=10, validate_again=True)
-    assert [(line['kind'], line['iter']) for line in lines(tmp_path)] == [('train', 5), ('validation', 5), ('train', 10)]
+    assert [(line['kind'], line['iter']) for line in lines(tmp_path)] == [
+        ('train', 5), ('validation', 5), ('train', 10)]
 
 
 def test_only_rank_0_writes(tmp_path):
@@ -83,7 +84,8 @@ def test_tensorboard_has_what_users_plot(tmp_path):
 
 
 def test_plain_values():
-    value = plain(OrderedDict(a=Counter([1, 1]), b=(np.float64(0.5), [None, True]), c=torch.nn.Parameter(torch.ones(1))))
+    weight = torch.nn.Parameter(torch.ones(1))
+    value = plain(OrderedDict(a=Counter([1, 1]), b=(np.float64(0.5), [None, True]), c=weight))
     assert value == {'a': {1: 2}, 'b': (0.5, [None, True]), 'c': torch.ones(1)}
     assert type(value) is dict and type(value['a']) is dict and type(value['b'][0]) is float
     assert not value['c'].requires_grad

@@ -5,13 +5,17 @@ import cv2
 import pytest
 import torch
 import yaml
+from basicsr.models import build_model
 from basicsr.test import test_pipeline as basicsr_test
 from basicsr.train import train_pipeline as basicsr_train
 from basicsr.utils.logger import initialized_logger
-from tiny_runs import DENSE, NETWORK, change, parse, run_yaml, weights_of, write_images
+from safetensors.torch import save_file
+from tiny_runs import DENSE, NETWORK, change, model_options, parse, run_yaml, weights_of, write_images
 
 from moeisr_basicsr.engine import exit_codes
+from moeisr_basicsr.engine.test_loop import test as run_test
 from moeisr_basicsr.engine.train_loop import train
+from moeisr_basicsr.errors import UserError
 
 
 @pytest.fixture
@@ -71,7 +75,7 @@ def test_paired_image_dataset_trains_and_validates_in_our_loop(root, model_type)
 
 
 def test_sr_model_resumes_in_our_loop(root):
-    """BasicSR's model: weights, EMA, optimizer, schedule and best metrics go on; datasets with python's `random` too."""
+    """BasicSR's model and a dataset that draws from python's `random`: weights and EMA end the same."""
     options = paired_yaml(root, model_type='SRModel', network_g={**DENSE, 'scale': 2})
     train(parse(root, {**options, 'name': 'whole'}))
     short = change(options, {'train:total_iter': 3, 'train:scheduler:milestones': [8, 16]})
@@ -116,13 +120,26 @@ def test_basicsrs_pipeline_runs_our_yaml_with_queries(root, monkeypatch):
     assert set(weights) == {'params', 'params_ema'}
 
 
+@pytest.mark.parametrize('dataset', ['PairedImageDataset', 'SingleImageDataset'])
+def test_sr_model_is_tested_in_our_loop(root, dataset):
+    options = paired_yaml(root, model_type='SRModel')
+    section = options['datasets']['val']
+    if dataset == 'SingleImageDataset':
+        section = {key: section[key] for key in ('name', 'dataroot_lq', 'io_backend')}
+    torch.save({'params': weights_of(build_model(model_options(**{'network_g:scale': 2})))}, root / 'weights.pth')
+    val = {'save_img': True, **({'metrics': options['val']['metrics']} if dataset == 'PairedImageDataset' else {})}
+    assert run_test(parse(root, {
+        **{key: options[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'scale')}, 'val': val,
+        'datasets': {'test': {**section, 'type': dataset}}, 'path': {'pretrain_network_g': str(root / 'weights.pth')},
+    }, is_train=False)) == exit_codes.OK
+    picture = cv2.imread(str(root / 'results' / 'run' / 'visualization' / 'val' / '2_run.png'))
+    assert picture.shape == (32, 40, 3)
+    log = next((root / 'results' / 'run').glob('*.log')).read_text()
+    assert ('psnr' in log.split('Model [SRModel] is created')[1]) == (dataset == 'PairedImageDataset')
+
+
 @pytest.mark.parametrize('file', ['missing.pth', 'cut.pth', 'hostile.pth', 'other.pth'])
 def test_bad_pretrained_weights_are_one_clear_line(root, file):
-    from basicsr.models import build_model
-    from tiny_runs import model_options
-
-    from moeisr_basicsr.errors import UserError
-
     class Hostile:
         def __reduce__(self):
             return (root / 'executed').mkdir, ()
@@ -130,7 +147,8 @@ def test_bad_pretrained_weights_are_one_clear_line(root, file):
     torch.save({'params': weights_of(build_model(model_options()))}, root / 'cut.pth')
     (root / 'cut.pth').write_bytes((root / 'cut.pth').read_bytes()[:5000])
     torch.save({'params': Hostile()}, root / 'hostile.pth')
-    torch.save({'params': weights_of(build_model(model_options(**{'network_g:experts': [[8], [9]]})))}, root / 'other.pth')
+    other = build_model(model_options(**{'network_g:experts': [[8], [9]]}))
+    torch.save({'params': weights_of(other)}, root / 'other.pth')
     with pytest.raises(UserError) as error:
         build_model(model_options(**{'path:pretrain_network_g': str(root / file)}))
     assert file in str(error.value) and '\n' not in str(error.value)
@@ -139,9 +157,6 @@ def test_bad_pretrained_weights_are_one_clear_line(root, file):
 
 def test_pretrained_weights_of_other_files(root):
     """params_ema, `module.` prefixes, safetensors, and strict_load_g: false."""
-    from basicsr.models import build_model
-    from safetensors.torch import save_file
-    from tiny_runs import model_options
     source = weights_of(build_model(model_options(network_g=NETWORK)))
     torch.save({'params_ema': {f'module.{name}': value for name, value in source.items()}}, root / 'ema.pth')
     save_file(source, root / 'whole.safetensors')

@@ -69,7 +69,8 @@ def test_every_scheduler_goes_on_from_its_plain_state(name, tmp_path):
 
 
 def test_betas_of_a_yaml_list():
-    optimizer = build_optimizer({'type': 'AdamW', 'lr': 1e-4, 'betas': [0.9, 0.95], 'weight_decay': 0.02}, [parameter()])
+    options = {'type': 'AdamW', 'lr': 1e-4, 'betas': [0.9, 0.95], 'weight_decay': 0.02}
+    optimizer = build_optimizer(options, [parameter()])
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults['betas'] == (0.9, 0.95) and optimizer.defaults['weight_decay'] == 0.02
 

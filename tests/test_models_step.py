@@ -10,7 +10,7 @@ from moeisr_basicsr.core import gumbel_noise
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.models.non_finite import NonFiniteLossError
 from moeisr_basicsr.models.temperature import check_temperature, temperature_at
-from moeisr_basicsr.models.training_draws import DrawKey, batch_keep, batch_noise
+from moeisr_basicsr.models.training_draws import DrawAhead, DrawKey, batch_keep, batch_noise
 
 
 def build_twice(options, other):
@@ -78,6 +78,15 @@ def test_draws_do_not_depend_on_the_number_of_ranks():
         assert torch.equal(batch_noise(DrawKey(5, 7, rank, 2), (3, 10, 3)), whole[rank::2])
     assert not torch.equal(whole, batch_noise(DrawKey(5, 8, 0, 1), (6, 10, 3)))
     assert not torch.equal(whole, batch_noise(DrawKey(6, 7, 0, 1), (6, 10, 3)))
+
+
+def test_draws_made_ahead_are_those_of_their_iteration():
+    ahead, key, shape = DrawAhead(), DrawKey(5, 1, 1, 2), (3, 20, 2)
+    for iteration, rate in ((1, 0.5), (2, 0.5), (3, 0.5), (7, 0.5), (8, None), (9, None)):
+        asked = key._replace(iteration=iteration)
+        draws = ahead(asked, shape, rate)
+        assert torch.equal(draws.noise, batch_noise(asked, shape))
+        assert (draws.keep is None) if rate is None else torch.equal(draws.keep, batch_keep(asked, shape, rate))
 
 
 def test_keep_draws_have_their_rate_and_are_not_the_noise():
@@ -212,7 +221,8 @@ def test_whole_patches_train_like_queries_of_all_their_pixels(network):
 
 def test_bad_train_options_are_user_errors():
     for changes, hint in (({'train:amp': 'bf61'}, "Did you mean 'bf16'"), ({'train:accumulate': 0}, 'at least 1'),
-                          ({'train:non_finite': 'ignore'}, 'stop, skip'), ({'train:non_finite_limit': -1}, 'at least 0'),
+                          ({'train:non_finite': 'ignore'}, 'stop, skip'),
+                          ({'train:non_finite_limit': -1}, 'at least 0'),
                           ({'network_g': {'type': 'MSRResNet'}}, 'needs a network with experts')):
         with pytest.raises(UserError, match=hint):
             build_model(model_options(**changes))

@@ -179,8 +179,8 @@ def test_the_test_loop_writes_one_results_document(root, network, model_type):
     torch.save({'params': weights_of(model)}, root / 'weights.pth')
     sections = {key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'val')}
     datasets = {'test_1': base['datasets']['val'], 'test_2': base['datasets']['val_2']}
-    opt = parse(root, change({**sections, 'datasets': datasets, 'path': {'pretrain_network_g': str(root / 'weights.pth')}},
-                             {'val:save_img': True, 'val:val_freq': 1}), is_train=False)
+    sections.update(datasets=datasets, path={'pretrain_network_g': str(root / 'weights.pth')})
+    opt = parse(root, change(sections, {'val:save_img': True, 'val:val_freq': 1}), is_train=False)
     assert run_test(opt) == exit_codes.OK
     results = schema.load(root / 'results' / 'run' / 'results.json')
     images = [row for row in results['rows'] if row['case'] == 'test']

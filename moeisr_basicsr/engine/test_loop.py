@@ -36,7 +36,8 @@ def test(opt: dict) -> int:
 
 
 def _test(opt: dict, ranks: Ranks, stop: StopRequest) -> int:
-    opt = {**opt, 'rank': ranks.rank, 'world_size': ranks.world_size, 'dist': ranks.world_size > 1}
+    opt = {**opt, 'rank': ranks.rank, 'world_size': ranks.world_size, 'dist': ranks.world_size > 1,
+           'val': {'suffix': None, 'save_img': False, **(opt.get('val') or {})}}  # BasicSR's models expect both
     reports = ranks.together(lambda: make_folders(opt, fresh=True))
     logger = start_logger(opt, ranks, 'test')
     for report in reports:
@@ -46,7 +47,7 @@ def _test(opt: dict, ranks: Ranks, stop: StopRequest) -> int:
     seed_everything(int(opt.get('manual_seed') or 0))
     loaders = evaluation_loaders(opt, ('test', 'val'))
     model = build_model({**opt, 'manual_seed': opt.get('manual_seed') or 0})
-    save_img = opt['val'].get('save_img', False)
+    save_img = opt['val']['save_img']
     if not hasattr(model, 'validate'):
         for loader in loaders:
             model.validation(loader, opt['name'], None, save_img)

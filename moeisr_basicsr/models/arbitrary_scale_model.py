@@ -132,6 +132,8 @@ class ArbitraryScaleModel(SRModel):
             if self.ema_decay > 0:
                 self.model_ema(decay=self.ema_decay)
         scaler.update()
+        if self.guard.skipped:
+            self.log_dict['skipped_steps'] = float(self.guard.skipped)
 
     def accumulate_gradients(self, parts: list[Batch], current_iter: int) -> tuple[dict, dict]:
         """Forward and backward of every part: the losses and the statistics of the whole batch on this rank."""
@@ -168,8 +170,8 @@ class ArbitraryScaleModel(SRModel):
             losses['l_pix'] = self.cri_pix(output, part.gt)
         if self.cri_perceptual:
             if output.dim() != 4:
-                raise UserError('train: perceptual_opt compares images; this dataset gives queries. Remove it, or train '
-                                'with PairedImageDataset.')
+                raise UserError('train: perceptual_opt compares images; this dataset gives queries. Remove it, or '
+                                'train with PairedImageDataset.')
             for name, loss in zip(('l_percep', 'l_style'), self.cri_perceptual(output, part.gt)):
                 if loss is not None:
                     losses[name] = loss

@@ -16,7 +16,7 @@ from moeisr_basicsr.errors import UserError
 from .arbitrary_scale_model import ArbitraryScaleModel
 from .batch import Batch
 from .temperature import check_temperature, temperature_at
-from .training_draws import DrawKey, batch_keep, batch_noise
+from .training_draws import DrawAhead, DrawKey, batch_draws
 
 
 class PartDraws(NamedTuple):
@@ -32,8 +32,8 @@ class PartDraws(NamedTuple):
 class MoEISRModel(ArbitraryScaleModel):
     """ArbitraryScaleModel for `MoEISR`.
 
-    Reads from `train` also: `balance_opt` (a loss of the gates, MoEBalanceLoss), `temperature`, and `mapper_spread` (the
-    deviation of the mapper's logits at the start, 1 by default; 0 leaves them as initialised).
+    Reads from `train` also: `balance_opt` (a loss of the gates, MoEBalanceLoss), `temperature`, and `mapper_spread`
+    (the deviation of the mapper's logits at the start, 1 by default; 0 leaves them as initialised).
     """
 
     whole_batch_losses = ('l_balance',)
@@ -48,6 +48,7 @@ class MoEISRModel(ArbitraryScaleModel):
         self.num_experts = net.num_experts
         self.expert_costs = net.expert_costs.to(self.device)
         self.sample_rate = net.decoder.sample_rate if net.decoder.expert_grad == 'sampled' else None
+        self.draw = DrawAhead() if self.device.type == 'cuda' else batch_draws
         train_opt = self.opt['train']
         self.cri_balance = None
         if train_opt.get('balance_opt') and self.num_experts > 1:
@@ -69,10 +70,9 @@ class MoEISRModel(ArbitraryScaleModel):
         key = DrawKey(self.opt['manual_seed'], current_iter, self.opt['rank'], self.opt['world_size'])
         sizes = [part.lq.shape[0] for part in parts]
         shape = (sum(sizes), parts[0].queries // sizes[0], self.num_experts)
-        noise = batch_noise(key, shape).to(self.device, non_blocking=True).split(sizes)
-        keep = [None] * len(parts)
-        if self.sample_rate is not None:
-            keep = batch_keep(key, shape, self.sample_rate).to(self.device, non_blocking=True).split(sizes)
+        whole = self.draw(key, shape, self.sample_rate)
+        noise, keep = ([None] * len(parts) if entry is None else entry.to(self.device, non_blocking=True).split(sizes)
+                       for entry in whole)
         draws = [PartDraws(*of_part, tau) for of_part in zip(noise, keep)]
         if self.cri_balance is None or len(parts) == 1:
             return draws
@@ -87,9 +87,9 @@ class MoEISRModel(ArbitraryScaleModel):
         net = self.get_bare_model(self.net_g)
         logits = torch.cat([net.decoder.logits(net.encode(part.lq), *queries_of(part)).flatten(0, 1).double()
                             for part in parts])  # (B * Q, J)
+        local = {'mean': logits.mean(dim=0), 'square': logits.square().mean(dim=0)}
         moments = self.average_over_ranks(OrderedDict(
-            (f'{name}{j}', value) for name, values in (('mean', logits.mean(dim=0)), ('square', logits.square().mean(0)))
-            for j, value in enumerate(values)))
+            (f'{name}{j}', value) for name, values in local.items() for j, value in enumerate(values)))
         mean, square = torch.tensor(list(moments.values()), device=self.device, dtype=torch.float64).chunk(2)
         if not torch.isfinite(square).all():
             return  # a damaged batch; the step itself decides what becomes of it

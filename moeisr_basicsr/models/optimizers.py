@@ -85,7 +85,8 @@ def build_scheduler(options: dict, optimizer: Optimizer, total_iter: int = 0) ->
                            (arguments.get('epochs') or 0) * (arguments.get('steps_per_epoch') or 0))}
     key, end = ends.get(options['type'], ('', total_iter))
     if end < total_iter:  # both fail in the middle of the run
-        raise UserError(f'train: scheduler: {key} of {options["type"]} cover {end} iterations; total_iter is {total_iter}.')
+        raise UserError(f'train: scheduler: {key} of {options["type"]} cover {end} iterations; total_iter is '
+                        f'{total_iter}.')
     try:
         return scheduler(optimizer, **arguments)
     except (AssertionError, TypeError, ValueError) as error:
