@@ -140,8 +140,10 @@ def test_resume_state_of_the_yaml(tmp_path, uninterrupted):
     """A state by its path, also of another experiment; its weights lie beside it."""
     state = uninterrupted / 'experiments' / 'run' / 'training_states' / '14.state'
     assert train(run_options(tmp_path, name='other', **{'path:resume_state': str(state)})) == exit_codes.OK
-    for part, expected in zip(saved(tmp_path, TOTAL, 'other')[0].items(), saved(uninterrupted, TOTAL)[0].items()):
-        assert_same(part, expected)
+    assert_same(saved(tmp_path, TOTAL, 'other')[0], saved(uninterrupted, TOTAL)[0])
+    last = uninterrupted / 'experiments' / 'run' / 'training_states' / f'{TOTAL}.state'  # nothing left to do
+    assert train(run_options(tmp_path, name='done', **{'path:resume_state': str(last)})) == exit_codes.OK
+    assert_same(saved(tmp_path, TOTAL, 'done')[0], saved(uninterrupted, TOTAL)[0])
 
 
 def test_a_bad_resume_state_is_one_clear_line(tmp_path):

@@ -9,23 +9,28 @@ A results file is JSON, one object:
   `kernel` (which code decoded) and the environment variables that matter.
 - `model`: `name`; `file` (null for random weights); `network_g` (its options); `parameters`: number of them in
   `encoder`, `mapper`, `shared` (LTE's convolutions), `experts` (a list), `total`. Null in a benchmark, whose networks
-  are its own.
+  are its own, and in a profile of the loader, which has none.
 - `rows`: a list; each row is one measurement with these keys, all optional but `case`:
 
-  - `case`: name of the row ('test', 'profile', 'train', or the benchmark's case).
+  - `case`: name of the row ('test', 'profile', 'train', 'data-stages', 'data-workers-N', or the benchmark's case).
   - `dataset`, `image`, `protocol`: what was measured on; null or absent for made-up input. `count`: number of images.
   - `lq_size`, `size`: [rows, columns] of input and output. `scale`: [row factor, column factor], as asked for.
   - `precision`: fp32, bf16, fp16. `budget`, `cost_weight`: the control of the routing, null where none was set.
   - `metrics`: name -> value, for example {"psnr_y": 32.24}; null for a value that is not finite.
   - `time_ms`: stage -> median milliseconds. Upscaling: `encode`, `map`, `decode` (LR tables and experts), `total`,
     `dense_folded`, `dense_plain`. Training: `encoder`, `mapper`, `tables`, `chosen_experts`, `unchosen_experts`,
-    `other`, `backward`, `optimizer`, `total`. `repeats`: number of runs behind each median.
+    `other`, `backward`, `optimizer`, `total`. `repeats`: number of runs behind each median. Of 'data-stages', means of
+    one item without workers: `read`, `resize`, `queries`, `tensor`, `collate`, `other`, `total`; of datasets that are
+    not this package's only the last three.
   - `peak_mib`: the same stages -> highest memory beyond what was in use before, MiB; null where the system cannot say.
   - `macs`: multiply-adds, see `complexity`: `encoder`, `mapper`, `tables`, `experts` (mean of the chosen ones), `total`
     (all of these), `dense_folded`, `dense_plain` (decoders without encoder), all per output pixel; `each_expert`: a
     list, per output pixel sent to it.
   - `routing`: `loads` (each expert's share of the pixels), `mean_cost` (1 = all to the heaviest),
     `texture_correlation` (Spearman, null where unknown).
+  - `data`: the training loader with `workers` processes (0: none besides the training's own), in batches of
+    `batch_size`: `items_per_second`; `items_per_cpu_second`, of all its processes, null where the system cannot say;
+    `needed_items_per_second` for the step time that was asked about, null without one.
   - `ratio`: how many times faster than the row's `baseline` (a case name).
   - `difference`: largest difference to the reference on the [0, 1] scale. `notes`: one line for people.
 
@@ -73,6 +78,8 @@ _ROW = _object(
     macs=_object(encoder=_AMOUNT, mapper=_AMOUNT, tables=_AMOUNT, experts=_AMOUNT, total=_AMOUNT,
                  dense_folded=_AMOUNT, dense_plain=_AMOUNT, each_expert=_list(_AMOUNT)),
     routing=_object(loads=_list(_AMOUNT), mean_cost=_AMOUNT_OR_NULL, texture_correlation=_NUMBER_OR_NULL),
+    data=_object(workers=_COUNT, batch_size=_COUNT, items_per_second=_AMOUNT, items_per_cpu_second=_AMOUNT_OR_NULL,
+                 needed_items_per_second=_AMOUNT_OR_NULL),
     ratio=_AMOUNT, baseline=_TEXT, difference=_AMOUNT_OR_NULL, notes=_TEXT)
 SCHEMA = {
     '$schema': 'https://json-schema.org/draft/2020-12/schema',

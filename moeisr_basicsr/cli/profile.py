@@ -12,11 +12,17 @@ examples:
   basicsr profile --model model.safetensors --lq-size 180x320 --scale 2 4 8
   basicsr profile -opt options/moeisr_edsr.yml --scale 4 --budget 0.3 --json profile.json --plot profile.png
   basicsr profile -opt options/moeisr_edsr.yml --train
+  basicsr profile --data -opt options/moeisr_edsr.yml --workers 0 2 4 8 --step-ms 120
 
 Multiply-adds are those of linear layers, convolutions and attention, one per multiply-add, per output pixel. Times are
 medians of runs that take turns; memory is the peak beyond what was in use before the stage. 'dense' is the decoder's
 heaviest expert on every pixel: folded by this package's code, plain as published (one chunk timed, times their number).
-With -opt the weights are random, and so is the routing; the input is noise unless --image names one."""
+With -opt the weights are random, and so is the routing; the input is noise unless --image names one.
+
+--data measures the loader that training would build, on the CPU. One batch is not timed, nor what workers load ahead;
+files that the system has not in memory yet count with the time of the disk, and `cache: memory` with the time that
+filling it takes. Without workers, training itself waits for each item."""
+DATA_ONLY = ('workers', 'items', 'step_ms', 'force_yml')
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -43,16 +49,31 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--no-plain', action='store_true', help='do not time the plain dense decoder')
     parser.add_argument('--json', metavar='FILE', help='write the results to a file')
     parser.add_argument('--plot', metavar='FILE.png', help='draw the results')
-    parser.add_argument('--train', action='store_true',
-                        help="profile a training step by part instead, with every form of the experts' gradient")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument('--train', action='store_true',
+                      help="profile a training step by part instead, with every form of the experts' gradient")
+    kind.add_argument('--data', action='store_true', help="measure the training loader of -opt's file instead")
     parser.add_argument('--batch', type=parse_count, default=16, metavar='N',
                         help='images of a training step (default 16)')
     parser.add_argument('--patch', type=parse_count, default=48, metavar='N',
                         help='input pixels per side in training (default 48)')
     parser.add_argument('--queries', type=parse_count, default=2304, metavar='N',
                         help='output pixels per image in training (default 2304)')
+    add_data_arguments(parser.add_argument_group('with --data'))
     add_import(parser)
     parser.epilog = EPILOG
+
+
+def add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    """What only `--data` takes."""
+    group.add_argument('--workers', type=parse_workers, nargs='+', metavar='N',
+                       help='numbers of loader processes to compare (default 0 1 2)')
+    group.add_argument('--items', type=parse_count, metavar='N',
+                       help='items behind each figure, rounded up to whole batches (default 512)')
+    group.add_argument('--step-ms', type=parse_step, metavar='MS',
+                       help='time of a training step: says whether the loader keeps up with it')
+    group.add_argument('--force_yml', nargs='+', metavar='KEY:KEY=VALUE',
+                       help='change the options file, for example datasets:train:cache=memory')
 
 
 def parse_rows_cols(text: str) -> tuple[int, int]:
@@ -70,10 +91,33 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_workers(text: str) -> int:
+    """A whole number, 0 among them."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of workers: 0, 1, 2, ...")
+    return int(text)
+
+
+def parse_step(text: str) -> float:
+    """Milliseconds above 0."""
+    value = parse_number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a time above 0 ms")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure, then show and write."""
     import_modules(args.modules)
     if args.plot and not args.plot.lower().endswith('.png'):
         raise UserError(f"--plot {args.plot}: the name of the picture must end in '.png'.")
+    if args.data:
+        if args.model:
+            raise UserError('--data measures the training data of an options file: -opt instead of --model.')
+        from .profile_data import profile_data
+        return profile_data(args)
+    for name in DATA_ONLY:
+        if getattr(args, name) is not None:
+            raise UserError(f'--{name.replace("step_ms", "step-ms")} needs --data.')
     from .profile_run import Profiler
     return Profiler(args).run()

@@ -53,7 +53,6 @@ class Profiler:
 
     def run(self) -> int:
         """Measure, show, write; returns the exit code."""
-        # `profile --data` would be a third kind of work beside these two: rows from the loaders in place of the network
         rows, kernel, panels = self.training() if self.args.train else self.upscaling()
         results = schema.document('profile', environment(self.device, kernel), rows, self.model())
         where = results['environment']

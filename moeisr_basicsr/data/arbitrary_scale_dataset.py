@@ -67,6 +67,7 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
         name = self.names[self.position(index, len(self.names))]
         path = self.source.path(name)
         image = self.images.rgb(name)
+        self.lap('read')
         item = self.train_item(image, path, index) if self.phase == 'train' else self.val_item(image, path)
         return {**item, 'lq_path': path, 'gt_path': path}
 
@@ -76,11 +77,15 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
         top, left = draw_crop(rng, image.shape[:2], crop)
         hr_patch = image[top:top + crop[0], left:left + crop[1]]  # (R, S, 3)
         lq_patch = resize(np.ascontiguousarray(hr_patch), (self.lq_size, self.lq_size), self.downsample)
+        self.lap('resize')
         augment = self.augmentation(rng)
         hr_patch, lq_patch = augment(hr_patch), augment(lq_patch)
         queries = draw_queries(rng, hr_patch, self.sample_q)
+        self.lap('queries')
         scale = torch.tensor(hr_patch.shape[:2], dtype=torch.float32) / self.lq_size
-        return {'lq': to_tensor(lq_patch), **queries._asdict(), 'scale': scale}
+        item = {'lq': to_tensor(lq_patch), **queries._asdict(), 'scale': scale}
+        self.lap('tensor')
+        return item
 
     def draw_factors(self, rng: np.random.Generator) -> tuple[float, float]:
         return draw_scale(rng, self.scale_range, self.asymmetric) if self.draws_scale else self.scale
@@ -173,6 +178,7 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
         lq_name, gt_name = self.pairs[self.position(index, len(self.pairs))]
         paths = {'lq_path': self.lq_source.path(lq_name), 'gt_path': self.gt_source.path(gt_name)}
         lq, gt = self.lq_images.rgb(lq_name), self.gt_images.rgb(gt_name)
+        self.lap('read')
         rows, cols = align_pair(lq.shape[:2], gt.shape[:2], self.scale, paths)
         gt = gt[:rows, :cols]
         if self.phase != 'train':
@@ -182,4 +188,7 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
             raise too_small(paths['lq_path'], lq.shape[:2], f'lq_size is {self.lq_size}')
         rng = self.generator(index)
         patch = draw_pair_patch(rng, lq, gt, self.lq_size, self.sample_q, self.augmentation)
-        return {'lq': to_tensor(patch.lq), **patch.queries._asdict(), 'scale': patch.scale, **paths}
+        self.lap('queries')
+        item = {'lq': to_tensor(patch.lq), **patch.queries._asdict(), 'scale': patch.scale, **paths}
+        self.lap('tensor')
+        return item

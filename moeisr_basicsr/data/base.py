@@ -64,6 +64,14 @@ class ArbitraryScaleDataset(Dataset):
     def augmentation(self, rng: np.random.Generator) -> Augmentation:
         return draw_augmentation(rng, self.use_flip, self.use_rot)
 
+    def lap(self, stage: str) -> None:
+        """Called at the end of each stage of a training item; does nothing. `basicsr profile --data` puts a clock here.
+
+        Args:
+            stage: 'read' (read and decode), 'resize' (crop, shrink to LR), 'queries' (augment, draw queries and their
+                coordinates) or 'tensor' (the LR patch as a tensor). Pairs are cut out and drawn in 'queries'.
+        """
+
     def position(self, index: int, count: int) -> int:
         """Which of `count` images `index` means.
 

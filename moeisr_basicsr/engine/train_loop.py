@@ -116,7 +116,8 @@ class Trainer:
                          f'{self.place.samples} samples into it.')
         for note in notes:
             self.logger.warning(f'Resume: {note}.')
-        self.saved = checkpoint.iteration
+        if self.store.state_path(checkpoint.iteration).is_file():  # not so for a state of another experiment
+            self.saved = checkpoint.iteration
 
     def run(self) -> int:
         """Train to the last iteration, or until asked to stop."""
