@@ -1,4 +1,4 @@
-"""`basicsr profile --data` through the command's own entry point: lower bounds that sleeping datasets set, no speeds."""
+"""`basicsr profile --data` through the command's entry point: lower bounds that sleeping datasets set, no speeds."""
 import multiprocessing
 import time
 

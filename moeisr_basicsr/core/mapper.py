@@ -46,6 +46,20 @@ class Mapper(nn.Module):
         self.convs = nn.Sequential(*convs)
         self.query_in = nn.Linear(num_feat + 4, hidden)  # features, relative coordinate, cell
         self.query_out = nn.Linear(hidden, num_experts)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start from a routing that looks at the image.
+
+        PyTorch's default initialisation fades over six layers to a thousandth of what coordinates and cell contribute:
+        experts are then split by sub-pixel position and by scale. He's (arXiv 1502.01852) keeps the features' contrast,
+        and a cell weight of zero keeps the scale from choosing the expert before the image does.
+        """
+        for layer in (*self.convs[::2], self.query_in, self.query_out):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
+            nn.init.zeros_(layer.bias)
+        self.split_query_in()[1].zero_()
 
     @property
     def num_layers(self) -> int:
