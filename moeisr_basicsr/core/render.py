@@ -20,6 +20,7 @@ from .dispatch import dispatch
 from .mapper import Mapper, nearest_axis
 from .queries import Queries, make_queries
 
+LOGITS = 1 << 18  # pixels whose logits are held at once
 CHUNK = 4096  # queries: four corners of 256 values are 16 MiB, below the size at which malloc maps memory anew
 
 
@@ -177,20 +178,24 @@ class Renderer:
         for top, bottom in self.row_spans(rows):
             if table is None:
                 yield top, bottom, None
-                continue
-            where = self.near(window, (top, bottom), cols)
-            if trained:
-                yield top, bottom, self.backend.route(mapper, table, *where, self.cell)
+            elif trained:
+                yield top, bottom, self.backend.route(mapper, table, *self.near(window, (top, bottom), cols), self.cell)
             else:
-                logits = self.backend.logits(mapper, table, *where, self.cell)
-                yield top, bottom, self.control.route(logits, self.costs).to(torch.uint8)
+                maps = [self.control.route(logits, self.costs).to(torch.uint8)
+                        for logits in self.logits(window, table, (top, bottom), cols)]
+                yield top, bottom, torch.cat(maps)
+
+    def logits(self, window: FeatureWindow, table: Tensor, rows: tuple[int, int], cols: tuple[int, int]
+               ) -> Iterator[Tensor]:
+        """The mapper's logits of an output region in pixel order, in blocks of rows of about `LOGITS` pixels."""
+        count = math.ceil((rows[1] - rows[0]) * (cols[1] - cols[0]) / LOGITS)
+        for block in spans(*rows, count):
+            yield self.backend.logits(self.decoder.mapper, table, *self.near(window, block, cols), self.cell)
 
     def observe(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]) -> None:
         """Show a region's logits to a `Budget` before anything is rendered."""
-        table = self.mapper_table(window)
-        for strip in self.row_spans(rows):
-            where = self.near(window, strip, cols)
-            self.control.observe(self.backend.logits(self.decoder.mapper, table, *where, self.cell))
+        for logits in self.logits(window, self.mapper_table(window), rows, cols):
+            self.control.observe(logits)
 
     def render(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
                ) -> Iterator[tuple[int, int, Rendered]]:
