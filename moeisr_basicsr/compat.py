@@ -6,7 +6,7 @@ Two steps, both safe to repeat, neither touches a file of the installed packages
   of this package (not under `__main__`), because spawned data workers import everything again.
 - `patch_basicsr` replaces single functions of the imported BasicSR. Each replacement says why it is needed.
 
-The third part, safe reading, serves our own code too: `ordered_yaml`, `parse_yml_value`, `load_torch_file`.
+Safe reading serves our own code too: `ordered_yaml`, `parse_yml_value`, `load_torch_file`.
 """
 import ast
 import contextlib
@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import types
+import warnings
 from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,12 @@ from moeisr_basicsr.errors import UserError, did_you_mean
 
 # Owners of `torch.library` definitions must stay alive: the operators vanish with the object that defined them.
 _LIBRARIES = []
-_FLOAT_1_2 = re.compile(r'^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$')  # YAML 1.2; 1.1 takes 1e-4 as a string
 _INT = re.compile(r'^[-+]?[0-9]+$')
 _FLOAT = re.compile(r'^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$')
 _ASSIGNMENT = re.compile(r'opt((?:\["[^"\\\[\]]*"\])+)=value')
 # Every module of BasicSR 1.4.2 that calls `torch.load`.
-_LOADING_MODULES = ('basicsr.models.base_model', 'basicsr.train', 'basicsr.archs.basicvsr_arch',
-                    'basicsr.archs.dfdnet_arch', 'basicsr.archs.inception', 'basicsr.archs.spynet_arch',
-                    'basicsr.archs.tof_arch', 'basicsr.archs.vgg_arch')
+_LOADING_MODULES = ('basicsr.models.base_model', 'basicsr.train', *(f'basicsr.archs.{name}' for name in (
+    'basicvsr_arch', 'dfdnet_arch', 'inception', 'spynet_arch', 'tof_arch', 'vgg_arch')))
 
 
 def default_device():
@@ -61,9 +60,9 @@ def _define_torchvision_operators() -> None:
     if _LIBRARIES or 'torchvision' in sys.modules or torch.version.cuda or getattr(torch.version, 'hip', None):
         return
     spec = importlib.util.find_spec('torchvision')
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None or spec.origin is None:
         return
-    folder = Path(next(iter(spec.submodule_search_locations)))
+    folder = Path(spec.origin).parent
     registrations = folder / '_meta_registrations.py'
     if not registrations.is_file() or _loads(folder):
         return
@@ -92,6 +91,9 @@ def _restore_functional_tensor() -> None:
         return
     from torchvision import transforms
     if importlib.util.find_spec(name) is not None:
+        with warnings.catch_warnings():  # 0.15 and 0.16 have it, and warn about it
+            warnings.simplefilter('ignore')
+            importlib.import_module(name)
         return
     shim = types.ModuleType(name, 'Stands in for the module that torchvision removed in 0.17; made by moeisr_basicsr.')
     shim.rgb_to_grayscale = transforms.functional.rgb_to_grayscale
@@ -100,7 +102,7 @@ def _restore_functional_tensor() -> None:
 
 
 def patch_basicsr() -> None:
-    """Replace what fails or is unsafe in the installed BasicSR. It imports BasicSR; a second call does nothing."""
+    """Replace what fails or is unsafe in BasicSR, which this imports; a second call does nothing."""
     install_shims()
     from basicsr.models.base_model import BaseModel
     if getattr(BaseModel, '_moeisr_patched', False):
@@ -150,10 +152,10 @@ def _patch_distributed() -> None:
 
 
 def init_dist(launcher: str, backend: str | None = None, port: int | None = None, **kwargs) -> None:
-    """Start `torch.distributed` for `--launcher pytorch` (torchrun) or `slurm`, with or without CUDA.
+    """Start `torch.distributed` with or without CUDA.
 
     Args:
-        launcher: 'pytorch' or 'slurm'.
+        launcher: 'pytorch' (torchrun) or 'slurm'.
         backend: nccl with CUDA and gloo without, unless given; nccl is replaced by gloo where it cannot work.
         port: Of the master, for slurm. Default: MASTER_PORT or 29500.
         **kwargs: Passed to `torch.distributed.init_process_group`, for example `timeout`.
@@ -168,8 +170,7 @@ def init_dist(launcher: str, backend: str | None = None, port: int | None = None
         _environment_from_slurm(port)
     elif launcher != 'pytorch':
         raise UserError(f"Unknown launcher '{launcher}': choose pytorch or slurm.")
-    missing = [key for key in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if key not in os.environ]
-    if missing:
+    if missing := [key for key in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if key not in os.environ]:
         raise UserError(f"--launcher {launcher}: {', '.join(missing)} not set: start the command with torchrun.")
     if torch.cuda.is_available():
         # A worker forked after CUDA has started cannot use it, hence spawn, as in BasicSR. Without CUDA the platform's
@@ -233,8 +234,7 @@ def _patch_devices(base_model: type) -> None:
         """`prefetch_mode: cuda` opens a CUDA stream; without CUDA the same batches come from the CPU prefetcher."""
         return cuda_prefetcher(loader, opt) if torch.cuda.is_available() else cpu_prefetcher(loader)
 
-    train.CUDAPrefetcher = prefetcher
-    train.load_resume_state = load_resume_state
+    train.CUDAPrefetcher, train.load_resume_state = prefetcher, load_resume_state
 
 
 def load_resume_state(opt: dict) -> dict | None:
@@ -263,7 +263,6 @@ def _patch_loading() -> None:
 
     class TorchWithSafeLoad(types.ModuleType):
         """`torch`, except that `load` never unpickles code. Seen by BasicSR's modules only."""
-
         load = staticmethod(functools.partial(load_torch_file, map_location=None))
 
         def __getattr__(self, name):
@@ -351,7 +350,8 @@ def _place(node: yaml.Node) -> str:
 OrderedSafeLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
                                   OrderedSafeLoader.construct_ordered_mapping)
 OrderedSafeLoader.add_constructor(None, OrderedSafeLoader.refuse_tag)
-OrderedSafeLoader.add_implicit_resolver('tag:yaml.org,2002:float', _FLOAT_1_2, list('-+.0123456789'))
+# As in YAML 1.2; in 1.1, which PyYAML reads, 1e-4 is a string. Whole numbers are found before.
+OrderedSafeLoader.add_implicit_resolver('tag:yaml.org,2002:float', _FLOAT, list('-+.0123456789'))
 
 
 class OrderedDumper(yaml.SafeDumper):
@@ -369,7 +369,7 @@ def ordered_yaml() -> tuple[type, type]:
 def parse_yml_value(value: str) -> Any:
     """Read the value of `--force_yml key=value` as BasicSR does, except that nothing is evaluated.
 
-    None, booleans, numbers (also negative and scientific), `!!float`, lists and mappings; anything else is a string.
+    Anything but None, booleans, numbers (`!!float` too), lists and mappings is a string.
 
     Raises:
         UserError: A list or mapping that is not well formed, or `!!float` without a number.
