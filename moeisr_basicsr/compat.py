@@ -116,7 +116,7 @@ def patch_basicsr() -> None:
 
 
 def _patch_options() -> None:
-    """YAML without code, and `--force_yml` without `exec` and `eval`: a stranger's command or file must not run code."""
+    """YAML and `--force_yml` without `exec` and `eval`: a stranger's file or command must not run code."""
     options = importlib.import_module('basicsr.utils.options')
     options.ordered_yaml = ordered_yaml
     options._postprocess_yml_value = parse_yml_value
@@ -144,7 +144,7 @@ def _assign_option(statement: str) -> None:
 
 
 def _patch_distributed() -> None:
-    """`init_dist` needs CUDA and hard-codes nccl; `basicsr.utils.options` holds it by name, so it is replaced there too."""
+    """`init_dist` needs CUDA and nccl; `basicsr.utils.options` holds it by name, so it is replaced there too."""
     for module in ('basicsr.utils.dist_util', 'basicsr.utils', 'basicsr.utils.options'):
         module = importlib.import_module(module)
         if hasattr(module, 'init_dist'):

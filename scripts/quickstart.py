@@ -88,7 +88,8 @@ def validation_results():
 def report(results):
     """Print the table; returns (scale, gain) of each gain that is too low."""
     print('\nThree photographs that were not trained on, PSNR of luma in dB:')
-    print('{:>6} {:>9} {:>9} {:>7}   {}'.format('scale', 'bicubic', 'MoEISR', 'gain', 'share of each expert, cheap to dear'))
+    print('{:>6} {:>9} {:>9} {:>7}   {}'.format('scale', 'bicubic', 'MoEISR', 'gain',
+                                                'share of each expert, cheap to dear'))
     too_low = []
     for result in results:
         psnr, bicubic = result['metrics']['psnr'], result['metrics']['bicubic_psnr']

@@ -121,13 +121,14 @@ def test_the_requirements_pin_everything_once_per_python():
     lines = [line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith('#')]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; python_version (<|>=) '3\.11')?", line) for line in lines)
     for marker in ('<', '>='):
-        names = [line.split('==')[0].lower() for line in lines if ';' not in line or f'python_version {marker} ' in line]
+        names = [line.split('==')[0].lower() for line in lines
+                 if ';' not in line or f'python_version {marker} ' in line]
         assert len(names) == len(set(names))
         assert [name for name in names if name.startswith('opencv')] == ['opencv-python']
 
 
 def test_the_ci_command_fails_when_a_test_fails(tmp_path):
-    """The script hands pytest's exit code on; shown on a failing test with this Python in place of the environment's."""
+    """The script hands pytest's exit code on; shown with this Python in place of the environment's."""
     failing = tmp_path / 'test_failing.py'
     failing.write_text('def test_failing():\n    assert False\n')
     code = ('import sys; sys.path.insert(0, {!r}); import bootstrap, run_tests; bootstrap.venv_python = lambda: '

@@ -64,10 +64,16 @@ def networks(model: BaseModel) -> dict[str, nn.Module]:
 
 
 def model_weights(model: BaseModel) -> Weights:
-    """What BasicSR's weights files hold: 'params' and, with EMA, 'params_ema' of every network."""
+    """What the weights files hold: BasicSR's 'params' and, with EMA, 'params_ema' of every network, and its options.
+
+    The options (`network_g`) let `basicsr convert` build the network that was trained, --force_yml included.
+    """
     weights = {}
     for name, net in networks(model).items():
         weights[name] = {'params': bare_weights(net)}
+        options = f'network_{name.removeprefix("net_")}'
+        if options in model.opt:
+            weights[name][options] = plain(model.opt[options])
         if hasattr(model, f'{name}_ema'):
             weights[name]['params_ema'] = bare_weights(getattr(model, f'{name}_ema'))
     return weights

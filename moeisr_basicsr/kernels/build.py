@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -99,7 +100,8 @@ def _compile(path: Path) -> None:
             'moeisr_decode', [str(source) for source in _sources()], extra_cflags=COMPILE_FLAGS,
             extra_ldflags=_link_flags(), build_directory=folder, with_cuda=False, is_python_module=False)
         os.replace(os.path.join(folder, 'moeisr_decode.so'), path)
-    except (ImportError, OSError, RuntimeError) as error:  # no setuptools; no compiler; no ninja or a failed build
+    # no setuptools; no compiler; no ninja or a failed build; torch 2.1 where there is no compiler
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BuildError(f'the C++ build failed: {first_line}') from error
     finally:
