@@ -7,6 +7,9 @@ from moeisr_basicsr.core.decoder import MoEDecoder
 from moeisr_basicsr.core.render import Backend
 
 
+FAMILIES = ('liif', 'lte')  # that the kernels are written for
+
+
 def fused_backend(decoder: MoEDecoder, device: torch.device | str, precision: str = 'fp32') -> Backend | None:
     """The fused kernels for this decoder as it is now; None where the torch code has to do it.
 
@@ -17,6 +20,8 @@ def fused_backend(decoder: MoEDecoder, device: torch.device | str, precision: st
         device: 'cpu' or a CUDA device.
         precision: 'fp32', 'bf16' or 'fp16'.
     """
+    if decoder.family not in FAMILIES:
+        return None
     device = torch.device(device)
     if device.type == 'cpu' and precision != 'fp16':  # no processor's kernel is written for fp16
         from . import cpu
