@@ -1,10 +1,12 @@
-"""What all tests share: one seed per test, and no threads beyond those that were asked for."""
+"""What all tests share: one seed and one logger per test, and no threads beyond those that were asked for."""
+import logging
 import os
 
 import pytest
 import torch
 
 import moeisr_basicsr  # noqa: F401  before any test imports BasicSR, which needs the shims
+from basicsr.utils.logger import initialized_logger
 
 if 'OMP_NUM_THREADS' not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -13,3 +15,15 @@ if 'OMP_NUM_THREADS' not in os.environ:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logger():
+    """A run in this process leaves handlers that write to streams which pytest closes after the test."""
+    yield
+    logger = logging.getLogger('basicsr')
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.NOTSET)
+    initialized_logger.clear()
