@@ -124,7 +124,8 @@ class Drill:
         """Whether two runs ended with the same bits, in the weights and in their average."""
         one, two = (torch.load(self.experiment(run) / 'models' / f'net_g_{self.iterations}.pth', weights_only=True)
                     for run in (name, other))
-        return all(torch.equal(one[part][key], two[part][key]) for part in one for key in one[part])
+        return all(torch.equal(one[part][key], two[part][key]) for part in ('params', 'params_ema')
+                   for key in one[part])
 
     def reference(self) -> str:
         """A run that nothing disturbs; trained once."""
