@@ -28,9 +28,9 @@ def fused_backend(decoder: MoEDecoder, device: torch.device | str, precision: st
         from .fused import FusedCPUBackend
         return FusedCPUBackend(decoder, precision) if cpu.available() and FusedCPUBackend.supports(decoder) else None
     if device.type == 'cuda' and importlib.util.find_spec('triton') is not None:
-        from . import triton_decode
         try:
+            from . import triton_decode
             return triton_decode.TritonBackend(decoder, precision) if triton_decode.available(device) else None
-        except ValueError:  # a layer too wide for the registers of one program
+        except (ImportError, ValueError):  # an older Triton; a layer too wide for the registers of one program
             return None
     return None
