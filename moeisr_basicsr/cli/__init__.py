@@ -13,6 +13,7 @@ COMMANDS = {
     'test': ('test', 'evaluate a network on datasets as an options file says'),
     'upscale': ('upscale', 'upscale images by any factor, or to any size'),
     'profile': ('profile', 'measure multiply-adds, time and memory of a network, stage by stage'),
+    'report': ('report', 'make one page of tables, charts and pictures of what tests and profiles measured'),
     'convert': ('convert', 'make one self-describing model file of a checkpoint'),
 }
 USER_ERROR = 2

@@ -73,7 +73,8 @@ def results_document(opt: dict, model: BaseModel, results: list[Evaluated]) -> d
     rows = [row for result in results for row in result.rows]
     for result in results:
         means = {'case': 'mean', 'dataset': result.dataset, 'count': result.count, 'metrics': result.metrics,
-                 'scale': result.rows[0]['scale']}
+                 **{key: result.rows[0][key] for key in ('scale', 'protocol', 'metric_protocols')
+                    if key in result.rows[0]}}
         if result.loads:
             means['routing'] = {'loads': result.loads, 'mean_cost': result.mean_cost}
         rows.append(means)

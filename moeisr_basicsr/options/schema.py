@@ -158,6 +158,7 @@ VAL_OURS: Table = {
     'budget': Key(Number(above=0, most=1), 'decoder cost as a fraction of the heaviest expert everywhere', null=True),
     'cost_weight': Key(Number(), 'kappa: above 0 cheaper, below 0 dearer than the trained routing', null=True),
     'save_expert_map': Key(Bool(), 'write the expert maps beside the images'),
+    'save_references': Key(Bool(), 'in testing, write the truth and the bicubic image beside the images, for reports'),
     'tb_images': Key(COUNT, 'images per dataset that TensorBoard shows'),
     'measure': Key(Bool(), 'in testing, measure the memory of each image too'),
 }
