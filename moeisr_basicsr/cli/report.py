@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
     """Read, then write."""
     if not args.output and not args.csv:
         raise UserError('nothing to write: give -o OUT.html, --csv FILE, or both.')
+    if args.output and args.csv and Path(args.output).resolve() == Path(args.csv).resolve():
+        raise UserError(f'-o and --csv both name {args.output}; give two files.')
     from moeisr_basicsr.atomic_file import write_atomic
     from moeisr_basicsr.report.collect import collect, read_sources
     from moeisr_basicsr.report.flat import flat_csv

@@ -36,7 +36,7 @@ def describe_metric(metric_opt: dict, crop_border: int | list[int] | None = None
     border = options.get('crop_border', border)
     border = ' x '.join(map(str, border)) if isinstance(border, (list, tuple)) else border
     rounded = ', rounded to 8 bits' if options.get('rounded') else ''
-    return f'{name}: {colours}, {border} pixels left out at each border{rounded}'
+    return f'{name}: {colours}, shave {border}{rounded}'
 
 
 def measure(metric_opt: dict, sr: Tensor, gt: Tensor, scale: tuple[float, float],

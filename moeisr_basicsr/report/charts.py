@@ -12,8 +12,8 @@ from .markup import Markup, join, tag
 from .overview import environment_of
 from .quality import decimals_of
 
-WIDTH, HEIGHT = 360, 250  # of a chart, in SVG units
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40  # margins of its axes
+WIDTH, HEIGHT = 290, 225  # of a chart, in SVG units
+LEFT, RIGHT, TOP, BOTTOM = 60, 18, 10, 40  # margins of its axes
 COLOURS = 8  # classes s0 to s7 of the page's style
 SHAPES = ('M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z', 'M-4,-4h8v8h-8z', 'M0,-5l5,9h-10z', 'M0,-5.5l5,5.5l-5,5.5l-5,-5.5z')
 BAR_LEFT, BAR_WIDTH, BAR, GAP = 270, 420, 16, 6  # of the stacked bars
@@ -91,17 +91,19 @@ def trade_offs(report: Report, series: dict[Entry, Series]) -> list[Markup]:
         name, protocol = metric
         for column in columns_of(runs):
             chosen = [run for run in runs if run.column == column and protocol_of(run, name) == protocol]
-            title = f'{dataset} {scale_label(column.scale)}'
-            pairs = [('thousand multiply-adds per output pixel, encoder and decoder', chosen,
+            title, drawn = f'{dataset} {scale_label(column.scale)}', []
+            pairs = [('thousand multiply-adds per output pixel', chosen,
                       lambda run: run.macs['total'] / 1e3 if run.macs.get('total') else None)]
             for place in sorted({environment_of(report, run.source) for run in chosen}):
                 of_place = [run for run in chosen if environment_of(report, run.source) == place]
-                pairs.append((f'milliseconds per image, environment {place}', of_place, lambda run: run.time_ms))
+                pairs.append((f'ms per image, environment {place}', of_place, lambda run: run.time_ms))
             for unit, shown, cost in pairs:
                 points = points_of(shown, name, cost)
                 if points:
-                    drawn = scatter(points, series, report.labels, unit, f'{name}, dB')
-                    figures.append(tag('figure', tag('figcaption', tag('b', title), f', {protocol}'), drawn))
+                    drawn.append(scatter(points, series, report.labels, unit, f'{name}, dB'))
+            if drawn:
+                caption = tag('figcaption', tag('b', title), f', {name}, {protocol}')
+                figures.append(tag('figure', caption, tag('div', drawn, cls='charts')))
     return figures
 
 
@@ -161,10 +163,11 @@ def grid(across: Axis, up: Axis) -> list[Markup]:
         x = coordinate(across.at(value))
         drawn += [tag('line', x1=x, x2=x, y1=up.end, y2=up.start, cls='grid'),
                   tag('text', f'{value:,g}', x=x, y=up.start + 15, cls='mid')]
+    decimals = max(0, -math.floor(math.log10(up.step) + 1e-9))
     for value in up.marks():
         y = up.at(value)
         drawn += [tag('line', x1=across.start, x2=across.end, y1=coordinate(y), y2=coordinate(y), cls='grid'),
-                  tag('text', f'{value:.10g}', x=across.start - 6, y=coordinate(y + 4), cls='end')]
+                  tag('text', f'{value:.{decimals}f}', x=across.start - 6, y=coordinate(y + 4), cls='end')]
     return drawn
 
 

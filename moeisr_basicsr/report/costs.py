@@ -3,7 +3,7 @@ import json
 import statistics
 
 from .collect import Column, Entry, Report, Run, columns_of, over_seeds, scale_label
-from .markup import MISSING, Markup, head_row, number, row, table, tag, text
+from .markup import MISSING, Markup, head_row, number, row, table, tag, text, words
 from .overview import environment_of, shape
 
 PARTS = {'encoder': 'encoder', 'mapper': 'mapper', 'tables': 'LR tables', 'experts': 'experts'}
@@ -31,7 +31,7 @@ def macs_cells(macs: dict) -> list[str]:
             number(macs.get('total'), 1, 1e-3)]
 
 
-MACS_HEAD = (*PARTS.values(), 'decoder', 'decoder, % of plain dense', 'decoder, % of folded dense', 'all')
+MACS_HEAD = (*PARTS.values(), 'decoder', '% of dense plain', '% of dense folded', 'all')
 
 
 def cost_tables(report: Report) -> list[Markup]:
@@ -43,7 +43,7 @@ def cost_tables(report: Report) -> list[Markup]:
             bodies = [column_rows(report, column, costly) for column in columns_of(costly)]
             caption = [tag('b', dataset), ': thousand multiply-adds per output pixel, milliseconds, MiB. Means over the '
                        'images; time is the median over the images of one run each, memory the largest.']
-            head = head_row('model', *MACS_HEAD, 'ms', 'peak MiB', 'environment')
+            head = head_row(*words('model'), *MACS_HEAD, 'ms', 'peak MiB', *words('environment'))
             tables.append(table(caption, [head], *bodies))
     return tables
 
@@ -84,8 +84,8 @@ def profile_table(report: Report) -> Markup | None:
                         number(peaks.get('total'), 1), text(environment_of(report, place)), text(f'[{place + 1}]')))
     if not rows:
         return None
-    head = head_row('model', 'scale', 'size', *MACS_HEAD, *(f'{name}, ms' for name in STAGES.values()), 'peak MiB',
-                    'environment', 'file')
+    head = head_row(*words('model'), 'scale', 'size', *MACS_HEAD, *(f'{name}, ms' for name in STAGES.values()),
+                    'peak MiB', *words('environment', 'file'))
     return table('Profiles: thousand multiply-adds per output pixel, median milliseconds by stage, peak MiB.', [head],
                  rows)
 
@@ -101,7 +101,7 @@ def correlation_table(report: Report) -> Markup | None:
         found = [over_seeds(run.correlation for run in report.runs_in(entry, column)) for column in columns]
         if any(found):
             rows.append(row(report.labels[entry], *(number(value and value.mean, 2) for value in found)))
-    head = head_row('model', *(f'{column.dataset} {scale_label(column.scale)}' for column in columns))
+    head = head_row(*words('model'), *(f'{column.dataset} {scale_label(column.scale)}' for column in columns))
     return table("Texture correlation: Spearman's rank correlation of the chosen expert's depth with the local gradient "
                  'energy of the output, over the pixels of an image; mean over the images.', [head], rows)
 

@@ -52,8 +52,13 @@ def table(caption: Any, head: list[Markup], *bodies: list[Markup]) -> Markup:
 
 
 def head_row(*names: Any) -> Markup:
-    """A row of headings."""
-    return tag('tr', [tag('th', name, scope='col') for name in names])
+    """A row of headings; what is not an element yet stands above figures."""
+    return tag('tr', [name if isinstance(name, Markup) else tag('th', name, scope='col') for name in names])
+
+
+def words(*names: str) -> list[Markup]:
+    """Headings above words."""
+    return [tag('th', name, scope='col', cls='text') for name in names]
 
 
 def row(name: Any, *cells: Any) -> Markup:

@@ -1,6 +1,6 @@
 """What was compared: files, where they were measured, networks."""
 from .collect import Report
-from .markup import Markup, head_row, number, row, table, text
+from .markup import Markup, head_row, number, row, table, text, words
 
 ENVIRONMENT = {'device_name': 'device', 'threads': 'threads', 'kernel': 'kernel', 'cpu': 'processor', 'torch': 'torch',
                'python': 'python', 'moeisr_basicsr': 'moeisr_basicsr', 'platform': 'platform'}
@@ -33,7 +33,7 @@ def sources_table(report: Report) -> Markup:
         rows.append(row(f'[{place + 1}]', text(source.path), text(f'basicsr {source.results["command"]}'),
                         text(model and model['name']), text(model and (model.get('file') or 'random')),
                         text(environment_of(report, place))))
-    return table('Files', [head_row('', 'file', 'written by', 'model', 'weights', 'environment')], rows)
+    return table('Files', [head_row(*words('', 'file', 'written by', 'model', 'weights', 'environment'))], rows)
 
 
 def environment_table(report: Report) -> Markup:
@@ -42,7 +42,7 @@ def environment_table(report: Report) -> Markup:
     for place, where in enumerate(environments(report)):
         variables = ', '.join(f'{name}={value}' for name, value in (where.get('variables') or {}).items())
         rows.append(row(letter(place), *(text(where.get(key)) for key in ENVIRONMENT), text(variables or None)))
-    return table('Environments', [head_row('', *ENVIRONMENT.values(), 'variables')], rows)
+    return table('Environments', [head_row(*words('', *ENVIRONMENT.values(), 'variables'))], rows)
 
 
 def models_table(report: Report) -> Markup:
@@ -60,8 +60,9 @@ def models_table(report: Report) -> Markup:
         rows[entry.name, entry.network] = row(
             entry.name, text(options.get('type')), text((options.get('encoder') or {}).get('type')),
             text('; '.join(map(shape, hidden))), *(number(part, 1, 1e-3) for part in parts))
-    names = ('model', 'type', 'encoder', 'hidden layers of each expert', 'encoder', 'mapper', 'shared', 'experts', 'all')
-    return table('Models; parameters in thousands', [head_row(*names)], list(rows.values()))
+    head = head_row(*words('model', 'type', 'encoder', 'hidden layers of each expert'), 'encoder', 'mapper', 'shared',
+                    'experts', 'all')
+    return table('Models; parameters in thousands', [head], list(rows.values()))
 
 
 def shape(widths: list[int] | None) -> str:

@@ -31,8 +31,7 @@ def render(report: Report, baseline: str | None = None, max_images: int = 4) -> 
             void('meta', name='viewport', content='width=device-width, initial-scale=1'),
             void('meta', name='color-scheme', content='light dark'), tag('title', TITLE), tag('style', Markup(STYLE))]
     body = [tag('h1', TITLE), header(report, notes), quality(report, base), cost(report), trade_off(report),
-            routing(report),
-            section('Pictures', RULE, pictures)]
+            routing(report), section('Pictures', RULE, pictures)]
     return '<!DOCTYPE html>\n' + tag('html', tag('head', head), tag('body', tag('main', body)), lang='en') + '\n'
 
 
@@ -80,9 +79,9 @@ def trade_off(report: Report) -> Markup | None:
     charts = trade_offs(report, series)
     if not charts:
         return None
-    about = ('A mark per model and control, means over the seeds; a line connects the controls of one model, the number '
-             'beside a mark is its budget or cost weight.')
-    return section('Quality against cost', about, [legend(series), tag('div', charts, cls='charts')])
+    about = ('A mark per model and control, means over the seeds; multiply-adds and time are of encoder and decoder. A '
+             'line connects the controls of one model; the number beside a mark is its budget or cost weight.')
+    return section('Quality against cost', about, [legend(series), tag('div', charts, cls='figures')])
 
 
 def routing(report: Report) -> Markup | None:

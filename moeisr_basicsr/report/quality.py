@@ -69,17 +69,20 @@ def quality_table(report: Report, dataset: str, metric: str, protocol: str, runs
                       tag('td', difference_text(value, other, entry.label == baseline, decimals), cls='diff')]
         rows.append(row(entry.label, *cells, text(entry.files)))
     unit = ' in dB' if is_psnr(metric) else ''
-    caption = join([tag('b', dataset), f': {metric}{unit}. ', protocol, '.'])
-    heads = [tag('tr', tag('th', 'model', rowspan=2),
-                 [tag('th', scale_label(column.scale), tag('small', f'{column.inputs}; {images(column)}'), colspan=2)
-                  for column in columns], tag('th', 'files', rowspan=2)),
-             tag('tr', [tag('th', name, scope='col') for _ in columns for name in (metric, 'diff.')])]
+    settings = dict.fromkeys(map(setting, columns))
+    shared = next(iter(settings)) if len(settings) == 1 else None
+    caption = join([tag('b', dataset), f': {metric}{unit}. ', '. '.join(filter(None, (protocol, shared))), '.'])
+    scales = [tag('th', scale_label(column.scale), None if shared else tag('small', setting(column)), colspan=2,
+                  scope='colgroup') for column in columns]
+    heads = [tag('tr', tag('th', 'model', rowspan=2, scope='col', cls='text'), scales,
+                 tag('th', 'files', rowspan=2, scope='col', cls='text')),
+             head_row(*[metric, 'diff.'] * len(columns))]
     return table(caption, heads, rows)
 
 
-def images(column: Column) -> str:
-    """'1 image', '5 images'."""
-    return f'{column.count} image{"" if column.count == 1 else "s"}'
+def setting(column: Column) -> str:
+    """What a column's figures are of, beside its scale."""
+    return f'{column.inputs}; {column.count} image{"" if column.count == 1 else "s"}'
 
 
 def line(label: str, runs: list[Run], columns: list[Column], metric: str) -> Line:
@@ -123,4 +126,4 @@ def difference_text(value: Value | None, base: Value | None, is_base: bool, deci
     """The distance to the baseline, with its sign."""
     if is_base:
         return 'base' if value is not None else MISSING
-    return MISSING if value is None or base is None else f'{value.mean - base.mean:+.{decimals}f}'
+    return MISSING if value is None or base is None else f'{round(value.mean - base.mean, decimals) + 0.0:+.{decimals}f}'

@@ -21,20 +21,22 @@ th,td{padding:3px 9px;text-align:right;vertical-align:bottom;white-space:nowrap}
 thead th{white-space:normal;font-weight:600;min-width:4em;border-bottom:1px solid var(--rule)}
 thead tr:first-child th{border-top:1px solid var(--ink)}
 thead small{display:block;font-weight:400;color:var(--soft)}
-th:first-child{text-align:left}
 tbody th{font-weight:400}
 tbody tr:nth-child(even){background:var(--tint)}
 th.group{font-weight:600;padding-top:10px;background:var(--paper)}
-.text{text-align:left}
+.text,tbody th{text-align:left}
+td.text{white-space:normal;max-width:28em;overflow-wrap:anywhere}
 .best{font-weight:700}
 .diff{color:var(--soft)}
-.charts{display:flex;flex-wrap:wrap;gap:18px}
-figure{margin:0;width:380px}
+.figures{display:flex;flex-wrap:wrap;gap:22px 26px}
+.charts{display:flex;flex-wrap:wrap;gap:6px}
+figure{margin:0}
 figure.wide{width:100%;margin:16px 0 24px}
 figcaption{font-size:13px;margin-bottom:4px}
 svg text{font-size:11px;fill:var(--ink)}
-svg.chart,svg.bars{width:100%;height:auto;display:block}
-svg.bars{max-width:760px}
+svg.chart{width:290px;height:225px}
+svg.bars{width:100%;max-width:700px;height:auto}
+svg.chart,svg.bars{display:block}
 .mid{text-anchor:middle}
 .end{text-anchor:end}
 svg text.onbar{fill:#fff;paint-order:stroke;stroke:#000;stroke-width:2px}
