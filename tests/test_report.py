@@ -23,7 +23,7 @@ from moeisr_basicsr.report.crops import SIDE, STRIDE, busiest_window
 from moeisr_basicsr.report.markup import tag, void
 from moeisr_basicsr.report.page import render
 
-ENVIRONMENT = {'torch': '2.4', 'threads': 1, 'cpu': 'A chip', 'device': 'cpu', 'device_name': 'A chip', 'kernel': 'torch'}
+ENVIRONMENT = {'torch': '2.4', 'threads': 1, 'cpu': 'chip', 'device': 'cpu', 'device_name': 'chip', 'kernel': 'torch'}
 PROTOCOL = 'benchmark: luma, shave ceil(s)'
 VOID = {'meta', 'img'}
 
@@ -68,9 +68,9 @@ class Page(HTMLParser):
 
 
 def image_row(dataset='Set_x2', scale=(2, 2), image='a', psnr=30.0, **more):
-    return {'case': 'test', 'dataset': dataset, 'scale': list(scale), 'image': image, 'budget': None, 'cost_weight': None,
-            'protocol': 'LR by hand', 'metric_protocols': {'psnr': PROTOCOL}, 'precision': 'fp32',
-            'metrics': {'psnr': psnr, 'bicubic_psnr': 25.0}, 'time_ms': {'total': 10.0}, **more}
+    return {'case': 'test', 'dataset': dataset, 'scale': list(scale), 'image': image, 'budget': None,
+            'cost_weight': None, 'protocol': 'LR by hand', 'metric_protocols': {'psnr': PROTOCOL},
+            'precision': 'fp32', 'metrics': {'psnr': psnr, 'bicubic_psnr': 25.0}, 'time_ms': {'total': 10.0}, **more}
 
 
 MACS = {'encoder': 1000.0, 'mapper': 100.0, 'tables': 200.0, 'experts': 300.0, 'total': 1600.0, 'dense_folded': 1200.0,
@@ -105,7 +105,7 @@ def test_means_differences_best_and_bicubic(page_of):
     page = page_of(dense, {**better, 'rows': better['rows'] + [wide]})
     rows = page.table(f'Set: psnr in dB. {PROTOCOL}')
     assert rows[0][1:3] == ['x2LR by hand; 2 images', 'x2x3.5LR by hand; 1 image']
-    assert rows[2:] == [['bicubic', '25.00', '-5.50', '25.00', '–', '[1] [2]'],
+    assert rows[2:] == [['bicubic', '25.00', '-5.50', '25.00', '–', '[1]\N{NO-BREAK SPACE}[2]'],
                         ['dense', '30.50', 'base', '–', '–', '[1]'],
                         ['moe', '30.80', '+0.30', '28.00', '–', '[2]']]
     assert [pair for pair in page.attributes if pair == ('td', 'class', 'best')] == [('td', 'class', 'best')]
@@ -117,7 +117,7 @@ def test_seeds_are_one_row_with_half_the_range(page_of):
     seeds = [results(f'moe_seed{seed}', image_row(psnr=value), file=f'{seed}.pth')
              for seed, value in ((1, 30.0), (2, 30.1), (7, 30.5))]
     rows = page_of(*seeds, results('moe_seeded', image_row(psnr=29.0))).table('Set: psnr')
-    assert rows[3] == ['moe', '30.20 ± 0.25 (3)', 'base', '[1] [2] [3]']
+    assert rows[3] == ['moe', '30.20 ± 0.25 (3)', 'base', '[1]\N{NO-BREAK SPACE}[2]\N{NO-BREAK SPACE}[3]']
     assert rows[4][0] == 'moe_seeded'
 
 
@@ -127,7 +127,8 @@ def test_protocols_images_and_inputs_never_mix(page_of):
     page = page_of(results('a', image_row()), results('b', other), results('c', image_row(image='z', psnr=40.0)),
                    results('d', image_row(psnr=41.0, protocol='LR by another')))
     rows = page.table(f'Set: psnr in dB. {PROTOCOL}')
-    assert [row[1:7:2] for row in rows[3:]] == [['30.00', '–', '–'], ['–', '40.00', '–'], ['–', '–', '41.00']]
+    assert [row[1:7:2] for row in rows[3:]] == [
+        ['30.00', '–', '–'], ['–', '40.00', '–'], ['–', '–', '41.00']]
     assert [row[0] for row in page.table('Set: psnr in dB. div2k')[2:]] == ['bicubic', 'b']
     text = ' '.join(page.texts)
     assert 'psnr on Set was measured under 2 protocols' in text and 'different LR images or test images' in text
@@ -144,9 +145,16 @@ def test_missing_values_and_duplicates_are_said(page_of, tmp_path):
     page = page_of(broken, twice, again)
     assert [row[1] for row in page.table('Set: psnr')[2:]] == ['25.00', '–', '30.00']
     notes = ' '.join(page.texts)
-    for part in ('psnr is missing or not finite for 1 of 2 images', '2 rows of other kinds', 'holds b more than once',
+    for part in ('psnr is missing or not finite for 1 of 2 images', '2 rows are not shown', 'holds b more than once',
                  '1.json and again in', 'with other figures'):
         assert part in notes, part
+
+
+def test_bicubic_tells_that_images_differ(page_of):
+    first, other = image_row(), image_row(metrics={'psnr': 30.0, 'bicubic_psnr': 25.5})
+    assert 'from 25.0000 to 25.5000: their images are not the same' in ' '.join(
+        page_of(results('a', first), results('b', other)).texts)
+    assert 'not the same' not in ' '.join(page_of(results('a', first), results('b', first)).texts)
 
 
 def test_means_of_a_file_without_images(page_of):
@@ -158,10 +166,10 @@ def test_means_of_a_file_without_images(page_of):
 
 
 def test_costs_and_routing(page_of):
+    measured = ('a', 300.0, 10.0, 5.0, 0.5, 0.2), ('b', 500.0, 30.0, 4.0, 1.0, None)
     routed = [image_row(image=name, macs={**MACS, 'experts': experts, 'total': 1300 + experts}, time_ms={'total': time},
                         peak_mib={'total': peak}, routing={'loads': [1 - share, share], 'texture_correlation': value})
-              for name, experts, time, peak, share, value in (('a', 300.0, 10.0, 5.0, 0.5, 0.2), ('b', 500.0, 30.0, 4.0, 1.0,
-                                                                                             None))]
+              for name, experts, time, peak, share, value in measured]
     page = page_of(results('moe', *routed), results('foreign', image_row(), image_row(image='b')))
     row = page.table('Set: thousand multiply-adds')[2]
     # decoder 100 + 200 + 400; of plain 2400: 29.2 %; of folded 1200: 58.3 %; median of two times; largest memory
@@ -181,8 +189,9 @@ def test_profiles(page_of):
 
 
 def test_a_line_connects_the_budgets_of_one_network(tmp_path):
-    def budget(value, **more):
-        return image_row(psnr=30 + (value or 0.5), macs={**MACS, 'total': 1000 * (1 + (value or 0.5))}, budget=value, **more)
+    def budget(value):
+        cost = value or 0.5
+        return image_row(psnr=30 + cost, macs={**MACS, 'total': 1000 * (1 + cost)}, budget=value)
 
     documents = [results('moe', budget(None), file='w.pth'), results('moe_b0.3', budget(0.3), file='w.pth'),
                  results('renamed', budget(0.7), file='w.pth'), results('moe_b0.9', budget(0.3), file='other.pth')]
@@ -214,7 +223,8 @@ def test_times_of_two_machines_do_not_share_a_chart(page_of):
 
 def test_names_are_escaped():
     assert tag('td', '<b>&"', cls='"') == '<td class="&quot;">&lt;b&gt;&amp;&quot;</td>'
-    assert tag('p', [tag('b', 'x'), None, ('<', )]) == '<p><b>x</b>&lt;</p>' and void('img', alt='>') == '<img alt="&gt;">'
+    assert tag('p', [tag('b', 'x'), None, ('<', )]) == '<p><b>x</b>&lt;</p>'
+    assert void('img', alt='>') == '<img alt="&gt;">'
 
 
 def test_hostile_names_stay_text(page_of):

@@ -136,17 +136,18 @@ def scatter(points: list[Point], series: dict[Entry, Series], labels: dict[Entry
             drawn.append(tag('polyline', points=path, cls=f'line {colour_of(one)}'))
         for point, (x, y) in zip(line, places):
             drawn.append(mark(point, one, labels[point.entry], x, y, (across_unit, up_unit)))
-    return tag('svg', drawn, viewBox=f'0 0 {WIDTH} {HEIGHT}', role='img', cls='chart')
+    return tag('svg', drawn, viewBox=f'0 0 {WIDTH} {HEIGHT}', role='img', aria_label=f'{up_unit} against {across_unit}',
+               cls='chart')
 
 
 def mark(point: Point, series: Series, label: str, x: float, y: float, units: tuple[str, str]) -> Markup:
-    """A point, with its figures where the mouse rests on it and its budget beside it."""
+    """A point, with its figures where the mouse rests on it and its budget or cost weight below it."""
     control = point.entry.control
     value = control.budget if control.budget is not None else control.cost_weight
-    beside = None if value is None else tag('text', f'{value:g}', x=coordinate(x + 7), y=coordinate(y + 11))
+    below = None if value is None else tag('text', f'{value:g}', x=coordinate(x), y=coordinate(y + 16), cls='mid')
     told = f'{label}: {point.up:.{decimals_of(units[1])}f} ({units[1]}), {point.across:,.1f} ({units[0]})'
     place = f'translate({coordinate(x)} {coordinate(y)})'
-    return join([tag('path', tag('title', told), d=shape_of(series), transform=place, cls=colour_of(series)), beside])
+    return join([tag('path', tag('title', told), d=shape_of(series), transform=place, cls=colour_of(series)), below])
 
 
 def axis(low: float, high: float, start: float, end: float) -> Axis:
@@ -192,9 +193,16 @@ def share_charts(report: Report) -> list[Markup]:
             if bars:
                 names = expert_names(chosen[0].entry, len(bars[0][1]))
                 colours = hex_colours(len(names), expert_costs(chosen))
-                figures.append(tag('figure', tag('figcaption', tag('b', dataset), f', {name}: share of the output pixels'),
-                                   swatches(names, colours), stacked(bars, colours, names), cls='wide'))
+                caption = tag('figcaption', tag('b', dataset), f', {name}: share of the output pixels')
+                figures.append(tag('figure', caption, swatches(names, colours), stacked(bars, colours, names),
+                                   cls='wide'))
     return figures
+
+
+def ink_on(colour: str) -> str:
+    """The class of text on a filled part: dark on light colours, light on dark ones."""
+    red, green, blue = (int(colour[place:place + 2], 16) for place in (1, 3, 5))
+    return 'dark' if 0.299 * red + 0.587 * green + 0.114 * blue > 115 else 'light'
 
 
 def hex_colours(count: int, costs: list[float] | None) -> list[str]:
@@ -202,11 +210,11 @@ def hex_colours(count: int, costs: list[float] | None) -> list[str]:
     return ['#{2:02x}{1:02x}{0:02x}'.format(*colour) for colour in expert_colours(count, costs).tolist()]
 
 
-def swatches(names: Sequence[str], colours: Sequence[str]) -> Markup:
-    """A legend of filled squares."""
+def swatches(names: Sequence[str], colours: Sequence[str], network: str | None = None) -> Markup:
+    """A legend of filled squares, after the network's name where one is given."""
     keys = [tag('span', tag('svg', tag('rect', width=12, height=12, fill=colour), viewBox='0 0 12 12', width=12,
                             height=12), name, cls='key') for name, colour in zip(names, colours)]
-    return tag('p', keys, cls='legend')
+    return tag('p', tag('span', network, cls='key') if network else None, keys, cls='legend')
 
 
 def stacked(bars: list[tuple[str, list[float]]], colours: list[str], names: list[str]) -> Markup:
@@ -220,7 +228,8 @@ def stacked(bars: list[tuple[str, list[float]]], colours: list[str], names: list
             drawn.append(tag('rect', tag('title', f'{name}: {load:.1%}'), x=coordinate(at), y=top,
                              width=coordinate(width), height=BAR, fill=colour))
             if width > 34:
-                drawn.append(tag('text', f'{load:.0%}', x=coordinate(at + width / 2), y=top + 12, cls='mid onbar'))
+                drawn.append(tag('text', f'{load:.0%}', x=coordinate(at + width / 2), y=top + 12, cls=f'mid {ink_on(colour)}'))
             at += width
     height = len(bars) * (BAR + GAP)
-    return tag('svg', drawn, viewBox=f'0 0 {BAR_LEFT + BAR_WIDTH + 10} {height}', role='img', cls='bars')
+    return tag('svg', drawn, viewBox=f'0 0 {BAR_LEFT + BAR_WIDTH + 10} {height}', role='img',
+               aria_label='shares of the experts', cls='bars')

@@ -20,7 +20,7 @@ UNKNOWN = 'protocol not recorded'
 BICUBIC = 'bicubic_'  # prefix of the baseline's metrics
 SEED = re.compile(r'(.+)_seed(\d+)')
 CONTROL = re.compile(r'(.+)[_-](?:b|budget|k|kappa|cost_weight)[_-]?(-?\d+(?:\.\d+)?)')
-CONTROLS = ('budget', 'cost_weight', 'precision', 'shuffle_experts')
+SAME = 1e-6  # bicubic's figures on the same images differ by rounding at most
 
 
 class Source(NamedTuple):
@@ -126,8 +126,8 @@ def read_sources(paths: Iterable[str | PathLike]) -> list[Source]:
         if path.is_dir():
             path /= RESULTS_FILE
             if not path.is_file():
-                raise UserError(f'{given}: this folder holds no {RESULTS_FILE}; give a folder that `basicsr test` wrote, '
-                                'or a file.')
+                raise UserError(f'{given}: this folder holds no {RESULTS_FILE}; give a folder of '
+                                '`basicsr test`, or a file.')
         if path.resolve() in seen:
             raise UserError(f'{given}: these results are given twice.')
         seen[path.resolve()] = given
@@ -143,23 +143,15 @@ def collect(sources: list[Source]) -> Report:
     """
     runs, profiles, notes = [], [], []
     for place, source in enumerate(sources):
-        groups: dict[tuple, list[dict]] = {}
-        skipped = 0
-        for row in source.results['rows']:
-            name, seed = model_name(source)
-            entry = make_entry(source, name, row)
-            if row['case'] == 'profile' and 'scale' in row:
-                profiles.append((place, entry, row))
-            elif row['case'] in ('test', 'mean') and row.get('dataset') and 'scale' in row:
-                key = (entry if row['case'] == 'test' or 'budget' in row else None, seed, row['dataset'],
-                       tuple(row['scale']))
-                groups.setdefault(key, []).append(row)
-            else:
-                skipped += 1
-        if skipped:
-            notes.append(f'{source.path}: {skipped} rows of other kinds than tests and profiles of upscaling, or without '
-                         'dataset or scale, are not shown.')
-        runs += runs_of(place, source, groups, notes)
+        rows = [row for row in source.results['rows'] if 'scale' in row]
+        found = [(place, make_entry(source, row), row) for row in rows if row['case'] == 'profile']
+        tests = [row for row in rows if row['case'] in ('test', 'mean') and row.get('dataset')]
+        others = len(source.results['rows']) - len(found) - len(tests)
+        if others:
+            notes.append(f'{source.path}: {others} rows are not shown, of other kinds than tests and profiles of '
+                         'upscaling, or without dataset or scale.')
+        profiles += found
+        runs += runs_of(place, source, tests, notes)
     runs = without_duplicates(runs, sources, notes)
     if not runs and not profiles:
         raise UserError(f'{", ".join(source.path for source in sources)}: there are no rows of `basicsr test` or '
@@ -176,8 +168,9 @@ def model_name(source: Source) -> tuple[str, str]:
     return (match[1], match[2]) if match else (name, '')
 
 
-def make_entry(source: Source, name: str, row: dict) -> Entry:
+def make_entry(source: Source, row: dict) -> Entry:
     """The row of the tables that a row of the file belongs to."""
+    name, _ = model_name(source)
     control = Control(row.get('budget'), row.get('cost_weight') or None, row.get('precision') or 'fp32',
                       bool(row.get('shuffle_experts')))
     match = CONTROL.fullmatch(name)
@@ -187,17 +180,17 @@ def make_entry(source: Source, name: str, row: dict) -> Entry:
     return Entry(name, control, json.dumps(network, sort_keys=True))
 
 
-def runs_of(place: int, source: Source, groups: dict[tuple, list[dict]], notes: list[str]) -> list[Run]:
+def runs_of(place: int, source: Source, rows: list[dict], notes: list[str]) -> list[Run]:
     """The runs of one source; the file's own means stand in where it holds no images."""
-    runs, named = [], {key[1:] for key, rows in groups.items() if any(row['case'] == 'test' for row in rows)}
-    for (entry, seed, dataset, scale), rows in groups.items():
-        images = [row for row in rows if row['case'] == 'test']
-        if not images and (seed, dataset, scale) in named:
-            continue
-        entry = entry or make_entry(source, model_name(source)[0], rows[0])
-        images = once_each(images, source, notes)
-        runs.append(make_run(place, entry, seed, images or rows[:1], notes, bool(images)))
-    return runs
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row['case'] == 'test':
+            groups.setdefault((make_entry(source, row), row['dataset'], tuple(row['scale'])), []).append(row)
+    named = {key[1:] for key in groups}
+    runs = [make_run(place, source, entry, once_each(images, source, notes), notes)
+            for (entry, _, _), images in groups.items()]
+    return runs + [make_run(place, source, make_entry(source, row), [row], notes) for row in rows
+                   if row['case'] == 'mean' and (row['dataset'], tuple(row['scale'])) not in named]
 
 
 def once_each(images: list[dict], source: Source, notes: list[str]) -> list[dict]:
@@ -206,37 +199,45 @@ def once_each(images: list[dict], source: Source, notes: list[str]) -> list[dict
     for row in images:
         name = row.get('image')
         if name in first:
-            notes.append(f'{source.path}: {row["dataset"]} holds {name or "an image without a name"} more than once; the '
-                         'first row counts.')
+            notes.append(f'{source.path}: {row["dataset"]} holds {name or "an image without a name"} more than once; '
+                         'the first row counts.')
         first.setdefault(name, row)
     return list(first.values())
 
 
-def make_run(place: int, entry: Entry, seed: str, rows: list[dict], notes: list[str], named: bool) -> Run:
-    """Means over rows of one dataset and scale."""
+def make_run(place: int, source: Source, entry: Entry, rows: list[dict], notes: list[str]) -> Run:
+    """Means over the images of one dataset and scale, or the one row that holds the means."""
     first = rows[0]
-    scale = tuple(first['scale'])
-    dataset = first['dataset'].removesuffix(f'_{scale_label(scale)}') or first['dataset']
-    images = tuple(sorted(str(row.get('image')) for row in rows)) if named else first.get('count', 0)
-    column = Column(dataset, scale, first.get('protocol') or 'origin of the LR images not recorded', images)
     names = dict.fromkeys(name for row in rows for name in row.get('metrics') or {})
     values = {name: [(row.get('metrics') or {}).get(name) for row in rows] for name in names}
     for name, found in values.items():
         if None in found:
-            notes.append(f'{entry.label()} on {first["dataset"]}: {name} is missing or not finite for '
-                         f'{found.count(None)} of {len(rows)} images, so there is no mean.')
+            notes.append(f'{source.path}, {first["dataset"]}: {name} is missing or not finite for {found.count(None)} '
+                         f'of {len(rows)} images, so there is no mean.')
     macs = [row['macs'] for row in rows if row.get('macs')]
     routing = [row['routing'] for row in rows if (row.get('routing') or {}).get('loads')]
+    correlations = [entry.get('texture_correlation') for entry in routing]
     times, peaks = ([(row.get(key) or {}).get('total') for row in rows] for key in ('time_ms', 'peak_mib'))
-    return Run(
-        place, entry, seed, column, {name: mean(found) for name, found in values.items()},
-        first.get('metric_protocols') or {},
-        {key: mean_list([entry.get(key) for entry in macs]) if key == 'each_expert' else
-         mean([entry.get(key) for entry in macs]) for key in (macs[0] if macs else ())},
-        statistics.median(times) if None not in times else None, max(peaks) if None not in peaks else None,
-        mean_list([entry['loads'] for entry in routing]),
-        mean([entry['texture_correlation'] for entry in routing
-              if entry.get('texture_correlation') is not None]), rows)
+    return Run(place, entry, model_name(source)[1], make_column(rows),
+               {name: mean(found) for name, found in values.items()}, first.get('metric_protocols') or {},
+               mean_macs(macs), None if None in times else statistics.median(times),
+               None if None in peaks else max(peaks), mean_list([entry['loads'] for entry in routing]),
+               mean([value for value in correlations if value is not None]), rows)
+
+
+def make_column(rows: list[dict]) -> Column:
+    """What the rows of one dataset and scale were measured on."""
+    first = rows[0]
+    scale = tuple(first['scale'])
+    dataset = first['dataset'].removesuffix(f'_{scale_label(scale)}') or first['dataset']
+    images = first.get('count', 0) if first['case'] == 'mean' else tuple(sorted(str(row.get('image')) for row in rows))
+    return Column(dataset, scale, first.get('protocol') or 'origin of the LR images not recorded', images)
+
+
+def mean_macs(macs: list[dict]) -> dict[str, Any]:
+    """Mean multiply-adds part by part."""
+    return {key: (mean_list if key == 'each_expert' else mean)([entry.get(key) for entry in macs])
+            for key in (macs[0] if macs else ())}
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -271,8 +272,8 @@ def without_duplicates(runs: list[Run], sources: list[Source], notes: list[str])
         if kept is not run:
             same = 'the same' if kept.metrics == run.metrics else 'other'
             notes.append(f'{run.entry.label()} on {run.column.dataset} {scale_label(run.column.scale)} is in '
-                         f'{sources[kept.source].path} and again in {sources[run.source].path}, with {same} figures; the '
-                         'first one counts.')
+                         f'{sources[kept.source].path} and again in {sources[run.source].path}, with {same} figures; '
+                         'the first one counts.')
     return list(first.values())
 
 
@@ -289,7 +290,7 @@ def distinct_labels(entries: Iterable[Entry]) -> dict[Entry, str]:
 
 
 def comparability(runs: list[Run]) -> list[str]:
-    """Notes on figures that look alike and must not be compared."""
+    """Notes on figures that look alike and must not be compared, and on images that cannot be the same."""
     notes = []
     for dataset in dict.fromkeys(run.column.dataset for run in runs):
         of_dataset = [run for run in runs if run.column.dataset == dataset]
@@ -298,12 +299,25 @@ def comparability(runs: list[Run]) -> list[str]:
             if len(found) > 1:
                 notes.append(f'{metric} on {dataset} was measured under {len(found)} protocols ({"; ".join(found)}): '
                              'separate tables.')
+            notes += [f'{BICUBIC}{metric} on {dataset} {scale_label(column.scale)} differs between the files, from '
+                      f'{min(values):.4f} to {max(values):.4f}: their images are not the same.'
+                      for (column, _), values in bicubic_values(of_dataset, metric).items()
+                      if max(values) - min(values) > SAME]
         for scale in dict.fromkeys(run.column.scale for run in of_dataset):
             columns = {run.column for run in of_dataset if run.column.scale == scale}
             if len(columns) > 1:
                 notes.append(f'{dataset} {scale_label(scale)} was measured on different LR images or test images: '
                              'separate columns.')
     return notes
+
+
+def bicubic_values(runs: list[Run], metric: str) -> dict[tuple[Column, str], list[float]]:
+    """The baseline's figures of one metric under each protocol, one per run."""
+    found: dict[tuple[Column, str], list[float]] = {}
+    for run in runs:
+        if run.metrics.get(BICUBIC + metric) is not None:
+            found.setdefault((run.column, protocol_of(run, metric)), []).append(run.metrics[BICUBIC + metric])
+    return found
 
 
 def metric_names(runs: Iterable[Run]) -> list[str]:

@@ -41,8 +41,8 @@ def cost_tables(report: Report) -> list[Markup]:
         costly = [run for run in runs if run.macs or run.time_ms is not None]
         if costly:
             bodies = [column_rows(report, column, costly) for column in columns_of(costly)]
-            caption = [tag('b', dataset), ': thousand multiply-adds per output pixel, milliseconds, MiB. Means over the '
-                       'images; time is the median over the images of one run each, memory the largest.']
+            caption = [tag('b', dataset), ': thousand multiply-adds per output pixel, milliseconds, MiB. Means over '
+                       'the images; time is the median over the images of one run each, memory the largest.']
             head = head_row(*words('model'), *MACS_HEAD, 'ms', 'peak MiB', *words('environment'))
             tables.append(table(caption, [head], *bodies))
     return tables
@@ -102,8 +102,8 @@ def correlation_table(report: Report) -> Markup | None:
         if any(found):
             rows.append(row(report.labels[entry], *(number(value and value.mean, 2) for value in found)))
     head = head_row(*words('model'), *(f'{column.dataset} {scale_label(column.scale)}' for column in columns))
-    return table("Texture correlation: Spearman's rank correlation of the chosen expert's depth with the local gradient "
-                 'energy of the output, over the pixels of an image; mean over the images.', [head], rows)
+    return table("Texture correlation: Spearman's rank correlation of the chosen expert's depth with the local "
+                 'gradient energy of the output, over the pixels of an image; mean over the images.', [head], rows)
 
 
 def mean_loads(runs: list[Run]) -> list[float]:

@@ -1,7 +1,7 @@
 """Pictures side by side: the truth, bicubic, every model and its expert map, cut at one place.
 
-The place is chosen by the truth alone: the window with the largest gradient energy. The images are the first ones of
-each dataset and scale in turn. No result has a say in either.
+The place is chosen by the truth alone: the window with the largest gradient energy. The images are chosen by their
+order: the n-th dataset and scale shows its n-th image. No result has a say in either.
 """
 import base64
 import io
@@ -25,12 +25,12 @@ from .quality import BICUBIC_LABEL, decimals_of
 SIDE = 96  # of the crop, output pixels
 STRIDE = 8  # between the windows that are compared
 ZOOM = 2  # of the crop on the page
-OVERVIEW = 260  # columns of the whole image with the window marked
+OVERVIEW = SIDE * ZOOM  # largest side of the whole image with the window marked
 MAX_BYTES = 24 << 20  # of all pictures; a report stays a file that can be mailed
-RULE = (f'Crops of {SIDE} x {SIDE} output pixels, enlarged by {ZOOM} without interpolation. The window is the one with the '
-        "largest mean squared luma gradient of the truth, on a grid of "
-        f'{STRIDE} pixels, the topmost and leftmost of equals; the images are the first of each dataset and scale in turn, '
-        'in the order of the files. Figures are those of the whole image.')
+RULE = (f'Crops of {SIDE} x {SIDE} output pixels, enlarged by {ZOOM} without interpolation. The window is the one with '
+        f'the largest mean squared luma gradient of the truth, on a grid of {STRIDE} pixels, the topmost and leftmost '
+        'of equals. The n-th dataset and scale shows its n-th image, from the start again at its end. Figures are those '
+        'of the whole image.')
 
 
 class Shot(NamedTuple):
@@ -83,9 +83,10 @@ def shots_of(report: Report) -> list[list[Shot]]:
 
 
 def take_turns(columns: list[list[Shot]]) -> list[Shot]:
-    """The first of each column, then the second of each, and so on."""
+    """One of each column, then another of each, and so on; column n starts at its image n, so that images differ."""
     longest = max(map(len, columns), default=0)
-    return [shots[place] for place in range(longest) for shots in columns if place < len(shots)]
+    return [shots[(place + start) % len(shots)] for place in range(longest) for start, shots in enumerate(columns)
+            if place < len(shots)]
 
 
 class Comparison:
@@ -100,8 +101,7 @@ class Comparison:
     def __init__(self, report: Report, shot: Shot, notes: list[str]):
         self.report, self.shot, self.notes = report, shot, notes
         self.name = f'{shot.image} of {shot.column.dataset} {scale_label(shot.column.scale)}'
-        metric = main_metric([run for run, _ in shot.rows])
-        self.metric = metric[0] if metric else ''
+        self.metric, self.protocol = main_metric([run for run, _ in shot.rows]) or ('', '')
 
     def figure(self) -> Markup | None:
         """Whole image, truth, bicubic, models, maps; None without the truth."""
@@ -126,8 +126,11 @@ class Comparison:
             if chosen is not None:
                 maps.append(tile(f'experts of {label}', window.cut(chosen)))
                 legends[run.entry.network] = self.legend(run, row)
-        caption = tag('figcaption', tag('b', self.name), f', window at row {window.top}, column {window.left}')
-        return tag('figure', caption, tag('div', tiles, maps, cls='tiles'), list(legends.values()), cls='wide')
+        place = f'window at row {window.top}, column {window.left}'
+        told = ', '.join(filter(None, (self.name, place, self.metric, self.protocol)))
+        caption = tag('figcaption', tag('b', self.name), told.removeprefix(self.name))
+        shown = tag('div', tag('div', maps, cls='tiles'), list(legends.values()), cls='maps') if maps else None
+        return tag('figure', caption, tag('div', tiles, cls='tiles'), shown, cls='wide')
 
     def first(self, kind: str, like: np.ndarray | None = None) -> np.ndarray | None:
         """The picture of a kind by the first run that has it."""
@@ -158,8 +161,8 @@ class Comparison:
         own = self.read(run, row, 'truth', truth) if 'truth' in row['pictures'] else truth
         same = own is not None and np.array_equal(own, truth)
         if not same:
-            self.notes.append(f'{self.report.labels[run.entry]} was measured on another truth of {self.name}; it is not '
-                              'shown there.')
+            self.notes.append(f'{self.report.labels[run.entry]} was measured on another truth of {self.name}; it is '
+                              'not shown there.')
         return same
 
     def figures(self, value: float | None) -> str:
@@ -169,7 +172,8 @@ class Comparison:
     def legend(self, run: Run, row: dict) -> Markup:
         """Names of the map's colours."""
         count = len(run.loads)
-        return swatches(expert_names(run.entry, count), hex_colours(count, (row.get('macs') or {}).get('each_expert')))
+        colours = hex_colours(count, (row.get('macs') or {}).get('each_expert'))
+        return swatches(expert_names(run.entry, count), colours, run.entry.name)
 
 
 def busiest_window(truth: np.ndarray) -> Window:
@@ -188,8 +192,8 @@ def busiest_window(truth: np.ndarray) -> Window:
 def overview(truth: np.ndarray, window: Window) -> Markup:
     """The whole image, small, with the window marked."""
     image = Image.fromarray(truth)
-    factor = min(1.0, OVERVIEW / image.width)
-    small = image.resize((round(image.width * factor), max(1, round(image.height * factor))), Image.Resampling.BOX)
+    factor = min(1.0, OVERVIEW / max(image.size))
+    small = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BOX)
     box = [round(value * factor) for value in (window.left, window.top, window.left + window.cols - 1,
                                                window.top + window.rows - 1)]
     ImageDraw.Draw(small).rectangle(box, outline='#ff0000', width=2)

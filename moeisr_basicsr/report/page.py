@@ -13,7 +13,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 TITLE = 'Super-resolution results'
 
 
-def render(report: Report, baseline: str | None = None, max_images: int = 4) -> str:
+def render(report: Report, baseline: str | None = None, max_images: int = 6) -> str:
     """The page as text; the same report gives the same text.
 
     Args:
@@ -43,7 +43,7 @@ def section(title: str, about: str, parts: list[Markup | None]) -> Markup | None
 
 def header(report: Report, notes: list[str]) -> Markup:
     """What was compared, and what a reader must know first."""
-    names = ', '.join(report.labels.values())
+    names = '; '.join(report.labels.values())
     told = tag('div', tag('b', 'Notes'), tag('ul', [tag('li', note) for note in notes]), cls='notes') if notes else None
     return join([tag('p', 'Compared: ', names, '.'), told, sources_table(report), environment_table(report),
                  models_table(report)])
@@ -59,17 +59,17 @@ def environment_notes(report: Report) -> list[str]:
 def quality(report: Report, baseline: str) -> Markup | None:
     """The tables of metrics."""
     about = (f'Means over the images. Differences (diff.) are to {baseline}. Bold: the best model of a column, equal '
-             f'figures alike; {BICUBIC_LABEL} does not compete. a ± b (n): mean and half the range over n seeds. s is the '
-             'scale, rows before columns where they differ. Numbers in brackets name the files.')
+             f'figures alike; {BICUBIC_LABEL} does not compete. a ± b (n): mean and half the range over n seeds. s is '
+             'the scale, rows before columns where they differ. Numbers in brackets name the files.')
     return section('Quality', about, quality_tables(report, baseline))
 
 
 def cost(report: Report) -> Markup | None:
     """The tables of multiply-adds, time and memory."""
     about = ('Multiply-adds as routed, those of linear layers, convolutions and attention, one per multiply-add. The '
-             'decoder is mapper, LR tables and experts (mean of the chosen ones). Dense is the heaviest expert on every '
-             'pixel: plain as published (four passes per pixel), folded by this code; with LIIF or LTE experts of the '
-             'published size it is LIIF or LTE.')
+             'decoder is mapper, LR tables and experts (mean of the chosen ones). Dense is the heaviest expert on '
+             'every pixel: plain as published (four passes per pixel), folded by this code; with LIIF or LTE experts of '
+             'the published size it is LIIF or LTE.')
     return section('Cost', about, [*cost_tables(report), profile_table(report)])
 
 
@@ -80,7 +80,7 @@ def trade_off(report: Report) -> Markup | None:
     if not charts:
         return None
     about = ('A mark per model and control, means over the seeds; multiply-adds and time are of encoder and decoder. A '
-             'line connects the controls of one model; the number beside a mark is its budget or cost weight.')
+             'line connects the controls of one model; the number below a mark is its budget or cost weight.')
     return section('Quality against cost', about, [legend(series), tag('div', charts, cls='figures')])
 
 

@@ -51,23 +51,16 @@ def quality_table(report: Report, dataset: str, metric: str, protocol: str, runs
                   baseline: str) -> Markup:
     """One metric under one protocol."""
     columns = columns_of(runs)
-    lines = [line(report.labels[entry], [run for run in runs if run.entry == entry], columns, metric)
+    lines = [model_line(report.labels[entry], [run for run in runs if run.entry == entry], columns, metric)
              for entry in dict.fromkeys(run.entry for run in runs)]
-    models = list(lines)
+    models = [entry.values for entry in lines]
     reference = bicubic_line(runs, columns, metric)
     if reference is not None:
         lines.insert(0, reference)
     base = next((entry.values for entry in lines if entry.label == baseline), [None] * len(columns))
     decimals = decimals_of(metric)
-    best = [best_text(metric, [entry.values[place] for entry in models]) for place in range(len(columns))]
-    rows = []
-    for entry in lines:
-        cells = []
-        for value, other, top in zip(entry.values, base, best):
-            winner = entry.label != BICUBIC_LABEL and value is not None and f'{value.mean:.{decimals}f}' == top
-            cells += [tag('td', value_text(value, decimals), cls='best' if winner else None),
-                      tag('td', difference_text(value, other, entry.label == baseline, decimals), cls='diff')]
-        rows.append(row(entry.label, *cells, text(entry.files)))
+    best = [best_text(metric, [values[place] for values in models]) for place in range(len(columns))]
+    rows = [draw_line(entry, base, best, decimals, entry.label == baseline) for entry in lines]
     unit = ' in dB' if is_psnr(metric) else ''
     settings = dict.fromkeys(map(setting, columns))
     shared = next(iter(settings)) if len(settings) == 1 else None
@@ -80,12 +73,23 @@ def quality_table(report: Report, dataset: str, metric: str, protocol: str, runs
     return table(caption, heads, rows)
 
 
+def draw_line(line: Line, base: list[Value | None], best: list[str | None], decimals: int, is_base: bool) -> Markup:
+    """A row: for each column the value and its difference to the baseline."""
+    cells = []
+    for value, other, top in zip(line.values, base, best):
+        wins = line.label != BICUBIC_LABEL and value is not None and f'{value.mean:.{decimals}f}' == top
+        cells += [tag('td', value_text(value, decimals), cls='best' if wins else None),
+                  tag('td', difference_text(value, other, is_base, decimals), cls='diff')]
+    return row(line.label, *cells, text(line.files))
+
+
 def setting(column: Column) -> str:
     """What a column's figures are of, beside its scale."""
-    return f'{column.inputs}; {column.count} image{"" if column.count == 1 else "s"}'
+    count = f'{column.count} image{"" if column.count == 1 else "s"}' if column.count else 'images not counted'
+    return f'{column.inputs}; {count}'
 
 
-def line(label: str, runs: list[Run], columns: list[Column], metric: str) -> Line:
+def model_line(label: str, runs: list[Run], columns: list[Column], metric: str) -> Line:
     """A model's row: each value over its seeds."""
     values = [over_seeds(run.metrics[metric] for run in runs if run.column == column) for column in columns]
     return Line(label, values, file_numbers(runs))
@@ -98,12 +102,12 @@ def bicubic_line(runs: list[Run], columns: list[Column], metric: str) -> Line | 
         return None
     first = {run.column: run for run in reversed(measured)}
     values = [Value(first[column].metrics[BICUBIC + metric], 0.0, 1) if column in first else None for column in columns]
-    return Line(BICUBIC_LABEL, values, file_numbers([run for run in first.values()]))
+    return Line(BICUBIC_LABEL, values, file_numbers(list(first.values())))
 
 
 def file_numbers(runs: list[Run]) -> str:
     """'[1] [3]': where the figures are from."""
-    return ' '.join(f'[{place + 1}]' for place in sorted({run.source for run in runs}))
+    return '\N{NO-BREAK SPACE}'.join(f'[{place + 1}]' for place in sorted({run.source for run in runs}))
 
 
 def best_text(metric: str, values: list[Value | None]) -> str | None:
@@ -126,4 +130,6 @@ def difference_text(value: Value | None, base: Value | None, is_base: bool, deci
     """The distance to the baseline, with its sign."""
     if is_base:
         return 'base' if value is not None else MISSING
-    return MISSING if value is None or base is None else f'{round(value.mean - base.mean, decimals) + 0.0:+.{decimals}f}'
+    if value is None or base is None:
+        return MISSING
+    return f'{round(value.mean - base.mean, decimals) + 0.0:+.{decimals}f}'  # + 0.0 makes a negative zero positive

@@ -25,11 +25,11 @@ tbody th{font-weight:400}
 tbody tr:nth-child(even){background:var(--tint)}
 th.group{font-weight:600;padding-top:10px;background:var(--paper)}
 .text,tbody th{text-align:left}
-td.text{white-space:normal;max-width:28em;overflow-wrap:anywhere}
+td.text{white-space:normal;max-width:28em;overflow-wrap:break-word}
 .best{font-weight:700}
 .diff{color:var(--soft)}
-.figures{display:flex;flex-wrap:wrap;gap:22px 26px}
-.charts{display:flex;flex-wrap:wrap;gap:6px}
+.figures{display:flex;flex-wrap:wrap;gap:22px 20px}
+.charts{display:flex;flex-wrap:wrap;gap:4px}
 figure{margin:0}
 figure.wide{width:100%;margin:16px 0 24px}
 figcaption{font-size:13px;margin-bottom:4px}
@@ -39,7 +39,8 @@ svg.bars{width:100%;max-width:700px;height:auto}
 svg.chart,svg.bars{display:block}
 .mid{text-anchor:middle}
 .end{text-anchor:end}
-svg text.onbar{fill:#fff;paint-order:stroke;stroke:#000;stroke-width:2px}
+svg text.dark{fill:#000}
+svg text.light{fill:#fff}
 .grid{stroke:var(--rule)}
 .s0{fill:var(--s0);stroke:var(--s0)}.s1{fill:var(--s1);stroke:var(--s1)}.s2{fill:var(--s2);stroke:var(--s2)}
 .s3{fill:var(--s3);stroke:var(--s3)}.s4{fill:var(--s4);stroke:var(--s4)}.s5{fill:var(--s5);stroke:var(--s5)}
@@ -48,12 +49,14 @@ svg text.onbar{fill:#fff;paint-order:stroke;stroke:#000;stroke-width:2px}
 .legend{max-width:none;margin:4px 0 8px}
 .key{display:inline-block;margin-right:18px;font-size:13px}
 .key svg{vertical-align:-2px;margin-right:5px}
-.tiles{display:flex;flex-wrap:wrap;gap:10px;align-items:flex-end}
+.tiles{display:flex;flex-wrap:wrap;gap:10px;align-items:flex-start}
+.maps{margin-top:10px}
 .tile{font-size:12px}
 .tile img{display:block;margin-bottom:3px}
 .tile span{display:block;max-width:192px}
 .pixels{image-rendering:pixelated}
-@media print{body{font-size:11px;-webkit-print-color-adjust:exact;print-color-adjust:exact}main{max-width:none;padding:0}
+@media print{body{font-size:11px;-webkit-print-color-adjust:exact;print-color-adjust:exact}
+main{max-width:none;padding:0}
 .scroll{overflow:visible}table{font-size:8px}th,td{padding:2px 4px}caption{font-size:11px}
-figure,tr,.tiles{break-inside:avoid}h2,caption{break-after:avoid}}
+.tile img{width:auto;height:96px}.tile span{max-width:110px}figure,tr{break-inside:avoid}h2,caption{break-after:avoid}}
 """
