@@ -17,6 +17,7 @@ Shapes: (H, W) LR size, (R, S) output size, J experts.
 """
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -127,6 +128,22 @@ def encoder_macs(encoder: nn.Module, lq_size: tuple[int, int], in_channels: int 
         shadow = copy.deepcopy(encoder).to('meta').eval()
         shadow(torch.empty(1, in_channels, *lq_size, device='meta'))
     return counter.get_total_flops() // 2  # PyTorch counts a multiply-add as two
+
+
+@lru_cache(maxsize=256)  # counting runs the encoder's Python code; a test set repeats its sizes
+def encoder_macs_of(encoder: nn.Module, lq_size: tuple[int, int]) -> int:
+    """`encoder_macs` with the channels of the encoder's first convolution."""
+    in_channels = next(parameter for parameter in encoder.parameters() if parameter.dim() == 4).shape[1]
+    return encoder_macs(encoder, lq_size, in_channels)
+
+
+def macs_per_pixel(net: nn.Module, lq_size: tuple[int, int], size: tuple[int, int], loads: Sequence[float]) -> dict:
+    """The `macs` of a results row (see `schema`): per output pixel by part, as routed; `loads` as in `DecoderMacs`."""
+    parts = decoder_macs(net.decoder, lq_size, size)
+    encoder = encoder_macs_of(net.encoder, lq_size) / (size[0] * size[1])
+    return {'encoder': encoder, 'mapper': parts.mapper, 'tables': parts.tables, 'experts': parts.experts_at(loads),
+            'total': encoder + parts.total(loads), 'dense_folded': dense_folded_macs(net.decoder, lq_size, size),
+            'dense_plain': dense_plain_macs(net.decoder, lq_size, size), 'each_expert': parts.experts}
 
 
 def parameters(net: nn.Module) -> Parameters:
