@@ -59,7 +59,7 @@ class Parameters(NamedTuple):
     """Number of parameters."""
     encoder: int
     mapper: int
-    shared: int  # what all experts share: LTE's convolutions and phase
+    shared: int  # what all experts share: LTE's convolutions and phase; LIIF's first layer with share_first_layer
     experts: list[int]  # J
     total: int
 
@@ -99,7 +99,7 @@ def dense_folded_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple
     j = heaviest(decoder)
     pool = decoder.pool
     if decoder.family == 'liif':
-        tables_cell = 9 * pool.in_channels * pool.experts[j].linears[0].out_features
+        tables_cell = 9 * pool.in_channels * pool.linears(j)[0].out_features
     else:
         tables_cell = pool.table_macs()  # all experts share them
     return tables_cell * lq_size[0] * lq_size[1] / (size[0] * size[1]) + decoder.expert_macs[j]
@@ -113,7 +113,7 @@ def dense_plain_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[
 
 def plain_query_macs(decoder: MoEDecoder, j: int) -> int:
     """MACs of expert j per output pixel in the published way, convolutions at LR not counted."""
-    per_corner = sum(layer.weight.numel() for layer in decoder.pool.experts[j].linears)
+    per_corner = sum(layer.weight.numel() for layer in decoder.pool.linears(j))
     if decoder.family == 'lte':
         per_corner += decoder.pool.phase.weight.numel()
     return 4 * per_corner

@@ -8,8 +8,8 @@ A results file is JSON, one object:
 - `environment`: where it ran, from `environment.environment`: versions, `cpu`, `threads`, `device`, `device_name`,
   `kernel` (which code decoded) and the environment variables that matter.
 - `model`: `name`; `file` (null for random weights); `network_g` (its options); `parameters`: number of them in
-  `encoder`, `mapper`, `shared` (LTE's convolutions), `experts` (a list), `total`. Null in a benchmark, whose networks
-  are its own, and in a profile of the loader, which has none.
+  `encoder`, `mapper`, `shared` (LTE's convolutions, a shared first layer), `experts` (a list), `total`. Null in a
+  benchmark, whose networks are its own, and in a profile of the loader, which has none.
 - `rows`: a list; each row is one measurement with these keys, all optional but `case`:
 
   - `case`: name of the row ('test', 'mean' of one dataset's images, 'profile', 'train', 'data-stages',

@@ -141,9 +141,9 @@ class ImageEvaluator:
         loads = [1.0]
         if result.expert_map is not None:
             loads = expert_loads(result.expert_map, net.num_experts)
-            depths = [expert.depth for expert in net.decoder.pool.experts]
+            correlation = depth_correlation(result.expert_map[0], result.image[0], net.decoder.depths)
             row['routing'] = {'loads': loads, 'mean_cost': mean_cost(loads, net.expert_costs),
-                              'texture_correlation': depth_correlation(result.expert_map[0], result.image[0], depths)}
+                              'texture_correlation': correlation}
         return {**row, 'macs': macs_per_pixel(net, lq_size, size, loads)}
 
 
