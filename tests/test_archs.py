@@ -213,7 +213,7 @@ def test_published_widths_by_default():
     assert count(lte.decoder) == 2 * conv(64, 256) + 2 * 128 + 3 * 257 * 256 + 257 * 3
     assert (liif.skip, lte.skip) == ('none', 'bilinear')
     moe = build_network({'type': 'MoEISR', 'encoder': encoder})
-    assert [expert.depth for expert in moe.decoder.pool.experts] == [1, 2, 3, 4]
+    assert moe.decoder.depths == [1, 2, 3, 4]
     assert moe.decoder.mapper.num_layers == 5
 
 

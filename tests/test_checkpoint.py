@@ -47,15 +47,16 @@ def answers(net, size=(5, 9), lq_size=(4, 3)):
         return net(lq, *grid(size))
 
 
-def test_round_trip():
-    net = make_net()
-    save_model('m.safetensors', net, NETWORK, source='test')
+@pytest.mark.parametrize('network', [NETWORK, {**NETWORK, 'share_first_layer': True}], ids=['separate', 'shared'])
+def test_round_trip(network):
+    net = make_net(options=network)
+    save_model('m.safetensors', net, network, source='test')
     model = read_model('m.safetensors')
-    assert model.network_opt == NETWORK
+    assert model.network_opt == network
     assert model.metadata['source'] == 'test' and model.metadata['format'] == FORMAT
     loaded = load_model('m.safetensors')
     assert not loaded.training and torch.equal(answers(loaded), answers(net))
-    save_model('again.safetensors', loaded.state_dict(), NETWORK)
+    save_model('again.safetensors', loaded.state_dict(), network)
     assert torch.equal(answers(load_model('again.safetensors')), answers(net))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moeisr_basicsr.core.coords import GridAxis
 from moeisr_basicsr.core.decoder import MoEDecoder
+from moeisr_basicsr.core.liif import LIIFExperts
 from moeisr_basicsr.core.mapper import Mapper
 from moeisr_basicsr.core.render import Near, Tile
 
@@ -28,14 +29,14 @@ class FusedCPUBackend:
         self.dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
         pool = decoder.pool
         experts = []
-        for j, expert in enumerate(pool.experts):
-            first, *rest = expert.linears
-            layers = [(layer.weight, layer.bias) for layer in (rest if decoder.family == 'liif' else expert.linears)]
+        for j in range(decoder.num_experts):
+            linears = pool.linears(j)[1:] if decoder.family == 'liif' else pool.linears(j)
+            layers = [(layer.weight, layer.bias) for layer in linears]
             w_rel = pool.split_first(j)[1][:, :2].t() if decoder.family == 'liif' else None
             experts.append({'w_rel': w_rel, 'hidden': layers[:-1], 'last': layers[-1]})
         self.packed = cpu.PackedExperts(experts, precision)
         if decoder.family == 'liif':
-            kernels, self.w_local = zip(*(pool.split_first(j) for j in range(len(experts))))
+            kernels, self.w_local = zip(*(pool.split_first(j) for j in range(pool.num_tables)))
             self.kernels = [kernel.detach().to(self.dtype).contiguous(memory_format=torch.channels_last)
                             for kernel in kernels]
             # On AMX our own convolution is up to twice as fast as torch's.
@@ -45,9 +46,8 @@ class FusedCPUBackend:
     @staticmethod
     def supports(decoder: MoEDecoder) -> bool:
         """Whether the kernels can decode these experts: a LIIF expert needs a hidden layer, weights are fp32."""
-        experts = decoder.pool.experts
-        return (decoder.family == 'lte' or all(expert.depth > 0 for expert in experts)) and len(experts) <= 256 and all(
-            parameter.dtype == torch.float32 for parameter in experts.parameters())
+        return (decoder.family == 'lte' or min(decoder.depths) > 0) and decoder.num_experts <= 256 and all(
+            parameter.dtype == torch.float32 for parameter in decoder.pool.parameters())
 
     def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
         """(C_out, R, S) fp32."""
@@ -63,12 +63,16 @@ class FusedCPUBackend:
 
     def _liif_tables(self, decoder: MoEDecoder, tile: Tile) -> list[Tensor | None]:
         """First-layer pre-activations (h, w, D) of the experts that the tile uses; bias and cell term included."""
-        used = range(decoder.num_experts)
-        if tile.expert_map is not None:
-            counts = torch.bincount(tile.expert_map.flatten(), minlength=decoder.num_experts).tolist()
-            used = [j for j in used if counts[j]]
-        tables: list[Tensor | None] = [None] * decoder.num_experts
-        biases = [decoder.pool.experts[j].linears[0].bias + self.w_local[j][:, 2:] @ tile.cell for j in used]
+        pool = decoder.pool
+        if pool.num_tables == 1:
+            return self._build_tables(pool, tile, [0]) * decoder.num_experts
+        counts = torch.bincount(tile.expert_map.flatten(), minlength=decoder.num_experts).tolist()
+        return self._build_tables(pool, tile, [j for j, count in enumerate(counts) if count])
+
+    def _build_tables(self, pool: LIIFExperts, tile: Tile, used: list[int]) -> list[Tensor | None]:
+        """The pool's different tables; None in place of those that are not in `used`."""
+        tables: list[Tensor | None] = [None] * pool.num_tables
+        biases = [pool.linears(j)[0].bias + self.w_local[j][:, 2:] @ tile.cell for j in used]
         if self.convs is not None:
             for j, bias in zip(used, biases):
                 tables[j] = self.convs[j](tile.window[0], bias)
