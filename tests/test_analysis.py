@@ -41,7 +41,8 @@ ENCODER = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
 
 def small(family, channels=8):
     """`family` may also be 'shared': LIIF with one first layer for all experts."""
-    return MoEDecoder(channels, 3, 'liif' if family == 'shared' else family, EXPERTS[family], {'num_layers': 2, 'num_feat': 12, 'hidden': 10},
+    mapper = {'num_layers': 2, 'num_feat': 12, 'hidden': 10}
+    return MoEDecoder(channels, 3, 'liif' if family == 'shared' else family, EXPERTS[family], mapper,
                       **OPTIONS[family]).eval()
 
 
