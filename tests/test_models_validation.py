@@ -11,6 +11,7 @@ from tiny_runs import DENSE, NETWORK, change, parse, run_yaml, weights_of, write
 from torch.utils.data import DataLoader
 
 from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.analysis.routing_stats import depth_correlation
 from moeisr_basicsr.data.resize import imresize
 from moeisr_basicsr.engine import exit_codes
 from moeisr_basicsr.engine.data_loading import evaluation_loaders
@@ -248,6 +249,10 @@ def test_shuffled_experts_keep_their_shares(root):
         assert first['routing']['loads'] == second['routing']['loads'] != [1, 0]
         assert first['macs'] == second['macs']
         assert first['metrics']['psnr'] != second['metrics']['psnr']
+    for row, item in zip(trained, build_dataset(options(root)['datasets']['val'])):
+        texture = depth_correlation(upscale(model.net_g, item['lq'][None], 2).expert_map[0], item['gt'],
+                                    model.net_g.decoder.depths)
+        assert row['routing']['texture_correlation'] == pytest.approx(texture, abs=0.01)
     again = rows('again', shuffle_experts=True)
     assert [row['metrics'] for row in again] == [row['metrics'] for row in shuffled]
     mixed = rows('bf16', precision='bf16')

@@ -93,7 +93,7 @@ class ImageEvaluator:
         if gt is not None:
             record['metrics'] = self.measure_all(sr, gt, item['lq'][0], scale, dataset_opt.get('crop_border'))
         if not self.is_train:
-            record['row'] = {**self.row(net, lq, measured, scale, record), 'dataset': record['dataset'],
+            record['row'] = {**self.row(net, lq, gt, measured, scale, record), 'dataset': record['dataset'],
                              'image': record['name'], 'metrics': record['metrics']}
         shown = self.shows_pictures and index < self.val_opt.get('tb_images', 1)
         if save_img or shown:
@@ -126,7 +126,8 @@ class ImageEvaluator:
             if not suffix or self.val_opt.get('save_expert_map', False):
                 imwrite(picture, str(self.folder / record['dataset'] / f'{stem}{suffix}.png'))
 
-    def row(self, net: nn.Module, lq: Tensor, measured: Measured, scale: tuple[float, float], record: dict) -> dict:
+    def row(self, net: nn.Module, lq: Tensor, gt: Tensor | None, measured: Measured, scale: tuple[float, float],
+            record: dict) -> dict:
         """The image's row of a results document, see `analysis.schema`; `record` has its loads and mean cost."""
         result = measured.result
         lq_size, size = tuple(lq.shape[-2:]), tuple(result.image.shape[-2:])
@@ -139,7 +140,9 @@ class ImageEvaluator:
         if not hasattr(net, 'decoder'):
             return row
         if result.expert_map is not None:
-            correlation = depth_correlation(result.expert_map[0], result.image[0], net.decoder.depths)
+            # The truth where there is one: where neighbours' experts differ, the output has edges that they made.
+            texture = result.image[0] if gt is None else gt
+            correlation = depth_correlation(result.expert_map[0], texture, net.decoder.depths)
             row['routing'] = {'loads': record['loads'], 'mean_cost': record['mean_cost'],
                               'texture_correlation': correlation}
         return {**row, 'macs': macs_per_pixel(net, lq_size, size, record['loads'] or [1.0])}
