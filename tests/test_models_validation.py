@@ -19,6 +19,7 @@ from moeisr_basicsr.engine.test_loop import test as run_test
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import upscale
 from moeisr_basicsr.models.evaluation import mean, mean_of, mean_row, my_jobs, scale_label
+from moeisr_basicsr.models.image_evaluation import ImageEvaluator
 from moeisr_basicsr.models.pictures import expert_map_picture
 
 LUMA = torch.tensor([65.481, 128.553, 24.966]) / 255
@@ -259,6 +260,13 @@ def test_shuffled_experts_keep_their_shares(root):
     assert {row['precision'] for row in mixed} == {'bf16'}
     assert mixed[0]['metrics']['psnr'] == pytest.approx(trained[0]['metrics']['psnr'], abs=0.1)
     assert mixed[0]['metrics']['psnr'] != trained[0]['metrics']['psnr']
+
+
+@pytest.mark.parametrize('val', [{'shuffle_experts': True}, {'budget': 0.5}, {'cost_weight': 1.0}])
+def test_a_network_without_experts_has_no_routing_to_control(val):
+    evaluate = ImageEvaluator({'is_train': False, 'path': {}, 'val': val})
+    with pytest.raises(UserError, match='Conv2d has no experts: val: budget, cost_weight and shuffle_experts'):
+        evaluate.upscale(torch.nn.Conv2d(3, 3, 1), torch.rand(1, 3, 4, 4), None, None)
 
 
 @pytest.mark.parametrize(('scale', 'lq_size', 'size', 'border'), [

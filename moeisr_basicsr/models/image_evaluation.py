@@ -55,6 +55,9 @@ class ImageEvaluator:
                 index: int = 0, clock: Clock = nullcontext) -> Upscaled:
         """One image to `size`, or by `scale`, or by the network's own factor; `index` is its place in the dataset."""
         if not hasattr(net, 'encode'):  # of BasicSR or of somebody else: fixed factor
+            if self.routing or self.shuffles:
+                raise UserError(f'{type(net).__name__} has no experts: val: budget, cost_weight and shuffle_experts do '
+                                'not fit it.')
             return upscale_fixed(net, lq, self.precision)
         options = {**self.routing, 'precision': self.precision, 'clock': clock,
                    'shuffle_seed': self.seed + index if self.shuffles else None}  # the same on every rank
