@@ -15,7 +15,7 @@ from moeisr_basicsr.analysis.chart import COLOURS, Bar, Panel, draw_chart, nice_
 from moeisr_basicsr.analysis.complexity import (decoder_macs, dense_folded_macs, dense_plain_macs, encoder_macs,
                                                 heaviest, parameters, plain_query_macs)
 from moeisr_basicsr.analysis.environment import environment
-from moeisr_basicsr.analysis.plain import mlp, plain_image, plain_mixture, plain_pixels
+from moeisr_basicsr.analysis.plain import expert_mlp, plain_image, plain_mixture, plain_pixels
 from moeisr_basicsr.analysis.rendering import clustered_map, render_fixed
 from moeisr_basicsr.analysis.routing_stats import (depth_correlation, expert_loads, gradient_energy, mean_cost,
                                                    routing_stats, share_table, spearman)
@@ -41,7 +41,8 @@ ENCODER = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
 
 def small(family, channels=8):
     """`family` may also be 'shared': LIIF with one first layer for all experts."""
-    return MoEDecoder(channels, 3, 'liif' if family == 'shared' else family, EXPERTS[family], {'num_layers': 2, 'num_feat': 12, 'hidden': 10},
+    mapper = {'num_layers': 2, 'num_feat': 12, 'hidden': 10}
+    return MoEDecoder(channels, 3, 'liif' if family == 'shared' else family, EXPERTS[family], mapper,
                       **OPTIONS[family]).eval()
 
 
@@ -83,7 +84,7 @@ def test_plain_costs_against_mmengine(family):
     decoder = small(family)
     for j in range(4):
         x = torch.rand(7, decoder.pool.linears(j)[0].in_features)
-        count = mmengine_macs(Call(lambda x, j=j: mlp(decoder, j, x), decoder), x)['linear']
+        count = mmengine_macs(Call(lambda x, j=j: expert_mlp(decoder, j, x), decoder), x)['linear']
         if family == 'lte':
             count += mmengine_macs(decoder.pool.phase, torch.rand(7, 2))['linear']
         assert plain_query_macs(decoder, j) * 7 == 4 * count

@@ -11,6 +11,7 @@ from tiny_runs import DENSE, NETWORK, change, parse, run_yaml, weights_of, write
 from torch.utils.data import DataLoader
 
 from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.analysis.routing_stats import depth_correlation
 from moeisr_basicsr.data.resize import imresize
 from moeisr_basicsr.engine import exit_codes
 from moeisr_basicsr.engine.data_loading import evaluation_loaders
@@ -18,6 +19,7 @@ from moeisr_basicsr.engine.test_loop import test as run_test
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import upscale
 from moeisr_basicsr.models.evaluation import mean, mean_of, mean_row, my_jobs, scale_label
+from moeisr_basicsr.models.image_evaluation import ImageEvaluator
 from moeisr_basicsr.models.pictures import expert_map_picture
 
 LUMA = torch.tensor([65.481, 128.553, 24.966]) / 255
@@ -248,12 +250,23 @@ def test_shuffled_experts_keep_their_shares(root):
         assert first['routing']['loads'] == second['routing']['loads'] != [1, 0]
         assert first['macs'] == second['macs']
         assert first['metrics']['psnr'] != second['metrics']['psnr']
+    for row, item in zip(trained, build_dataset(options(root)['datasets']['val'])):
+        texture = depth_correlation(upscale(model.net_g, item['lq'][None], 2).expert_map[0], item['gt'],
+                                    model.net_g.decoder.depths)
+        assert row['routing']['texture_correlation'] == pytest.approx(texture, abs=0.01)
     again = rows('again', shuffle_experts=True)
     assert [row['metrics'] for row in again] == [row['metrics'] for row in shuffled]
     mixed = rows('bf16', precision='bf16')
     assert {row['precision'] for row in mixed} == {'bf16'}
     assert mixed[0]['metrics']['psnr'] == pytest.approx(trained[0]['metrics']['psnr'], abs=0.1)
     assert mixed[0]['metrics']['psnr'] != trained[0]['metrics']['psnr']
+
+
+@pytest.mark.parametrize('val', [{'shuffle_experts': True}, {'budget': 0.5}, {'cost_weight': 1.0}])
+def test_a_network_without_experts_has_no_routing_to_control(val):
+    evaluate = ImageEvaluator({'is_train': False, 'path': {}, 'val': val})
+    with pytest.raises(UserError, match='Conv2d has no experts: val: budget, cost_weight and shuffle_experts'):
+        evaluate.upscale(torch.nn.Conv2d(3, 3, 1), torch.rand(1, 3, 4, 4), None, None)
 
 
 @pytest.mark.parametrize(('scale', 'lq_size', 'size', 'border'), [

@@ -40,7 +40,7 @@ def plain_queries(decoder: MoEDecoder, j: int, feat: Tensor, coord: Tensor, cell
         cell: (B, Q, 2), 2 / output size.
         maps: `lte_maps`, where several calls share them.
     """
-    return ensemble(decoder, feat, coord, cell, lambda inputs: mlp(decoder, j, inputs), maps)
+    return ensemble(decoder, feat, coord, cell, lambda inputs: expert_mlp(decoder, j, inputs), maps)
 
 
 def plain_mixture(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, gates: Tensor) -> Tensor:
@@ -50,10 +50,11 @@ def plain_mixture(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor
     """
     weights = gates.flatten(0, 1).unsqueeze(-1)  # (B Q, J, 1)
     return ensemble(decoder, feat, coord, cell,
-                    lambda inputs: sum(weights[:, j] * mlp(decoder, j, inputs) for j in range(decoder.num_experts)))
+                    lambda inputs: sum(weights[:, j] * expert_mlp(decoder, j, inputs)
+                                       for j in range(decoder.num_experts)))
 
 
-def mlp(decoder: MoEDecoder, j: int, x: Tensor) -> Tensor:
+def expert_mlp(decoder: MoEDecoder, j: int, x: Tensor) -> Tensor:
     """All layers of expert j: (N, inputs) -> (N, C_out)."""
     *hidden, last = decoder.pool.linears(j)
     for linear in hidden:

@@ -20,16 +20,18 @@ A results file is JSON, one object:
     `shuffle_experts`: true where the chosen experts were permuted over the pixels of each image, a control experiment.
   - `metrics`: name -> value, for example {"psnr_y": 32.24}; null for a value that is not finite.
   - `time_ms`: stage -> median milliseconds. Upscaling: `encode`, `map`, `decode` (LR tables and experts), `total`,
-    `dense_folded`, `dense_plain`. Training: `encoder`, `mapper`, `tables`, `chosen_experts`, `unchosen_experts`,
-    `other`, `backward`, `optimizer`, `total`. `repeats`: number of runs behind each median. Of 'data-stages', means of
-    one item without workers: `read`, `resize`, `queries`, `tensor`, `collate`, `other`, `total`; of datasets that are
-    not this package's only the last three.
+    `dense_folded`, `dense_plain`; a 'test' has the first four, and its `total` includes what is in no stage, such as
+    the skip image. Training: `encoder`, `mapper`, `tables`, `chosen_experts`, `unchosen_experts`, `other`, `backward`,
+    `optimizer`, `total`. `repeats`: number of runs behind each median. Of 'data-stages', means of one item without
+    workers: `read`, `resize`, `queries`, `tensor`, `collate`, `other`, `total`; of datasets that are not this
+    package's only the last three.
   - `peak_mib`: the same stages -> highest memory beyond what was in use before, MiB; null where the system cannot say.
   - `macs`: multiply-adds, see `complexity`: `encoder`, `mapper`, `tables`, `experts` (mean of the chosen ones), `total`
     (all of these), `dense_folded`, `dense_plain` (decoders without encoder), all per output pixel; `each_expert`: a
     list, per output pixel sent to it.
   - `routing`: `loads` (each expert's share of the pixels), `mean_cost` (1 = all to the heaviest),
-    `texture_correlation` (Spearman, null where unknown).
+    `texture_correlation` (Spearman, depth of the chosen expert against the truth's local gradient energy, the
+    output's where there is no truth; null where unknown).
   - `data`: the training loader with `workers` processes (0: none besides the training's own), in batches of
     `batch_size`: `items_per_second`; `items_per_cpu_second`, of all its processes, null where the system cannot say;
     `needed_items_per_second` for the step time that was asked about, null without one.

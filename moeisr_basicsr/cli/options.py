@@ -1,6 +1,7 @@
 """Arguments that several subcommands share."""
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -52,11 +53,18 @@ def import_modules(names: list[str]) -> None:
             raise UserError(f'--import {name}: {type(error).__name__}: {error}') from error
 
 
-def require_options_file(args: argparse.Namespace) -> None:
-    """`-opt` must be there.
+def options_of(args: argparse.Namespace, is_train: bool) -> dict | None:
+    """The checked options of the arguments of `add_options_file`; None where they ask for the list of keys only.
 
     Raises:
-        UserError: It is not.
+        UserError: There is no options file, or it has mistakes.
     """
+    import_modules(args.modules)
+    if args.keys:
+        from .keys import print_keys
+        print_keys(is_train)
+        return None
     if not args.opt:
         raise UserError(f'basicsr {args.command} needs an options file: -opt options/NAME.yml.')
+    from moeisr_basicsr.options import parse_options
+    return parse_options(args, os.getcwd(), is_train)

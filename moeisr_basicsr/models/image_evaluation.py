@@ -55,6 +55,9 @@ class ImageEvaluator:
                 index: int = 0, clock: Clock = nullcontext) -> Upscaled:
         """One image to `size`, or by `scale`, or by the network's own factor; `index` is its place in the dataset."""
         if not hasattr(net, 'encode'):  # of BasicSR or of somebody else: fixed factor
+            if self.routing or self.shuffles:
+                raise UserError(f'{type(net).__name__} has no experts: val: budget, cost_weight and shuffle_experts do '
+                                'not fit it.')
             return upscale_fixed(net, lq, self.precision)
         options = {**self.routing, 'precision': self.precision, 'clock': clock,
                    'shuffle_seed': self.seed + index if self.shuffles else None}  # the same on every rank
@@ -93,7 +96,7 @@ class ImageEvaluator:
         if gt is not None:
             record['metrics'] = self.measure_all(sr, gt, item['lq'][0], scale, dataset_opt.get('crop_border'))
         if not self.is_train:
-            record['row'] = {**self.row(net, lq, measured, scale), 'dataset': record['dataset'],
+            record['row'] = {**self.row(net, lq, gt, measured, scale, record), 'dataset': record['dataset'],
                              'image': record['name'], 'metrics': record['metrics']}
         shown = self.shows_pictures and index < self.val_opt.get('tb_images', 1)
         if save_img or shown:
@@ -126,8 +129,9 @@ class ImageEvaluator:
             if not suffix or self.val_opt.get('save_expert_map', False):
                 imwrite(picture, str(self.folder / record['dataset'] / f'{stem}{suffix}.png'))
 
-    def row(self, net: nn.Module, lq: Tensor, measured: Measured, scale: tuple[float, float]) -> dict:
-        """The image's row of a results document, see `analysis.schema`."""
+    def row(self, net: nn.Module, lq: Tensor, gt: Tensor | None, measured: Measured, scale: tuple[float, float],
+            record: dict) -> dict:
+        """The image's row of a results document, see `analysis.schema`; `record` has its loads and mean cost."""
         result = measured.result
         lq_size, size = tuple(lq.shape[-2:]), tuple(result.image.shape[-2:])
         row = {'case': 'test', 'lq_size': list(lq_size), 'size': list(size), 'scale': list(scale),
@@ -138,13 +142,13 @@ class ImageEvaluator:
             row['peak_mib'] = {'total': measured.peak_mib}
         if not hasattr(net, 'decoder'):
             return row
-        loads = [1.0]
         if result.expert_map is not None:
-            loads = expert_loads(result.expert_map, net.num_experts)
-            correlation = depth_correlation(result.expert_map[0], result.image[0], net.decoder.depths)
-            row['routing'] = {'loads': loads, 'mean_cost': mean_cost(loads, net.expert_costs),
+            # The truth where there is one: where neighbours' experts differ, the output has edges that they made.
+            texture = result.image[0] if gt is None else gt
+            correlation = depth_correlation(result.expert_map[0], texture, net.decoder.depths)
+            row['routing'] = {'loads': record['loads'], 'mean_cost': record['mean_cost'],
                               'texture_correlation': correlation}
-        return {**row, 'macs': macs_per_pixel(net, lq_size, size, loads)}
+        return {**row, 'macs': macs_per_pixel(net, lq_size, size, record['loads'] or [1.0])}
 
 
 def upscale_fixed(net: nn.Module, lq: Tensor, precision: str) -> Upscaled:
