@@ -29,8 +29,8 @@ from moeisr_basicsr.options import force, read_yaml  # noqa: E402
 
 TEMPLATE = Path(__file__).with_name('model_card.md')
 DATA = 'BSDS500 (training and test splits) and high-resolution photographs'
-LICENSE = ('Apache-2.0, as the code. The training images have terms of their own, see Data; whether those reach weights '
-           'that were trained on them is for every user to judge.')
+LICENSE = ('Apache-2.0, as the code. The training images have terms of their own, see Data; whether those reach '
+           'weights that were trained on them is for every user to judge.')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,7 +127,8 @@ def card(summary: dict[str, Any], store: str) -> str:
 
 def results_table(results: list[dict[str, Any]]) -> str:
     """One line per dataset and factor."""
-    lines = ['| dataset | images | PSNR, dB | gain, dB | share of each expert, cheap to dear |', '|---|---|---|---|---|']
+    titles = ('dataset', 'images', 'PSNR, dB', 'gain, dB', 'share of each expert, cheap to dear')
+    lines = [f'| {" | ".join(titles)} |', '|' + '---|' * len(titles)]
     for row in results:
         value, gain = psnr_of(row) or (None, None)
         shares = ' '.join(f'{share:.0%}' for share in row.get('routing', {}).get('loads', []))

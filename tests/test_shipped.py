@@ -146,8 +146,11 @@ def test_damaged_files(models, capsys):
         error = fails(capsys, *argv)
         assert "the model 'general' that comes with the package cannot be used" in error
         assert f'{path} is no whole safetensors file' in error and 'Install moeisr_basicsr again.' in error
-    stand_in(models, 'general', results='[')
-    assert "its metadata 'results' is not JSON" in fails(capsys, 'models')
+    for notes, words in (({'results': '['}, "its metadata 'results' is not JSON"),
+                         ({'results': '[{}]'}, "its metadata is wrong: results[0] lacks 'dataset'"),
+                         ({'scale_range': '4'}, 'its metadata is wrong: scale_range must be array; got int')):
+        stand_in(models, 'general', **notes)
+        assert words in fails(capsys, 'models')
 
 
 def test_profile_takes_a_name(models, capsys):

@@ -10,10 +10,16 @@ from torch import nn
 from moeisr_basicsr.checkpoint import build, read_model
 from moeisr_basicsr.errors import UserError
 
+from . import schema
 from .complexity import count, decoder_macs, dense_folded_macs
 
-# Metadata with a structure, as JSON: what `scripts/ship_model.py` writes beside plain text such as `recipe`.
+# Metadata that is JSON and what it holds: `scripts/ship_model.py` writes it beside plain text such as `recipe`.
 SCALE_RANGE, RESULTS = 'scale_range', 'results'
+STRUCTURES = {
+    SCALE_RANGE: {'type': 'array', 'items': {'type': 'number', 'minimum': 1}, 'minItems': 2, 'maxItems': 2},
+    RESULTS: {'type': 'array', 'items': {**schema.SCHEMA['properties']['rows']['items'],
+                                         'required': ['dataset', 'scale', 'count', 'metrics']}},
+}
 LQ_SIZE, SIZE = (180, 320), (720, 1280)  # of the published costs at x4
 X4 = [4, 4]
 
@@ -44,7 +50,7 @@ def summarize_model(path: str | PathLike) -> dict[str, Any]:
         'parameters': count(net), 'macs_x4': macs_x4(net, results or []) if has_decoder else None,
         'scale_range': scale_range, 'results': results or [],
         'metadata': {key: value for key, value in model.metadata.items()
-                     if key not in (SCALE_RANGE, RESULTS, 'network_g')},
+                     if key not in (*STRUCTURES, 'network_g')},
     }
 
 
@@ -74,7 +80,13 @@ def psnr_of(row: dict[str, Any]) -> tuple[float, float | None] | None:
 
 
 def _from_json(metadata: dict[str, str], key: str, path: Path) -> Any:
+    if key not in metadata:
+        return None
     try:
-        return json.loads(metadata[key]) if key in metadata else None
-    except json.JSONDecodeError as error:
+        value = json.loads(metadata[key])
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: its metadata '{key}' is not JSON ({error}).") from error
+    found = schema.problems(value, STRUCTURES[key], key)
+    if found:
+        raise UserError(f'{path}: its metadata is wrong: {found[0]}.')
+    return value
