@@ -127,6 +127,26 @@ def test_convert_basicsr(layout):
         assert torch.equal(answers(load_model('m.safetensors')), answers(make_net(1)))
 
 
+def test_half_precision_files_and_metadata():
+    net = make_net()
+    torch.save({'params': make_net(1).state_dict(), 'params_ema': net.state_dict()}, 'net.pth')
+    convert('net.pth', 'm.safetensors', NETWORK, notes={'license': 'mine', 'author': 'me'})
+    convert('m.safetensors', 'half.safetensors', store='fp16', notes={'author': 'you'})  # what is known is kept
+    metadata = read_model('half.safetensors').metadata
+    assert {key: metadata[key] for key in ('source', 'param_key', 'license', 'author')} == {
+        'source': 'net.pth', 'param_key': 'params_ema', 'license': 'mine', 'author': 'you'}
+    assert all(value.dtype == torch.float16 for value in read_model('half.safetensors').weights.values())
+    loaded = load_model('half.safetensors')
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, net.state_dict()[name].half().float()), name
+    with torch.no_grad():
+        net.encoder.conv_first.bias[0] = 1e5
+    save_model('large.safetensors', net, NETWORK)
+    with pytest.raises(UserError, match='large.safetensors: encoder.conv_first.bias has a value of 1e.05; fp16 goes'):
+        convert('large.safetensors', 'l.safetensors', store='fp16')
+    assert not os.path.exists('l.safetensors')
+
+
 def test_convert_finds_the_options_by_itself(folder):
     models = folder / 'experiments' / 'run' / 'models'
     models.mkdir(parents=True)

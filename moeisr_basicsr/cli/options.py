@@ -24,6 +24,12 @@ def add_options_file(parser: argparse.ArgumentParser) -> None:
     add_import(parser)
 
 
+def add_model(parser: argparse._ActionsContainer, help_end: str = '') -> None:
+    """`--model`; `shipped.find_model` says which file it means."""
+    parser.add_argument('--model', metavar='NAME_OR_FILE', help='a model that comes with the package, or a model file '
+                                                                f'as `basicsr convert` writes it{help_end}')
+
+
 def add_import(parser: argparse.ArgumentParser) -> None:
     """`--import`, for classes that users register."""
     parser.add_argument('--import', action='append', default=[], dest='modules', metavar='MODULE',
