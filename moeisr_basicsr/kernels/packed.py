@@ -34,6 +34,9 @@ def pack_weight(weight: Tensor, isa: str) -> Tensor:
     if isa in ('avx2', 'avx512'):
         panel = 16 if isa == 'avx2' else 32  # output channels: two vectors
         return weight.view(out // panel, panel, inp).transpose(1, 2).contiguous()  # (panels, in, panel)
+    if isa == 'avx512_bf16':  # two rows interleaved per 128 bits give channels in order: (half, quarter, 4) swapped
+        panels = weight.bfloat16().view(out // PAD, 2, 4, 4, inp).permute(0, 4, 2, 1, 3)
+        return panels.contiguous()  # (panels, in, 32)
     split = 3 if isa == 'amx_fp32' else 1
     parts = _split_bf16(weight, split).view(split, out // PAD, PAD, inp // PAD, PAD // 2, 2)
     return parts.permute(1, 3, 0, 4, 2, 5).contiguous()  # (panels, in / 32, split, 16, 32, 2)

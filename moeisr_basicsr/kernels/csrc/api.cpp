@@ -114,13 +114,15 @@ bool make_scratch(int64_t width, int64_t rows, const Kernel &kernel, Scratch *sc
     const size_t last = rows * scratch->last_stride * 4;
     const size_t sums = 2 * 32 * kPad * 4;
     const size_t total = kBlockPixels * 4 * kCacheLine;
-    char *p = memory.reserve(2 * block + last + sums + total);
+    const size_t active = width * 4 + kCacheLine;
+    char *p = memory.reserve(2 * block + last + sums + total + active);
     if (!p) return false;
     scratch->block[0] = p;
     scratch->block[1] = p + block;
     scratch->last = reinterpret_cast<float *>(p + 2 * block);
     scratch->sums = reinterpret_cast<float *>(p + 2 * block + last);
     scratch->total = reinterpret_cast<float *>(p + 2 * block + last + sums);
+    scratch->active = reinterpret_cast<int32_t *>(p + 2 * block + last + sums + total);
     return true;
 }
 

@@ -94,6 +94,7 @@ struct Scratch {
     int64_t stride;       // elements from one row of a block to the next
     float *last;          // last hidden vectors in fp32, kBlockRows x last_stride
     int64_t last_stride;
+    int32_t *active;      // channels that a micro-tile multiplies, up to the width and 16 more
     float *sums;          // AMX: two pieces of 32 rows x kPad channels
     float *total;         // AMX: output channels of each pixel, not yet added over lanes
 };

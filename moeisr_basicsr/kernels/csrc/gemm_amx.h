@@ -25,6 +25,7 @@ template <int Split>
 struct GemmAmx {
     using Act = uint16_t;
     static constexpr int kRows = 16, kPixels = 16, kSplit = Split;
+    static constexpr bool kCellOrder = false;
     static_assert(kPad == 32 && 4 * kPixels % kRows == 0, "padding must hold whole tiles");
 
     // The tile intrinsics do not tell the compiler which memory they read.
@@ -47,6 +48,7 @@ struct GemmAmx {
     }
     static void end() { _tile_release(); }
 
+    static inline int row(int at) { return at; }
     static inline void write(uint16_t *out, const Vec *v) { write(out, v[0], v[1]); }
     static inline void write(uint16_t *out, Vec first, Vec second) {
         for (int part = 0; part < Split; ++part, out += kPad) {
