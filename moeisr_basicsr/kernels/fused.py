@@ -3,7 +3,6 @@
 Shapes: as in `core.render`; D first hidden width, K frequencies of LTE.
 """
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moeisr_basicsr.core.coords import GridAxis
@@ -25,7 +24,6 @@ class FusedCPUBackend:
     tile = 64  # measured: larger windows overlap less, and their tables still suit the caches
 
     def __init__(self, decoder: MoEDecoder, precision: str = 'fp32'):
-        self.dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
         pool = decoder.pool
         experts = []
         for j, expert in enumerate(pool.experts):
@@ -36,11 +34,7 @@ class FusedCPUBackend:
         self.packed = cpu.PackedExperts(experts, precision)
         if decoder.family == 'liif':
             kernels, self.w_local = zip(*(pool.split_first(j) for j in range(len(experts))))
-            self.kernels = [kernel.detach().to(self.dtype).contiguous(memory_format=torch.channels_last)
-                            for kernel in kernels]
-            # On AMX our own convolution is up to twice as fast as torch's.
-            amx = self.packed.isa.startswith('amx')
-            self.convs = [cpu.PackedConv(kernel, self.packed.isa) for kernel in kernels] if amx else None
+            self.convs = [cpu.PackedConv(kernel, self.packed.isa) for kernel in kernels]
 
     @staticmethod
     def supports(decoder: MoEDecoder) -> bool:
@@ -63,21 +57,16 @@ class FusedCPUBackend:
 
     def _liif_tables(self, decoder: MoEDecoder, tile: Tile) -> list[Tensor | None]:
         """First-layer pre-activations (h, w, D) of the experts that the tile uses; bias and cell term included."""
-        used = range(decoder.num_experts)
+        cells: list[Tensor | None] = [None]  # all
         if tile.expert_map is not None:
-            counts = torch.bincount(tile.expert_map.flatten(), minlength=decoder.num_experts).tolist()
-            used = [j for j in used if counts[j]]
-        tables: list[Tensor | None] = [None] * decoder.num_experts
-        biases = [decoder.pool.experts[j].linears[0].bias + self.w_local[j][:, 2:] @ tile.cell for j in used]
-        if self.convs is not None:
-            for j, bias in zip(used, biases):
-                tables[j] = self.convs[j](tile.window[0], bias)
-            return tables
-        window = tile.window.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        joined = F.conv2d(window, torch.cat([self.kernels[j] for j in used]), torch.cat(biases).to(self.dtype))
-        joined = joined.contiguous(memory_format=torch.channels_last)[0].permute(1, 2, 0)  # (h, w, sum of D)
-        for j, table in zip(used, joined.split([bias.shape[0] for bias in biases], dim=-1)):
-            tables[j] = table
+            size = tuple(n - 2 for n in tile.window.shape[-2:])
+            cells = cpu.needed_cells(tile.rows, tile.cols, tile.expert_map, size, decoder.num_experts)
+        window = tile.window.contiguous(memory_format=torch.channels_last)[0]
+        tables: list[Tensor | None] = []
+        for conv, expert, w_local, needed in zip(self.convs, decoder.pool.experts, self.w_local, cells):
+            idle = needed is not None and needed.numel() == 0
+            bias = expert.linears[0].bias + w_local[:, 2:] @ tile.cell
+            tables.append(None if idle else conv(window, bias, needed))
         return tables
 
     def _lte_tables(self, decoder: MoEDecoder, tile: Tile) -> cpu.LteTables:

@@ -193,8 +193,10 @@ struct GemmAmx {
     }
 
     // Without activation, fp32 out; only the first `cells` rows are written.
-    static void linear(const Layer &layer, const uint16_t *in, int cells, const Scratch &scratch, float *out,
-                       int64_t out_stride) {
+    static void linear(const TableJob &t, int64_t first, int cells, const uint16_t *in, const Scratch &scratch) {
+        const Layer &layer = t.layer;
+        float *out = t.out + first * layer.out;
+        const int64_t out_stride = layer.out;
         const float *biases = layer.bias;
         const int rows = (cells + kRows - 1) / kRows * kRows;
         multiply(layer, in, rows, scratch, [=](const float *sums, int row, int64_t n) {

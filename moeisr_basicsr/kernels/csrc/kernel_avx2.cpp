@@ -22,6 +22,7 @@ namespace avx2 {
 #include "tile.h"
 #include "gemm_sparse.h"
 #include "gemm_fp32.h"
+#include "table.h"
 #include "route.h"
 }  // namespace avx2
 }  // namespace moeisr
@@ -35,7 +36,7 @@ namespace avx2 {
 // 16 registers: 4 rows x 2 vectors of sums, 2 of weights, broadcasts in flight.
 moeisr::Kernel moeisr::avx2_kernel() {
     using Gemm = avx2::GemmSparse<avx2::ProductFp32<1>>;
-    return {avx2::decode_tile<Gemm>, nullptr, avx2::route_row, 4, 1};
+    return {avx2::decode_tile<Gemm>, avx2::build_table<Gemm>, avx2::route_row, 4, 1, 48};
 }
 
 #else

@@ -22,6 +22,7 @@ namespace avx512 {
 #include "tile.h"
 #include "gemm_sparse.h"
 #include "gemm_fp32.h"
+#include "table.h"
 #include "route.h"
 }  // namespace avx512
 }  // namespace moeisr
@@ -35,7 +36,7 @@ namespace avx512 {
 // 32 registers: 4 rows x 4 vectors of sums, 4 of weights, broadcasts in flight.
 moeisr::Kernel moeisr::avx512_kernel() {
     using Gemm = avx512::GemmSparse<avx512::ProductFp32<2>>;
-    return {avx512::decode_tile<Gemm>, nullptr, avx512::route_row, 4, 1};
+    return {avx512::decode_tile<Gemm>, avx512::build_table<Gemm>, avx512::route_row, 4, 1, 48};
 }
 
 #else

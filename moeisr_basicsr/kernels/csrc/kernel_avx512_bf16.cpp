@@ -22,6 +22,7 @@ namespace avx512_bf16 {
 #include "tile.h"
 #include "gemm_sparse.h"
 #include "gemm_bf16.h"
+#include "table.h"
 }  // namespace avx512_bf16
 }  // namespace moeisr
 
@@ -33,7 +34,7 @@ namespace avx512_bf16 {
 
 moeisr::Kernel moeisr::avx512_bf16_kernel() {
     using Gemm = avx512_bf16::GemmSparse<avx512_bf16::ProductBf16>;
-    return {avx512_bf16::decode_tile<Gemm>, nullptr, nullptr, 4, 1};
+    return {avx512_bf16::decode_tile<Gemm>, avx512_bf16::build_table<Gemm>, nullptr, 4, 1, 48};
 }
 
 #else
