@@ -3,12 +3,10 @@
 Shapes: as in `core.render`; D first hidden width, K frequencies of LTE.
 """
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moeisr_basicsr.core.coords import GridAxis
 from moeisr_basicsr.core.decoder import MoEDecoder
-from moeisr_basicsr.core.liif import LIIFExperts
 from moeisr_basicsr.core.mapper import Mapper
 from moeisr_basicsr.core.render import Near, Tile
 
@@ -26,7 +24,6 @@ class FusedCPUBackend:
     tile = 64  # measured: larger windows overlap less, and their tables still suit the caches
 
     def __init__(self, decoder: MoEDecoder, precision: str = 'fp32'):
-        self.dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
         pool = decoder.pool
         experts = []
         for j in range(decoder.num_experts):
@@ -37,11 +34,7 @@ class FusedCPUBackend:
         self.packed = cpu.PackedExperts(experts, precision)
         if decoder.family == 'liif':
             kernels, self.w_local = zip(*(pool.split_first(j) for j in range(pool.num_tables)))
-            self.kernels = [kernel.detach().to(self.dtype).contiguous(memory_format=torch.channels_last)
-                            for kernel in kernels]
-            # On AMX our own convolution is up to twice as fast as torch's.
-            amx = self.packed.isa.startswith('amx')
-            self.convs = [cpu.PackedConv(kernel, self.packed.isa) for kernel in kernels] if amx else None
+            self.convs = [cpu.PackedConv(kernel, self.packed.isa) for kernel in kernels]
 
     @staticmethod
     def supports(decoder: MoEDecoder) -> bool:
@@ -64,25 +57,17 @@ class FusedCPUBackend:
     def _liif_tables(self, decoder: MoEDecoder, tile: Tile) -> list[Tensor | None]:
         """First-layer pre-activations (h, w, D) of the experts that the tile uses; bias and cell term included."""
         pool = decoder.pool
-        if pool.num_tables == 1:
-            return self._build_tables(pool, tile, [0]) * decoder.num_experts
-        counts = torch.bincount(tile.expert_map.flatten(), minlength=decoder.num_experts).tolist()
-        return self._build_tables(pool, tile, [j for j, count in enumerate(counts) if count])
+        window = tile.window.contiguous(memory_format=torch.channels_last)[0]
 
-    def _build_tables(self, pool: LIIFExperts, tile: Tile, used: list[int]) -> list[Tensor | None]:
-        """The pool's different tables; None in place of those that are not in `used`."""
-        tables: list[Tensor | None] = [None] * pool.num_tables
-        biases = [pool.linears(j)[0].bias + self.w_local[j][:, 2:] @ tile.cell for j in used]
-        if self.convs is not None:
-            for j, bias in zip(used, biases):
-                tables[j] = self.convs[j](tile.window[0], bias)
-            return tables
-        window = tile.window.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        joined = F.conv2d(window, torch.cat([self.kernels[j] for j in used]), torch.cat(biases).to(self.dtype))
-        joined = joined.contiguous(memory_format=torch.channels_last)[0].permute(1, 2, 0)  # (h, w, sum of D)
-        for j, table in zip(used, joined.split([bias.shape[0] for bias in biases], dim=-1)):
-            tables[j] = table
-        return tables
+        def table(j: int, needed: Tensor | None) -> Tensor:
+            bias = pool.linears(j)[0].bias + self.w_local[j][:, 2:] @ tile.cell
+            return self.convs[j](window, bias, needed)
+
+        if pool.num_tables == 1:
+            return [table(0, None)] * decoder.num_experts
+        size = tuple(n - 2 for n in tile.window.shape[-2:])
+        cells = cpu.needed_cells(tile.rows, tile.cols, tile.expert_map, size, decoder.num_experts)
+        return [table(j, needed) if needed.numel() else None for j, needed in enumerate(cells)]
 
     def _lte_tables(self, decoder: MoEDecoder, tile: Tile) -> cpu.LteTables:
         """Coefficient and frequency (h, w, 2 K), the latter with its row parts first, and the phase."""
