@@ -21,6 +21,7 @@ from moeisr_basicsr.options import check_network
 
 FORMAT = 'moeisr_basicsr'
 FORMAT_VERSION = 1
+RESERVED = ('format', 'format_version', 'network_g')  # metadata that `save_model` itself writes
 
 
 class Model(NamedTuple):
@@ -30,7 +31,7 @@ class Model(NamedTuple):
     metadata: dict[str, str]
 
 
-def save_model(path: str | PathLike, weights: nn.Module | Mapping[str, Tensor], network_opt: Mapping[str, Any],
+def save_model(path: str | PathLike, weights: nn.Module | Mapping[str, Tensor], network_opt: Mapping[str, Any], /,
                **notes: str) -> None:
     """Write a model file: complete or not at all.
 

@@ -10,14 +10,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from moeisr_basicsr.checkpoint import FORMAT, build, read_model, read_safetensors, save_model
+from moeisr_basicsr.checkpoint import FORMAT, RESERVED, build, read_model, read_safetensors, save_model
 from moeisr_basicsr.compat import load_torch_file
 from moeisr_basicsr.errors import UserError, did_you_mean
 from moeisr_basicsr.options import read_yaml
 
 PARAM_KEYS = ('params_ema', 'params')  # the averaged weights are the better ones
+STORES = {'fp32': torch.float32, 'fp16': torch.float16}  # number formats of the weights in a model file
 EMBEDDED = 'network_g'  # where a checkpoint of this package says which network it belongs to
 
 # Official encoders: our type, our arguments of theirs with their defaults, what we support one value of only.
@@ -39,7 +41,8 @@ EDSR_NAMES = (
 
 
 def convert(checkpoint: str | PathLike, out: str | PathLike, network_opt: Mapping[str, Any] | None = None,
-            param_key: str | None = None) -> dict[str, Any]:
+            param_key: str | None = None, store: str = 'fp32', notes: Mapping[str, str] | None = None
+            ) -> dict[str, Any]:
     """Write the model file of a checkpoint.
 
     Args:
@@ -47,28 +50,21 @@ def convert(checkpoint: str | PathLike, out: str | PathLike, network_opt: Mappin
         out: The model file.
         network_opt: The network's options, where the checkpoint and its folder do not tell them.
         param_key: `params` or `params_ema` of a BasicSR checkpoint; the averaged ones if there are any.
+        store: 'fp32' or 'fp16', the number format of the weights in the file. A network always gets fp32.
+        notes: Further metadata, beside or in place of what a model file that is converted again has.
 
     Returns:
         The network's options.
 
     Raises:
-        UserError: The file is damaged, holds code, is of an unknown kind, or does not fit the options.
+        UserError: The file is damaged, holds code, is of an unknown kind, or does not fit the options; a weight is
+            too large for fp16.
         FileNotFoundError: There is no such file.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
         raise UserError(f'there is no checkpoint {checkpoint}.')
-    if checkpoint.suffix == '.safetensors':
-        weights, metadata = read_safetensors(checkpoint)
-        found = read_model(checkpoint).network_opt if metadata.get('format') == FORMAT else None
-    else:
-        content = load_checkpoint(checkpoint)
-        if not isinstance(content, Mapping):
-            raise UserError(f'{checkpoint} holds no weights but a {type(content).__name__}.')
-        if isinstance(content.get('model'), Mapping) and 'sd' in content['model']:
-            found, weights = official(content['model'], str(checkpoint))
-        else:
-            found, weights = content.get(EMBEDDED), basicsr_weights(content, str(checkpoint), param_key)
+    found, weights, own_notes = read_checkpoint(checkpoint, param_key)
     candidates = [(str(checkpoint), option) for option in (network_opt, found) if option is not None][:1]
     candidates = candidates or options_nearby(checkpoint)
     if not candidates:
@@ -80,10 +76,49 @@ def convert(checkpoint: str | PathLike, out: str | PathLike, network_opt: Mappin
         except UserError as error:
             problems.append(str(error))
             continue
-        save_model(out, net, options, source=checkpoint.name)
+        save_model(out, stored(net.state_dict(), store, str(checkpoint)), options, **{**own_notes, **(notes or {})})
         return dict(options)
     raise UserError(f'{problems[0]} Name the options file that the network was trained with by -opt, and what '
                     '--force_yml changed.')
+
+
+def read_checkpoint(checkpoint: Path, param_key: str | None
+                    ) -> tuple[dict[str, Any] | None, dict[str, Tensor], dict[str, str]]:
+    """The network's options if the file has them, its weights, and metadata that says where they come from.
+
+    Raises:
+        UserError: The file is damaged, holds code, or is of an unknown kind.
+    """
+    source = {'source': checkpoint.name}
+    if checkpoint.suffix == '.safetensors':
+        weights, metadata = read_safetensors(checkpoint)
+        if metadata.get('format') != FORMAT:
+            return None, weights, source
+        notes = {key: value for key, value in metadata.items() if key not in RESERVED}
+        return read_model(checkpoint).network_opt, weights, {**source, **notes}
+    content = load_checkpoint(checkpoint)
+    if not isinstance(content, Mapping):
+        raise UserError(f'{checkpoint} holds no weights but a {type(content).__name__}.')
+    if isinstance(content.get('model'), Mapping) and 'sd' in content['model']:
+        return *official(content['model'], str(checkpoint)), source
+    key = weights_key(content, str(checkpoint), param_key)
+    weights = basicsr_weights(content, str(checkpoint), key)
+    return content.get(EMBEDDED), weights, source if key is None else {**source, 'param_key': key}
+
+
+def stored(weights: Mapping[str, Tensor], store: str, source: str) -> dict[str, Tensor]:
+    """The weights in the number format of the file; whole numbers stay as they are.
+
+    Raises:
+        UserError: A weight is too large for it.
+    """
+    dtype = STORES[store]
+    result = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    for name, value in result.items():
+        if value.is_floating_point() and not value.isfinite().all() and weights[name].isfinite().all():
+            raise UserError(f'{source}: {name} has a value of {weights[name].abs().max():.3g}; fp16 goes to '
+                            f'{torch.finfo(dtype).max:.0f}. Store it as fp32.')
+    return result
 
 
 def load_checkpoint(path: Path) -> Any:
@@ -101,17 +136,25 @@ def load_checkpoint(path: Path) -> Any:
                         'more than tensors and plain values. Nothing in it was run.') from error
 
 
-def basicsr_weights(content: Mapping[str, Any], source: str, param_key: str | None) -> dict[str, Tensor]:
-    """The state dict in a checkpoint of BasicSR, or in a file that is one.
+def weights_key(content: Mapping[str, Any], source: str, param_key: str | None) -> str | None:
+    """Under which key a checkpoint of BasicSR has its weights; None where the file is the state dict itself.
+
+    Raises:
+        UserError: It has no weights, or not those of `param_key`.
+    """
+    if 'optimizers' in content and 'schedulers' in content:
+        raise UserError(f'{source} is a training state without weights; those are in the models folder beside it.')
+    if param_key is not None and param_key not in content:
+        raise UserError(f'{source} has no {param_key}; it has {", ".join(map(str, list(content)[:8]))}.')
+    return param_key or next((key for key in PARAM_KEYS if key in content), None)
+
+
+def basicsr_weights(content: Mapping[str, Any], source: str, key: str | None) -> dict[str, Tensor]:
+    """The state dict under `key` in a checkpoint of BasicSR, or in a file that is one.
 
     Raises:
         UserError: There is none.
     """
-    if 'optimizers' in content and 'schedulers' in content:
-        raise UserError(f'{source} is a training state without weights; those are in the models folder beside it.')
-    key = param_key or next((key for key in PARAM_KEYS if key in content), None)
-    if param_key is not None and param_key not in content:
-        raise UserError(f'{source} has no {param_key}; it has {", ".join(map(str, list(content)[:8]))}.')
     weights = content if key is None else content[key]
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         has = ', '.join(map(str, list(content)[:8])) or 'nothing'

@@ -8,14 +8,15 @@ Shapes: B images, C channels, (H, W) LR size, (R, S) output size.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moeisr_basicsr.core import output_size
-from moeisr_basicsr.core.control import Budget, CostWeight
-from moeisr_basicsr.core.render import TORCH, FeatureWindow, Renderer, spans
+from moeisr_basicsr.core.control import Budget, CostWeight, Shuffle
+from moeisr_basicsr.core.render import TORCH, Clock, FeatureWindow, Renderer, spans
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.kernels import fused_backend
 
@@ -78,6 +79,19 @@ def make_control(net: nn.Module, cost_weight: float, budget: float | None) -> Co
         raise UserError(str(error)) from None
 
 
+def make_shuffle(net: nn.Module, size: tuple[int, int], seed: int | None, device: torch.device) -> Shuffle | None:
+    """The shuffling of one image's experts; None without a seed.
+
+    Raises:
+        UserError: The network has one expert and nothing to shuffle.
+    """
+    if seed is None:
+        return None
+    if net.num_experts == 1:
+        raise UserError('a dense decoder has one expert: there is nothing to shuffle.')
+    return Shuffle(size, net.num_experts, seed, device)
+
+
 def encoder_tiles(net: nn.Module, lq_size: tuple[int, int], size: tuple[int, int], tile: int | None
                   ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Output row spans and column spans, one pair of them per encoder tile.
@@ -135,7 +149,8 @@ def evaluation(net: nn.Module, device_type: str, precision: str) -> Iterator[Non
 
 
 def upscale_strips(net: nn.Module, lq: Tensor, size: tuple[int, int], cost_weight: float = 0.0,
-                   budget: float | None = None, tile: int | None = None, precision: str = 'fp32') -> Iterator[Strip]:
+                   budget: float | None = None, tile: int | None = None, precision: str = 'fp32',
+                   shuffle_seed: int | None = None, clock: Clock = nullcontext) -> Iterator[Strip]:
     """Upscale one image, strip by strip from top to bottom, in memory that does not grow with the output.
 
     Args:
@@ -146,17 +161,20 @@ def upscale_strips(net: nn.Module, lq: Tensor, size: tuple[int, int], cost_weigh
         budget: Fraction of the all-heaviest decoder cost, in place of `cost_weight`. Encodes a tiled image twice.
         tile: Input pixels per side that the encoder sees at once, without halo; None chooses, 0 is the whole image.
         precision: 'fp32', 'bf16' or 'fp16' for encoder and experts; the mapper is always fp32.
+        shuffle_seed: Permutes the chosen experts over the pixels of the image, a control experiment (see `Shuffle`).
+        clock: Told of the stages 'encode', 'map' and 'decode'.
 
     Raises:
-        UserError: See `make_control` and `encoder_tiles`.
+        UserError: See `make_control`, `make_shuffle` and `encoder_tiles`.
     """
     lq_size = tuple(lq.shape[-2:])
     control = make_control(net, cost_weight, budget)
+    shuffle = make_shuffle(net, size, shuffle_seed, lq.device)
     row_spans, col_spans = encoder_tiles(net, lq_size, size, tile)
     with evaluation(net, lq.device.type, precision):
         backend = fused_backend(net.decoder, lq.device, precision) or TORCH
         renderer = Renderer(net.decoder, size, lq_size, net.test_cell(lq_size, size), control, backend,
-                            device=lq.device)
+                            device=lq.device, shuffle=shuffle, clock=clock)
     strips = render_tiles(net, lq, renderer, row_spans, col_spans)
     while True:
         # Entered anew for each strip: between strips the caller runs, and keeps its own modes.
@@ -176,13 +194,13 @@ def render_tiles(net: nn.Module, lq: Tensor, renderer: Renderer, row_spans: list
     def window(rows: tuple[int, int], cols: tuple[int, int]) -> FeatureWindow:
         if (rows, cols) not in windows:
             windows.clear()  # one tile's features at a time
-            windows[rows, cols] = encode_window(net, lq, renderer.window_of(rows, cols))
+            with renderer.clock('encode'):
+                windows[rows, cols] = encode_window(net, lq, renderer.window_of(rows, cols))
         return windows[rows, cols]
 
-    if isinstance(renderer.control, Budget):
-        for rows in row_spans:
-            for cols in col_spans:
-                renderer.observe(window(rows, cols), rows, cols)
+    for show in renderer.previews():
+        for rows, cols in product(row_spans, col_spans):
+            show(window(rows, cols), rows, cols)
     for rows in row_spans:
         if len(col_spans) == 1:
             for top, bottom, strip in renderer.render(window(rows, col_spans[0]), rows, col_spans[0]):
@@ -209,7 +227,8 @@ def finish(net: nn.Module, lq: Tensor, size: tuple[int, int], top: int, bottom: 
 
 def upscale(net: nn.Module, lq: Tensor, scale: float | tuple[float, float] | None = None,
             size: tuple[int, int] | None = None, cost_weight: float = 0.0, budget: float | None = None,
-            tile: int | None = None, precision: str = 'fp32') -> Upscaled:
+            tile: int | None = None, precision: str = 'fp32', shuffle_seed: int | None = None,
+            clock: Clock = nullcontext) -> Upscaled:
     """Upscale a batch by any factor; each image by itself, so that a budget holds for each.
 
     Args:
@@ -217,7 +236,7 @@ def upscale(net: nn.Module, lq: Tensor, scale: float | tuple[float, float] | Non
         lq: (B, C, H, W) RGB in [0, 1] on the network's device.
         scale: One factor of at least 1, or (rows, columns).
         size: Output (rows, columns), in place of `scale`.
-        cost_weight, budget, tile, precision: As in `upscale_strips`.
+        cost_weight, budget, tile, precision, shuffle_seed, clock: As in `upscale_strips`.
 
     Raises:
         UserError: See `target_size` and `upscale_strips`.
@@ -225,7 +244,7 @@ def upscale(net: nn.Module, lq: Tensor, scale: float | tuple[float, float] | Non
     size = target_size(tuple(lq.shape[-2:]), scale, size)
     images, maps = [], []
     for image in lq.split(1):
-        strips = list(upscale_strips(net, image, size, cost_weight, budget, tile, precision))
+        strips = list(upscale_strips(net, image, size, cost_weight, budget, tile, precision, shuffle_seed, clock))
         images.append(torch.cat([strip.image for strip in strips], dim=1))
         if strips[0].expert_map is not None:
             maps.append(torch.cat([strip.expert_map for strip in strips]))

@@ -234,22 +234,30 @@ class Database:
 
 
 def run(args: argparse.Namespace) -> None:
-    jobs = find_jobs(args)
     settings = {name: getattr(args, name) for name in ('folders', 'crop', 'step', 'thresh', 'jpeg_shrink', 'min_detail',
                                                        'compress_level', 'skip_damaged')}
-    database = Database(args.output, settings, args.resume)
+    build(find_jobs(args), settings, args.output, args.resume, args.workers)
+
+
+def build(jobs: list[Job], settings: dict, output: str, resume: bool, workers: int) -> None:
+    """Make the LMDB of these jobs and say what is in it.
+
+    Args:
+        settings: What the result depends on; a resumed run must have the same.
+    """
+    database = Database(output, settings, resume)
     try:
         done = database.notes()
         waiting = [job for job in jobs if job.key not in done]
-        with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit='file', desc=Path(args.output).name) as bar:
-            for made in results(waiting, args.workers):
-                database.add(made, args.compress_level)
+        with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit='file', desc=Path(output).name) as bar:
+            for made in results(waiting, workers):
+                database.add(made, jobs[0].compress_level)
                 bar.update()
         notes = database.notes()
         images = database.finish(notes)
     finally:
         database.environment.close()
-    report(args.output, images, jobs, notes)
+    report(output, images, jobs, notes)
 
 
 def results(jobs: list[Job], workers: int) -> Iterator[Made]:

@@ -2,6 +2,8 @@
 import logging
 import os
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,15 @@ if 'OMP_NUM_THREADS' not in os.environ:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def images_here(tmp_path, monkeypatch):
+    """An empty folder with one image below `images`, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'images').mkdir()
+    cv2.imwrite(str(tmp_path / 'images/a.png'), np.zeros((40, 40, 3), np.uint8))
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)

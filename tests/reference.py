@@ -43,12 +43,14 @@ def ensemble(feat, coord, answer):
 
 
 def liif(pool, j, feat, coord, cell):
-    """Expert j of a `LIIFExperts` on all queries: (B, Q, C)."""
+    """Expert j of a `LIIFExperts` on all queries: (B, Q, C); with `share_first_layer`, `first` comes before it."""
+    first = getattr(pool, 'first', None)
     unfolded = F.unfold(feat, 3, padding=1).view(feat.shape[0], -1, *feat.shape[-2:])
     rel_cell = cell * cell.new_tensor(feat.shape[-2:])
 
     def answer(at, rel):
-        return pool.experts[j](torch.cat([sample_nearest(unfolded, at), rel, rel_cell], dim=-1))
+        inputs = torch.cat([sample_nearest(unfolded, at), rel, rel_cell], dim=-1)
+        return pool.experts[j](inputs if first is None else F.relu(first(inputs)))
 
     return ensemble(feat, coord, answer)
 

@@ -15,7 +15,7 @@ from moeisr_basicsr.analysis.chart import COLOURS, Bar, Panel, draw_chart, nice_
 from moeisr_basicsr.analysis.complexity import (decoder_macs, dense_folded_macs, dense_plain_macs, encoder_macs,
                                                 heaviest, parameters, plain_query_macs)
 from moeisr_basicsr.analysis.environment import environment
-from moeisr_basicsr.analysis.plain import plain_image, plain_mixture, plain_pixels
+from moeisr_basicsr.analysis.plain import expert_mlp, plain_image, plain_mixture, plain_pixels
 from moeisr_basicsr.analysis.rendering import clustered_map, render_fixed
 from moeisr_basicsr.analysis.routing_stats import (depth_correlation, expert_loads, gradient_energy, mean_cost,
                                                    routing_stats, share_table, spearman)
@@ -32,14 +32,17 @@ from moeisr_basicsr.errors import UserError
 from PIL import ImageColor
 from torch import nn
 
-EXPERTS = {'liif': [[16], [24, 16], [16, 32, 8], [32, 16, 24, 16]], 'lte': [[], [24], [16, 32], [24, 16, 8]]}
-OPTIONS = {'liif': {}, 'lte': {'hidden_dim': 32}}
+EXPERTS = {'liif': [[16], [24, 16], [16, 32, 8], [32, 16, 24, 16]], 'lte': [[], [24], [16, 32], [24, 16, 8]],
+           'shared': [[16], [16, 24], [16, 32, 8], [16, 16, 24, 16]]}
+OPTIONS = {'liif': {}, 'lte': {'hidden_dim': 32}, 'shared': {'share_first_layer': True}}
 PUBLISHED = {'size': (720, 1280), 'lq_size': (180, 320)}  # of the published decoder costs
 ENCODER = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
 
 
 def small(family, channels=8):
-    return MoEDecoder(channels, 3, family, EXPERTS[family], {'num_layers': 2, 'num_feat': 12, 'hidden': 10},
+    """`family` may also be 'shared': LIIF with one first layer for all experts."""
+    mapper = {'num_layers': 2, 'num_feat': 12, 'hidden': 10}
+    return MoEDecoder(channels, 3, 'liif' if family == 'shared' else family, EXPERTS[family], mapper,
                       **OPTIONS[family]).eval()
 
 
@@ -76,41 +79,40 @@ def test_published_decoder_costs():
     assert round(encoder_macs(EDSREncoder(), PUBLISHED['lq_size']) / 1e9) == 70
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('family', ['liif', 'lte', 'shared'])
 def test_plain_costs_against_mmengine(family):
     decoder = small(family)
-    for j, expert in enumerate(decoder.pool.experts):
-        x = torch.rand(7, expert.linears[0].in_features)
-        count = mmengine_macs(expert, x)['linear']
+    for j in range(4):
+        x = torch.rand(7, decoder.pool.linears(j)[0].in_features)
+        count = mmengine_macs(Call(lambda x, j=j: expert_mlp(decoder, j, x), decoder), x)['linear']
         if family == 'lte':
             count += mmengine_macs(decoder.pool.phase, torch.rand(7, 2))['linear']
         assert plain_query_macs(decoder, j) * 7 == 4 * count
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('family', ['liif', 'lte', 'shared'])
 def test_folded_costs_against_mmengine(family):
     decoder, feat = small(family), torch.rand(1, 8, 5, 6)
     pool = decoder.pool
-    tables = mmengine_macs(Call(lambda x: pool.tables(x)[0] if family == 'liif' else torch.cat(pool.tables(x)), pool),
-                           feat)
+    tables = mmengine_macs(Call(lambda x: torch.cat(pool.tables(x), dim=-1), pool), feat)
     assert tables == {'conv': pool.table_macs() * 5 * 6}
     with torch.no_grad():
         built = [table[0] for table in pool.tables(feat)]
     count = 11
     queries = make_queries(make_corners(torch.rand(1, count, 2), (5, 6)), torch.tensor([[0.3, 0.4]]))
-    for j, expert in enumerate(pool.experts):
+    for j in range(4):
         with torch.no_grad():
             counted = mmengine_macs(Call(lambda rel, j=j: pool.evaluate(j, built, queries._replace(rel=rel)), pool),
                                     queries.rel)
         linear = counted.get('linear', 0) + counted.get('addmm_', 0)
-        if family == 'liif':
+        if family != 'lte':
             # the cell is two more inputs here; whole images keep it in the bias, and that is what is counted
-            linear -= 2 * 4 * count * expert.linears[0].out_features
+            linear -= 2 * 4 * count * pool.linears(j)[0].out_features
         else:
             linear -= pool.phase.weight.numel()  # once per image
             linear += 4 * count * pool.hidden_dim  # frequency times coordinate: elementwise, mmengine leaves it out
         assert pool.macs(j) * count == linear
-        last = expert.linears[-1].in_features
+        last = pool.linears(j)[-1].in_features
         assert counted['bmm'] == 4 * last * count  # the blend, which the docstring says is not counted
 
 
@@ -139,8 +141,9 @@ def test_encoder_macs_against_mmengine(encoder):
 
 
 @pytest.mark.parametrize('net', [MoEISR(ENCODER, 'liif', EXPERTS['liif']), LIIF(ENCODER, [16, 16]),
+                                 MoEISR(ENCODER, 'liif', EXPERTS['shared'], share_first_layer=True),
                                  MoEISR(ENCODER, 'lte', EXPERTS['lte'], hidden_dim=32), LTE(ENCODER, [16], 32)],
-                         ids=['moe-liif', 'liif', 'moe-lte', 'lte'])
+                         ids=['moe-liif', 'liif', 'moe-shared', 'moe-lte', 'lte'])
 def test_parameters_against_mmengine(net):
     ours, theirs = parameters(net), parameter_count(net)
     assert ours.total == theirs[''] == ours.encoder + ours.mapper + ours.shared + sum(ours.experts)
@@ -162,11 +165,11 @@ def test_sum_per_pixel_at_unequal_scales():
             counts.total(wrong)
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('family', ['liif', 'lte', 'shared'])
 def test_plain_decoders_against_reference(family):
     decoder, feat, size = small(family), torch.randn(1, 8, 6, 5), (18, 13)
     coord, cell = reference.grid(size)
-    expected = [reference.FAMILIES[family](decoder.pool, j, feat, coord, cell).detach() for j in range(4)]
+    expected = [reference.FAMILIES[decoder.family](decoder.pool, j, feat, coord, cell).detach() for j in range(4)]
     for j in range(4):
         actual = plain_image(decoder, j, feat, size, make_cell(size), chunk=50)
         assert torch.allclose(actual, expected[j], atol=1e-6)

@@ -213,7 +213,7 @@ def test_published_widths_by_default():
     assert count(lte.decoder) == 2 * conv(64, 256) + 2 * 128 + 3 * 257 * 256 + 257 * 3
     assert (liif.skip, lte.skip) == ('none', 'bilinear')
     moe = build_network({'type': 'MoEISR', 'encoder': encoder})
-    assert [expert.depth for expert in moe.decoder.pool.experts] == [1, 2, 3, 4]
+    assert moe.decoder.depths == [1, 2, 3, 4]
     assert moe.decoder.mapper.num_layers == 5
 
 
@@ -282,6 +282,11 @@ def test_official_weights_give_the_official_answers(name):
     ({'decoder': 'lift'}, "decoder must be one of .*'liif', 'lte'.*got 'lift'"),
     ({'hidden_dim': 16}, "hidden_dim belongs to the decoder 'lte'"),
     ({'skip': 'bilinear', 'in_channels': 1}, 'needs in_channels = out_channels; got 1 and 3'),
+    ({'decoder': 'lte', 'share_first_layer': True}, "share_first_layer belongs to the decoder 'liif'.* is 'lte'"),
+    ({'encoder': {'num_feat': 8}}, "encoder needs a type, for example .*; got {'num_feat': 8}"),
+    ({'encoder': 'EDSREncoder'}, "encoder needs a type, for example .*; got 'EDSREncoder'"),
+    ({'encoder': {'type': 'EDSR', 'num_out_ch': 3}}, 'EDSR is no encoder: .* `num_feat`'),
+    ({'encoder': {**RDN, 'depth': 3}}, "encoder RDNEncoder cannot be built: .*'depth'"),
     ({'experts': [[16], 8]}, 'experts must list the hidden widths'), ({'tau': -1}, 'tau must be above 0; got -1'),
     ({'mapper': {'num_layers': 0}}, 'num_layers must be 1 to 5; got 0'),
     ({'expert_grad': 'none'}, "expert_grad must be one of .*'exact', 'naive', 'sampled'"),

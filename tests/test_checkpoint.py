@@ -47,15 +47,16 @@ def answers(net, size=(5, 9), lq_size=(4, 3)):
         return net(lq, *grid(size))
 
 
-def test_round_trip():
-    net = make_net()
-    save_model('m.safetensors', net, NETWORK, source='test')
+@pytest.mark.parametrize('network', [NETWORK, {**NETWORK, 'share_first_layer': True}], ids=['separate', 'shared'])
+def test_round_trip(network):
+    net = make_net(options=network)
+    save_model('m.safetensors', net, network, source='test')
     model = read_model('m.safetensors')
-    assert model.network_opt == NETWORK
+    assert model.network_opt == network
     assert model.metadata['source'] == 'test' and model.metadata['format'] == FORMAT
     loaded = load_model('m.safetensors')
     assert not loaded.training and torch.equal(answers(loaded), answers(net))
-    save_model('again.safetensors', loaded.state_dict(), NETWORK)
+    save_model('again.safetensors', loaded.state_dict(), network)
     assert torch.equal(answers(load_model('again.safetensors')), answers(net))
 
 
@@ -124,6 +125,26 @@ def test_convert_basicsr(layout):
     if layout == 'both':
         convert('net.pth', 'm.safetensors', NETWORK, param_key='params')
         assert torch.equal(answers(load_model('m.safetensors')), answers(make_net(1)))
+
+
+def test_half_precision_files_and_metadata():
+    net = make_net()
+    torch.save({'params': make_net(1).state_dict(), 'params_ema': net.state_dict()}, 'net.pth')
+    convert('net.pth', 'm.safetensors', NETWORK, notes={'license': 'mine', 'author': 'me'})
+    convert('m.safetensors', 'half.safetensors', store='fp16', notes={'author': 'you'})  # what is known is kept
+    metadata = read_model('half.safetensors').metadata
+    assert {key: metadata[key] for key in ('source', 'param_key', 'license', 'author')} == {
+        'source': 'net.pth', 'param_key': 'params_ema', 'license': 'mine', 'author': 'you'}
+    assert all(value.dtype == torch.float16 for value in read_model('half.safetensors').weights.values())
+    loaded = load_model('half.safetensors')
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, net.state_dict()[name].half().float()), name
+    with torch.no_grad():
+        net.encoder.conv_first.bias[0] = 1e5
+    save_model('large.safetensors', net, NETWORK)
+    with pytest.raises(UserError, match='large.safetensors: encoder.conv_first.bias has a value of 1e.05; fp16 goes'):
+        convert('large.safetensors', 'l.safetensors', store='fp16')
+    assert not os.path.exists('l.safetensors')
 
 
 def test_convert_finds_the_options_by_itself(folder):

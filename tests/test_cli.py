@@ -100,7 +100,6 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
     ((*UPSCALE, '--scale', '2', '--device', 'cuda:99'), '--device cuda:99 cannot be used here'),
     ((*UPSCALE, '--scale', '2', '--precision', 'fp8'), "invalid choice: 'fp8'"),
     ((*UPSCALE, '--scale', '2', '--overwrite', '--resume'), 'not allowed with argument'),
-    ((*UPSCALE[:-2], '--scale', '2'), 'name a model file: --model'),
     ((*UPSCALE[:-1], 'gone.safetensors', '--scale', '2'), 'there is no model file gone.safetensors'),
     ((*UPSCALE[:-1], 'cut.safetensors', '--scale', '2'), 'cut.safetensors is no whole safetensors file'),
     ((*UPSCALE[:-1], 'hostile.pth', '--scale', '2'), 'hostile.pth is no model file'),
@@ -122,6 +121,9 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
     (('convert', 'moe.safetensors', '-o', 'dense.safetensors'), 'already exists: give --overwrite'),
     (('convert', 'moe.safetensors', '-o', 'm.safetensors', '-opt', 'typo.yml'), "the key 'network_g' is missing"),
     (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--force_yml', 'a=b'), 'give both'),
+    (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--metadata', 'license'), 'license: give KEY=VALUE'),
+    (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--metadata', 'network_g={}'), 'network_g is written by'),
+    (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--store', 'int8'), "invalid choice: 'int8'"),
 ])
 def test_a_mistake_gets_one_line_and_exit_code_2(capsys, argv, words):
     before = sorted(os.listdir())

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeisr_basicsr.core.control import Budget, CostWeight, route_by_cost
+from moeisr_basicsr.core.control import Budget, CostWeight, Shuffle, route_by_cost
 
 COSTS = torch.tensor([0.05, 0.3, 0.65, 1.0])
 
@@ -98,3 +98,23 @@ def test_errors_name_the_least_budget():
         Budget(0.01, COSTS)
     with pytest.raises(ValueError, match='cost_weight must be a finite number'):
         CostWeight(math.nan)
+
+
+def test_a_shuffled_map_keeps_the_counts_and_depends_on_them_and_the_seed_only():
+    routed = torch.randint(0, 3, (40, 30), generator=torch.Generator().manual_seed(7)).to(torch.uint8)
+
+    def shuffled(pieces, seed=5):
+        shuffle = Shuffle((40, 30), 4, seed)
+        for piece in pieces:
+            shuffle.count(piece)
+        return shuffle.expert_map
+
+    whole = shuffled([routed])
+    assert whole.dtype == torch.uint8 and whole.shape == routed.shape
+    assert torch.equal(whole.flatten().bincount(minlength=4), routed.flatten().bincount(minlength=4))
+    assert torch.equal(shuffled(reversed(routed.split(7, dim=1))), whole)
+    assert torch.equal(shuffled([routed.flip(0)]), whole), 'where the experts were does not matter'
+    assert not torch.equal(shuffled([routed], seed=6), whole)
+    # As many pixels keep their expert as chance says.
+    chance = (routed.flatten().bincount() / routed.numel()).square().sum()
+    assert (whole == routed).float().mean() == pytest.approx(float(chance), abs=0.05)

@@ -6,13 +6,14 @@ from reference import FAMILIES, grid, mixture
 from moeisr_basicsr.core import MoEDecoder, render
 from moeisr_basicsr.core.routing import Routing, gumbel_noise, route_gumbel
 
-EXPERTS = {'liif': [[12], [8, 20], [16, 4, 8]], 'lte': [[], [12], [8, 20]]}
+EXPERTS = {'liif': [[12], [8, 20], [16, 4, 8]], 'lte': [[], [12], [8, 20]], 'shared': [[12], [12, 20], [12, 4, 8]]}
 
 
 def make_decoder(family='liif', experts=None, seed=0, **options):
+    """`family` may also be 'shared': LIIF with one first layer for all experts."""
     torch.manual_seed(seed)
-    extra = {'hidden_dim': 12} if family == 'lte' else {}
-    decoder = MoEDecoder(6, 3, family, experts or EXPERTS[family],
+    extra = {'lte': {'hidden_dim': 12}, 'shared': {'share_first_layer': True}}.get(family, {})
+    decoder = MoEDecoder(6, 3, 'liif' if family == 'shared' else family, experts or EXPERTS[family],
                          mapper={'num_layers': 2, 'num_feat': 8, 'hidden': 8}, **extra, **options)
     if decoder.mapper is not None:  # make neighbouring queries differ in their expert
         with torch.no_grad():
@@ -33,7 +34,7 @@ def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('family', ['liif', 'lte', 'shared'])
 @pytest.mark.parametrize('size', [(5, 7), (1, 1), (1, 6), (2, 3)])
 def test_folded_equals_unfolded(family, size):
     decoder = make_decoder(family).eval()
@@ -45,7 +46,7 @@ def test_folded_equals_unfolded(family, size):
     close(output, mixture(decoder, feat, coord, cell, one_hot))
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('family', ['liif', 'lte', 'shared'])
 @pytest.mark.parametrize('factor', [(2, 2), (3, 3), (2, 3.5), (5, 1), (1.3, 2.7), (7, 7)])
 def test_render_equals_plain_grid(family, factor):
     decoder = make_decoder(family).eval()
@@ -60,7 +61,7 @@ def test_render_equals_plain_grid(family, factor):
     assert torch.equal(scattered.routing.expert, rendered.expert_map.long().flatten(1))
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('family', ['liif', 'lte', 'shared'])
 @pytest.mark.parametrize('experts', [None, [[10, 6]]])
 def test_tiled_equals_whole(family, experts):
     decoder = make_decoder(family, experts).eval()
@@ -85,7 +86,7 @@ def gradients(decoder, feat, coord, cell, noise, tau, **options):
     return output.detach(), routing, {**grads, 'feat': feat.grad}
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('family', ['liif', 'lte', 'shared'])
 @pytest.mark.parametrize('tau', [0.5, 5.0])
 def test_exact_straight_through_equals_naive_sum(family, tau):
     """Against the plain twin under autograd: encoder features, every expert, the mapper."""
@@ -114,8 +115,9 @@ def test_exact_straight_through_equals_naive_sum(family, tau):
         close(exact[name], results['naive'][2][name], 2e-6 * float(parameter.grad.abs().max()))
 
 
-def test_sampled_is_unbiased_and_exact_at_rate_one():
-    decoder = make_decoder().double()
+@pytest.mark.parametrize('family', ['liif', 'shared'])
+def test_sampled_is_unbiased_and_exact_at_rate_one(family):
+    decoder = make_decoder(family).double()
     feat = torch.randn(1, 6, 5, 7, dtype=torch.float64)
     coord, cell = (part.double() for part in random_queries(batch=1, count=64))
     noise = gumbel_noise((1, 64, 3), seed=3, iteration=1, slot=0).double()
@@ -200,6 +202,27 @@ def test_costs_and_macs_by_hand():
     assert decoder.expert_macs == [heavy, light]
     assert decoder.expert_costs.tolist() == pytest.approx([1.0, light / heavy])
     assert decoder.pool.table_macs() == 2 * 9 * 64 * 256
+
+
+def test_a_shared_first_layer_is_stored_and_computed_once():
+    decoder = make_decoder('shared')
+    separate = make_decoder('liif', EXPERTS['shared'])
+    width, inputs = 12, 9 * 6 + 4
+    assert [name for name, value in decoder.state_dict().items() if value.shape == (width, inputs)] == [
+        'pool.first.weight']
+    count, before = (sum(value.numel() for value in net.state_dict().values()) for net in (decoder, separate))
+    assert before - count == 2 * width * (inputs + 1)
+    assert decoder.depths == separate.depths == [1, 2, 3]
+    assert decoder.expert_macs == separate.expert_macs
+    assert decoder.pool.table_macs() * 3 == separate.pool.table_macs() == 3 * 9 * 6 * width
+    tables = decoder.pool.tables(torch.randn(1, 6, 4, 5))
+    assert len(tables) == 3 and len({table.data_ptr() for table in tables}) == 1
+
+
+@pytest.mark.parametrize('experts', [[[8], [12, 8]], [[8], []], [[], []]])
+def test_a_shared_first_layer_needs_one_width(experts):
+    with pytest.raises(ValueError, match='share_first_layer needs experts with one common first width'):
+        make_decoder('shared', experts)
 
 
 @pytest.mark.parametrize(('options', 'message'), [

@@ -297,8 +297,8 @@ def test_bad_input_is_named():
         cpu.PackedExperts(make_experts([[32]], 3, basis=64) + make_experts([[32]], 3, basis=32))
 
 
-@pytest.mark.skipif('amx_fp32' not in ISAS, reason='this processor has no AMX')
-@pytest.mark.parametrize('isa', ['amx_fp32', 'amx_bf16'])
+@needs_kernels
+@pytest.mark.parametrize('isa', ISAS)
 @pytest.mark.parametrize('channels, out_channels, size', [(64, 256, (9, 14)), (5, 20, (1, 1)), (180, 100, (3, 70))])
 def test_conv_matches_torch(isa, channels, out_channels, size):
     """The LR tables: a 3x3 convolution over a window with its halo; more cells than one block holds, odd widths."""
@@ -308,9 +308,44 @@ def test_conv_matches_torch(isa, channels, out_channels, size):
     expected = F.conv2d(window[None].double(), weight.double(), bias.double())[0].permute(1, 2, 0)
     got = cpu.PackedConv(weight, isa)(window, bias)
     assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= (1e-5 if isa == 'amx_fp32' else 2e-2)
+    tolerance = 2e-5 if isa in cpu.ISAS['fp32'] else 2e-2  # up to 1620 products one after the other, sums up to 5
+    assert (got - expected).abs().max() <= tolerance
+    cells = torch.arange(0, size[0] * size[1], 3)  # the others may hold anything
+    some = cpu.PackedConv(weight, isa)(window, bias, cells)
+    assert (some - expected).flatten(0, 1)[cells].abs().max() <= tolerance
     with pytest.raises(ValueError, match=f'must have {channels} channels'):
         cpu.PackedConv(weight, isa)(window[1:], bias)
+
+
+@needs_kernels
+def test_needed_cells_are_those_that_the_pixels_read():
+    """At the border, at factors that are not whole, of a part of a map; an idle expert needs none."""
+    rows, cols = grid_axis(17, 6), grid_axis(33, 9)
+    whole = make_map((17, 33), 3) * (torch.arange(33) < 20)  # experts 1 and 2 on the left only; no expert 3
+    rows, expert_map = GridAxis(rows.index[:, 4:], rows.rel[:, 4:]), whole[4:]
+    needed = cpu.needed_cells(rows, cols, expert_map, (6, 9), 4)
+    for j, cells in enumerate(needed):
+        expected = sorted({int(rows.index[a, r]) * 9 + int(cols.index[b, c])
+                           for r, c in (expert_map == j).nonzero().tolist() for a in (0, 1) for b in (0, 1)})
+        assert cells.tolist() == expected
+    assert 0 < len(needed[1]) < 54 and len(needed[3]) == 0
+    with pytest.raises(ValueError, match='0 to 1'):
+        cpu.needed_cells(rows, cols, expert_map, (6, 9), 2)
+
+
+@needs_kernels
+@pytest.mark.parametrize('isa', ISAS)
+def test_zeros_left_out_change_nothing(isa):
+    """Hidden vectors of which none, some or all channels are zero, other ones in each LR cell."""
+    experts = make_experts([[64, 64, 96]], 3)
+    generator = torch.Generator().manual_seed(3)
+    shift = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0])[torch.randint(5, (5, 6, 1), generator=generator)]
+    tables = [table + shift for table in liif_tables(experts, (5, 6))]
+    rows, cols = grid_axis(21, 5), grid_axis(24, 6)
+    expert_map = torch.zeros(21, 24, dtype=torch.uint8)
+    expected = reference(experts, liif_first(experts, tables), rows, cols, expert_map)
+    scale = float(expected.abs().max())
+    assert (run(experts, tables, rows, cols, expert_map, isa) - expected).abs().max() <= TOLERANCE[isa] * scale
 
 
 @needs_kernels

@@ -70,17 +70,21 @@ def test_gradient_comes_through_the_gates_only(target):
     assert logits.grad.abs().max() > 0
 
 
-def test_gradient_pulls_towards_the_target():
-    """Gradient descent on free logits from one-sided routing ends near the uniform load."""
-    logits = torch.tensor([3.0, 0.0, 0.0, 0.0], requires_grad=True)
+@pytest.mark.parametrize('target', ['uniform', [0.5, 0.25, 0.15, 0.1], 0.28])
+def test_gradient_pulls_towards_the_target(target):
+    """Gradient descent on free logits from one-sided routing ends near the load or the mean cost that is asked for."""
+    logits = torch.tensor([0.0, 0.0, 0.0, 3.0], requires_grad=True)
     optimizer = torch.optim.SGD([logits], lr=0.5)
-    for step in range(120):
+    for step in range(200):  # a mean cost is one number: its pull is weaker than that of a load per expert
         gates = route_gumbel(logits.expand(1, 2000, 4), gumbel_noise((1, 2000, 4), 0, step, 0), 1.0).gates
         optimizer.zero_grad()
-        MoEBalanceLoss()(gates, COSTS).backward()
+        MoEBalanceLoss(target=target)(gates, COSTS).backward()
         optimizer.step()
     load = torch.softmax(logits.detach(), dim=-1)
-    assert float((load - 0.25).abs().max()) < 0.05
+    if isinstance(target, float):
+        assert float(load @ COSTS) == pytest.approx(target, abs=0.02)
+    else:
+        assert float((load - torch.tensor([0.25] * 4 if target == 'uniform' else target)).abs().max()) < 0.05
 
 
 def test_built_from_yaml_options():

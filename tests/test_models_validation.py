@@ -11,13 +11,16 @@ from tiny_runs import DENSE, NETWORK, change, parse, run_yaml, weights_of, write
 from torch.utils.data import DataLoader
 
 from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.analysis.routing_stats import depth_correlation
 from moeisr_basicsr.data.resize import imresize
 from moeisr_basicsr.engine import exit_codes
 from moeisr_basicsr.engine.data_loading import evaluation_loaders
 from moeisr_basicsr.engine.test_loop import test as run_test
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import upscale
-from moeisr_basicsr.models.evaluation import mean, my_jobs, scale_label
+from moeisr_basicsr.models.evaluation import mean, mean_of, mean_row, my_jobs, scale_label
+from moeisr_basicsr.models.image_evaluation import ImageEvaluator
+from moeisr_basicsr.models.measures import describe_input, describe_metric
 from moeisr_basicsr.models.pictures import expert_map_picture
 
 LUMA = torch.tensor([65.481, 128.553, 24.966]) / 255
@@ -188,18 +191,98 @@ def test_the_test_loop_writes_one_results_document(root, network, model_type):
         (f'tiny_{scale}', str(image)) for scale in ('x2', 'x3.3') for image in range(3)]
     means = [row for row in results['rows'] if row['case'] == 'mean']
     for row in means:
-        values = [image['metrics']['psnr'] for image in images if image['dataset'] == row['dataset']]
-        assert row['metrics']['psnr'] == pytest.approx(sum(values) / 3)
+        of_dataset = [image for image in images if image['dataset'] == row['dataset']]
+        assert row['scale'] == of_dataset[0]['scale'] and row['precision'] == 'fp32' and row['count'] == 3
+        for section in ('metrics', 'macs', 'time_ms'):
+            assert row[section].keys() == of_dataset[0][section].keys()
+            for key in row[section].keys() - {'each_expert'}:
+                values = [image[section][key] for image in of_dataset]
+                assert row[section][key] == pytest.approx(sum(values) / 3), (section, key)
+    stages = {'encode', 'decode', 'total'}
     if model_type == 'MoEISRModel':
+        stages.add('map')
         macs = images[0]['macs']
         routed = sum(load * each for load, each in zip(images[0]['routing']['loads'], macs['each_expert']))
         assert macs['experts'] == pytest.approx(routed)
-    assert images[0]['time_ms']['total'] > 0
+        assert means[0]['routing']['loads'] == pytest.approx(
+            np.mean([image['routing']['loads'] for image in images[:3]], axis=0).tolist())
+        assert not images[0]['shuffle_experts']
+    for row in images:
+        assert row['time_ms'].keys() == stages and row['repeats'] == 1
+        parts = sum(value for stage, value in row['time_ms'].items() if stage != 'total')
+        assert 0 < parts < row['time_ms']['total']
     assert (root / 'results' / 'run' / 'visualization' / 'tiny_x2' / '0_x2.png').is_file()
     # the same numbers as validation gives in training
     model.net_g_ema.load_state_dict(model.net_g.state_dict())
     again = model.validate(evaluation_loaders(options(root), ('val',)), 1, None)
     assert [result.metrics for result in again] == [row['metrics'] for row in means]
+
+
+def test_means_leave_out_what_is_unknown():
+    rows = [{'dataset': 'a', 'scale': [2, 2], 'routing': {'loads': [0.25, 0.75], 'texture_correlation': correlation}}
+            for correlation in (None, 0.5, 0.25)]
+    rows[0]['routing']['loads'] = [1.0, 0.0]
+    assert mean_row(rows) == {'case': 'mean', 'dataset': 'a', 'scale': [2, 2], 'count': 3,
+                              'routing': {'loads': [0.5, 0.5], 'texture_correlation': 0.375}}
+    assert mean_of([{'encode': None}, {'encode': None}]) == {'encode': None}
+
+
+def test_shuffled_experts_keep_their_shares(root):
+    """A control experiment of the YAML: the trained counts of each image, at other pixels, and rows that say so."""
+    base = run_yaml(root)
+    model = build_model({**options(root), 'manual_seed': 3})
+    with torch.no_grad():  # neighbouring pixels differ in their expert
+        mapper = model.net_g.decoder.mapper
+        mapper.query_in.weight[:, -4:-2].mul_(8)
+        mapper.query_out.weight.mul_(30)
+        mapper.query_out.bias.zero_()
+    torch.save({'params': weights_of(model)}, root / 'weights.pth')
+
+    def rows(name, **val):
+        sections = {**{key: base[key] for key in ('model_type', 'num_gpu', 'network_g')}, 'name': name,
+                    'datasets': {'test': base['datasets']['val']}, 'val': {'metrics': base['val']['metrics'], **val},
+                    'path': {'pretrain_network_g': str(root / 'weights.pth')}}
+        assert run_test(parse(root, sections, is_train=False)) == exit_codes.OK
+        return schema.load(root / 'results' / name / 'results.json')['rows']
+
+    trained, shuffled = rows('trained'), rows('shuffled', shuffle_experts=True)
+    assert [row['shuffle_experts'] for row in trained + shuffled] == [False] * 4 + [True] * 4
+    for first, second in zip(trained, shuffled):
+        assert first['routing']['loads'] == second['routing']['loads'] != [1, 0]
+        assert first['macs'] == second['macs']
+        assert first['metrics']['psnr'] != second['metrics']['psnr']
+    for row, item in zip(trained, build_dataset(options(root)['datasets']['val'])):
+        texture = depth_correlation(upscale(model.net_g, item['lq'][None], 2).expert_map[0], item['gt'],
+                                    model.net_g.decoder.depths)
+        assert row['routing']['texture_correlation'] == pytest.approx(texture, abs=0.01)
+    again = rows('again', shuffle_experts=True)
+    assert [row['metrics'] for row in again] == [row['metrics'] for row in shuffled]
+    mixed = rows('bf16', precision='bf16')
+    assert {row['precision'] for row in mixed} == {'bf16'}
+    assert mixed[0]['metrics']['psnr'] == pytest.approx(trained[0]['metrics']['psnr'], abs=0.1)
+    assert mixed[0]['metrics']['psnr'] != trained[0]['metrics']['psnr']
+
+
+@pytest.mark.parametrize('val', [{'shuffle_experts': True}, {'budget': 0.5}, {'cost_weight': 1.0}])
+def test_a_network_without_experts_has_no_routing_to_control(val):
+    evaluate = ImageEvaluator({'is_train': False, 'path': {}, 'val': val})
+    with pytest.raises(UserError, match='Conv2d has no experts: val: budget, cost_weight and shuffle_experts'):
+        evaluate.upscale(torch.nn.Conv2d(3, 3, 1), torch.rand(1, 3, 4, 4), None, None)
+
+
+@pytest.mark.parametrize(('scale', 'lq_size', 'size', 'border'), [
+    # floor(HR / s), HR cropped to round(LR * s) half up, shave ceil(s) + 6
+    (2.5, (10, 13), (25, 33), (9, 9)), (3.3, (7, 10), (23, 33), (10, 10)), ([2, 3.5], (13, 9), (26, 32), (8, 10))])
+def test_sizes_and_shave_of_odd_factors(root, scale, lq_size, size, border):
+    opt = options(root, **{
+        'datasets:val:scale': scale, 'val:metrics': {'rgb': {'type': 'calculate_psnr_sr', 'protocol': 'div2k'}}})
+    model = build_model(opt)
+    loader = evaluation_loaders(opt, ('val',))[0]
+    item = loader.dataset[0]
+    assert tuple(item['lq'].shape[-2:]) == lq_size and tuple(item['gt'].shape[-2:]) == size
+    values = [psnr(upscale(model.net_g_ema, item['lq'][None], size=size).image[0], item['gt'], border, luma=False)
+              for item in (loader.dataset[index] for index in range(3))]
+    assert model.validate([loader], 1, None)[0].metrics['rgb'] == pytest.approx(sum(values) / 3, abs=1e-3)
 
 
 def test_errors_from_workers_are_one_line(root):
@@ -212,3 +295,15 @@ def test_errors_from_workers_are_one_line(root):
         with pytest.raises(UserError) as error:
             model.validate([DataLoader(dataset, batch_size=1, num_workers=workers)], 1, None)
         assert '1.png' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_readers_are_told_what_was_compared():
+    sr = {'type': 'calculate_psnr_sr', 'better': 'higher'}
+    assert describe_metric(sr) == 'benchmark: luma, shave ceil(s)'
+    assert describe_metric({**sr, 'protocol': 'div2k', 'rounded': True}, [2, 4]) == (
+        'div2k: RGB, shave 2 x 4, rounded to 8 bits')
+    other = {'type': 'calculate_psnr', 'test_y_channel': True, 'crop_border': 2}
+    assert describe_metric(other, 5) == 'calculate_psnr on 8 bits, crop_border 5, test_y_channel True'
+    image = {'type': 'ArbitraryScaleImageDataset'}
+    assert [describe_input(opt) for opt in (image, {**image, 'downsample': 'pil'}, {'type': 'PairedImageDataset'})] == [
+        "LR by MATLAB's bicubic", "LR by Pillow's bicubic", 'LR images of the dataset']

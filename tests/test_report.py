@@ -204,6 +204,14 @@ def test_a_line_connects_the_budgets_of_one_network(tmp_path):
     assert len(lines) == 2 and len(points) == 3 and points == sorted(points)  # against multiply-adds and time
 
 
+def test_controls_are_rows_of_their_own(page_of):
+    runs = [results(name, image_row(**control)) for name, control in (
+        ('moe', {}), ('moe_k0.5', {'cost_weight': 0.5}), ('moe_shuffled', {'shuffle_experts': True}),
+        ('moe_bf16', {'precision': 'bf16'}), ('moe_0', {'cost_weight': 0.0}))]
+    assert [row[0] for row in page_of(*runs).table('Set: psnr')[3:]] == [
+        'moe', 'moe, cost weight 0.5', 'moe_shuffled, shuffled experts', 'moe_bf16, bf16', 'moe_0']
+
+
 def test_axis():
     axis = Axis(0.0, 10.0, 2.0, 50.0, 150.0)
     assert axis.at(5.0) == 100.0 and axis.marks() == [0, 2, 4, 6, 8, 10]

@@ -2,6 +2,8 @@
 import pytest
 import torch
 
+from moeisr_basicsr import inference
+from moeisr_basicsr.analysis.rendering import render_fixed
 from moeisr_basicsr.archs.moeisr_arch import LIIF, MoEISR
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import upscale, upscale_strips
@@ -75,3 +77,33 @@ def test_dense_decoder_has_nothing_to_choose():
     assert upscale(net, torch.rand(1, 3, 9, 9), 2).expert_map is None
     with pytest.raises(UserError, match='dense decoder'):
         upscale(net, torch.rand(1, 3, 9, 9), 2, budget=0.5)
+
+
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('control', [{}, {'budget': 0.5}, {'cost_weight': 1.5}])
+def test_shuffled_experts(monkeypatch, fused, control):
+    """The routing's own counts, elsewhere; each pixel is what its new expert makes of it, with any tiles."""
+    if not fused:
+        monkeypatch.setattr(inference, 'fused_backend', lambda *args: None)
+    net = make_net(ENCODERS[0])
+    lq = torch.rand(1, 3, 40, 37)
+    trained = upscale(net, lq, (2.3, 3), tile=0, **control)
+    shuffled = upscale(net, lq, (2.3, 3), tile=0, shuffle_seed=1, **control)
+    counts = [result.expert_map.flatten().bincount(minlength=3) for result in (trained, shuffled)]
+    assert torch.equal(*counts) and (counts[0] > 0).sum() > 1
+    assert not torch.equal(shuffled.expert_map, trained.expert_map)
+    size = tuple(trained.image.shape[-2:])
+    expected = render_fixed(net.decoder, net.encode(lq).detach(), size, shuffled.expert_map[0])
+    torch.testing.assert_close(shuffled.image, net.add_skip(expected[None], lq, size), rtol=0, atol=1e-5)
+    tiled = upscale(net, lq, (2.3, 3), tile=16, shuffle_seed=1, **control)
+    moved = tiled.expert_map.flatten().bincount(minlength=3) - counts[0]
+    assert moved.abs().max() <= 2  # rounding may turn a near tie
+    if not moved.any():
+        assert torch.equal(tiled.expert_map, shuffled.expert_map)
+        torch.testing.assert_close(tiled.image, shuffled.image, rtol=0, atol=1e-5)
+    assert not torch.equal(upscale(net, lq, (2.3, 3), shuffle_seed=2, **control).expert_map, shuffled.expert_map)
+
+
+def test_a_dense_network_has_nothing_to_shuffle():
+    with pytest.raises(UserError, match='a dense decoder has one expert: there is nothing to shuffle'):
+        upscale(LIIF(ENCODERS[0], [8]), torch.rand(1, 3, 5, 6), 2, shuffle_seed=0)

@@ -22,9 +22,10 @@ TOLERANCE = {'fp32': 1e-5, 'tf32': 4e-3, 'fp16': 4e-3, 'bf16': 4e-3}
 FACTORS = [(2, 2), (3, 3), (5, 1), (1.3, 2.7), (7, 7)]
 
 
-def make_decoder(family='liif', experts=None, out_channels=3, hidden_dim=12, **mapper):
+def make_decoder(family='liif', experts=None, out_channels=3, hidden_dim=12, share_first_layer=False,
+                 **mapper):
     torch.manual_seed(0)
-    extra = {'hidden_dim': hidden_dim} if family == 'lte' else {}
+    extra = {'hidden_dim': hidden_dim} if family == 'lte' else {'share_first_layer': share_first_layer}
     options = {'num_layers': 1, 'num_feat': 8, 'hidden': 6, **mapper}
     decoder = MoEDecoder(6, out_channels, family, experts or EXPERTS[family], mapper=options, **extra)
     if decoder.mapper is not None:  # an even mixture, so that all experts are in use
@@ -98,6 +99,12 @@ def test_output_channels(out_channels):
 @pytest.mark.parametrize('lr_size', [(1, 1), (1, 5), (2, 1)])
 def test_tiny_images(family, lr_size):
     check(make_decoder(family), lr_size, (5, 4))
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_shared_first_layer(precision):
+    rendered, _ = check(make_decoder(experts=[[12], [12, 20], [12, 4, 8]], share_first_layer=True), precision=precision)
+    assert len(rendered.expert_map.unique()) > 1
 
 
 def make_tile(lr_size, size, expert_map):

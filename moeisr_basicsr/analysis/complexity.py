@@ -17,6 +17,7 @@ Shapes: (H, W) LR size, (R, S) output size, J experts.
 """
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class Parameters(NamedTuple):
     """Number of parameters."""
     encoder: int
     mapper: int
-    shared: int  # what all experts share: LTE's convolutions and phase
+    shared: int  # what all experts share: LTE's convolutions and phase; LIIF's first layer with share_first_layer
     experts: list[int]  # J
     total: int
 
@@ -98,7 +99,7 @@ def dense_folded_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple
     j = heaviest(decoder)
     pool = decoder.pool
     if decoder.family == 'liif':
-        tables_cell = 9 * pool.in_channels * pool.experts[j].linears[0].out_features
+        tables_cell = 9 * pool.in_channels * pool.linears(j)[0].out_features
     else:
         tables_cell = pool.table_macs()  # all experts share them
     return tables_cell * lq_size[0] * lq_size[1] / (size[0] * size[1]) + decoder.expert_macs[j]
@@ -112,7 +113,7 @@ def dense_plain_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[
 
 def plain_query_macs(decoder: MoEDecoder, j: int) -> int:
     """MACs of expert j per output pixel in the published way, convolutions at LR not counted."""
-    per_corner = sum(layer.weight.numel() for layer in decoder.pool.experts[j].linears)
+    per_corner = sum(layer.weight.numel() for layer in decoder.pool.linears(j))
     if decoder.family == 'lte':
         per_corner += decoder.pool.phase.weight.numel()
     return 4 * per_corner
@@ -127,6 +128,22 @@ def encoder_macs(encoder: nn.Module, lq_size: tuple[int, int], in_channels: int 
         shadow = copy.deepcopy(encoder).to('meta').eval()
         shadow(torch.empty(1, in_channels, *lq_size, device='meta'))
     return counter.get_total_flops() // 2  # PyTorch counts a multiply-add as two
+
+
+@lru_cache(maxsize=256)  # counting runs the encoder's Python code; a test set repeats its sizes
+def encoder_macs_of(encoder: nn.Module, lq_size: tuple[int, int]) -> int:
+    """`encoder_macs` with the channels of the encoder's first convolution."""
+    in_channels = next(parameter for parameter in encoder.parameters() if parameter.dim() == 4).shape[1]
+    return encoder_macs(encoder, lq_size, in_channels)
+
+
+def macs_per_pixel(net: nn.Module, lq_size: tuple[int, int], size: tuple[int, int], loads: Sequence[float]) -> dict:
+    """The `macs` of a results row (see `schema`): per output pixel by part, as routed; `loads` as in `DecoderMacs`."""
+    parts = decoder_macs(net.decoder, lq_size, size)
+    encoder = encoder_macs_of(net.encoder, lq_size) / (size[0] * size[1])
+    return {'encoder': encoder, 'mapper': parts.mapper, 'tables': parts.tables, 'experts': parts.experts_at(loads),
+            'total': encoder + parts.total(loads), 'dense_folded': dense_folded_macs(net.decoder, lq_size, size),
+            'dense_plain': dense_plain_macs(net.decoder, lq_size, size), 'each_expert': parts.experts}
 
 
 def parameters(net: nn.Module) -> Parameters:

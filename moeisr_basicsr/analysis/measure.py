@@ -4,7 +4,8 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +29,23 @@ def time_ms(work: Callable[[], object], device: torch.device) -> float:
     work()
     synchronize(device)
     return (time.perf_counter() - start) * 1e3
+
+
+class StageClock:
+    """Milliseconds of the stages of one run, added up over their pieces; a `core.render.Clock`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.times: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time one piece of `stage`."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.times[stage] = self.times.get(stage, 0.0) + (time.perf_counter() - start) * 1e3
 
 
 def interleaved_ms(cases: dict[str, Callable[[], object]], repeats: int, device: torch.device,

@@ -40,7 +40,7 @@ def plain_queries(decoder: MoEDecoder, j: int, feat: Tensor, coord: Tensor, cell
         cell: (B, Q, 2), 2 / output size.
         maps: `lte_maps`, where several calls share them.
     """
-    return ensemble(decoder, feat, coord, cell, decoder.pool.experts[j].layers, maps)
+    return ensemble(decoder, feat, coord, cell, lambda inputs: expert_mlp(decoder, j, inputs), maps)
 
 
 def plain_mixture(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, gates: Tensor) -> Tensor:
@@ -50,8 +50,16 @@ def plain_mixture(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor
     """
     weights = gates.flatten(0, 1).unsqueeze(-1)  # (B Q, J, 1)
     return ensemble(decoder, feat, coord, cell,
-                    lambda inputs: sum(weights[:, j] * expert.layers(inputs)
-                                       for j, expert in enumerate(decoder.pool.experts)))
+                    lambda inputs: sum(weights[:, j] * expert_mlp(decoder, j, inputs)
+                                       for j in range(decoder.num_experts)))
+
+
+def expert_mlp(decoder: MoEDecoder, j: int, x: Tensor) -> Tensor:
+    """All layers of expert j: (N, inputs) -> (N, C_out)."""
+    *hidden, last = decoder.pool.linears(j)
+    for linear in hidden:
+        x = F.relu(linear(x))
+    return last(x)
 
 
 def ensemble(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, mlp: Callable[[Tensor], Tensor],

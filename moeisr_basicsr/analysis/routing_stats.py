@@ -51,8 +51,7 @@ def routing_stats(decoder: MoEDecoder, lq_size: tuple[int, int], expert_map: Ten
     size = tuple(expert_map.shape)
     loads = expert_loads(expert_map, decoder.num_experts)
     macs = decoder_macs(decoder, lq_size, size).total(loads)
-    depths = [expert.depth for expert in decoder.pool.experts]
-    correlation = None if image is None else depth_correlation(expert_map, image, depths)
+    correlation = None if image is None else depth_correlation(expert_map, image, decoder.depths)
     return RoutingStats(loads, mean_cost(loads, decoder.expert_costs), macs,
                         macs / dense_plain_macs(decoder, lq_size, size), correlation)
 

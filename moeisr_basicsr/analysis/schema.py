@@ -8,28 +8,32 @@ A results file is JSON, one object:
 - `environment`: where it ran, from `environment.environment`: versions, `cpu`, `threads`, `device`, `device_name`,
   `kernel` (which code decoded) and the environment variables that matter.
 - `model`: `name`; `file` (null for random weights); `network_g` (its options); `parameters`: number of them in
-  `encoder`, `mapper`, `shared` (LTE's convolutions), `experts` (a list), `total`. Null in a benchmark, whose networks
-  are its own, and in a profile of the loader, which has none.
+  `encoder`, `mapper`, `shared` (LTE's convolutions, a shared first layer), `experts` (a list), `total`. Null in a
+  benchmark, whose networks are its own, and in a profile of the loader, which has none.
 - `rows`: a list; each row is one measurement with these keys, all optional but `case`:
 
-  - `case`: name of the row ('test', 'profile', 'train', 'data-stages', 'data-workers-N', or the benchmark's case).
+  - `case`: name of the row ('test', 'mean' of one dataset's images, 'profile', 'train', 'data-stages',
+    'data-workers-N', or the benchmark's case).
   - `dataset`, `image`: what was measured on; null or absent for made-up input. `count`: number of images.
   - `protocol`: how the LR images were made. `metric_protocols`: metric -> what it compares and what it leaves out.
   - `lq_size`, `size`: [rows, columns] of input and output. `scale`: [row factor, column factor], as asked for.
   - `precision`: fp32, bf16, fp16. `budget`, `cost_weight`: the control of the routing, null where none was set.
+    `shuffle_experts`: true where the chosen experts were permuted over the pixels of each image, a control experiment.
   - `pictures`: `result`, `expert_map`, `truth`, `bicubic` -> the saved file, relative to the results file's folder.
   - `metrics`: name -> value, for example {"psnr_y": 32.24}; null for a value that is not finite.
   - `time_ms`: stage -> median milliseconds. Upscaling: `encode`, `map`, `decode` (LR tables and experts), `total`,
-    `dense_folded`, `dense_plain`. Training: `encoder`, `mapper`, `tables`, `chosen_experts`, `unchosen_experts`,
-    `other`, `backward`, `optimizer`, `total`. `repeats`: number of runs behind each median. Of 'data-stages', means of
-    one item without workers: `read`, `resize`, `queries`, `tensor`, `collate`, `other`, `total`; of datasets that are
-    not this package's only the last three.
+    `dense_folded`, `dense_plain`; a 'test' has the first four, and its `total` includes what is in no stage, such as
+    the skip image. Training: `encoder`, `mapper`, `tables`, `chosen_experts`, `unchosen_experts`, `other`, `backward`,
+    `optimizer`, `total`. `repeats`: number of runs behind each median. Of 'data-stages', means of one item without
+    workers: `read`, `resize`, `queries`, `tensor`, `collate`, `other`, `total`; of datasets that are not this
+    package's only the last three.
   - `peak_mib`: the same stages -> highest memory beyond what was in use before, MiB; null where the system cannot say.
   - `macs`: multiply-adds, see `complexity`: `encoder`, `mapper`, `tables`, `experts` (mean of the chosen ones), `total`
     (all of these), `dense_folded`, `dense_plain` (decoders without encoder), all per output pixel; `each_expert`: a
     list, per output pixel sent to it.
   - `routing`: `loads` (each expert's share of the pixels), `mean_cost` (1 = all to the heaviest),
-    `texture_correlation` (Spearman, null where unknown).
+    `texture_correlation` (Spearman, depth of the chosen expert against the truth's local gradient energy, the
+    output's where there is no truth; null where unknown).
   - `data`: the training loader with `workers` processes (0: none besides the training's own), in batches of
     `batch_size`: `items_per_second`; `items_per_cpu_second`, of all its processes, null where the system cannot say;
     `needed_items_per_second` for the step time that was asked about, null without one.
@@ -60,6 +64,7 @@ def _list(items: dict, **more: Any) -> dict:
 
 
 _TEXT, _TEXT_OR_NULL = {'type': 'string'}, {'type': ['string', 'null']}
+_FLAG = {'type': 'boolean'}
 _COUNT = {'type': 'integer', 'minimum': 0}
 _NUMBER, _NUMBER_OR_NULL = {'type': 'number'}, {'type': ['number', 'null']}
 _AMOUNT, _AMOUNT_OR_NULL = {'type': 'number', 'minimum': 0}, {'type': ['number', 'null'], 'minimum': 0}
@@ -76,8 +81,9 @@ _ROW = _object(
     ('case', ), case=_TEXT, dataset=_TEXT_OR_NULL, image=_TEXT_OR_NULL, protocol=_TEXT_OR_NULL, count=_COUNT,
     metric_protocols=_object(extra=_TEXT), pictures=_object(extra=_TEXT),
     lq_size=_SIZE, size=_SIZE, scale=_list(_AMOUNT, minItems=2, maxItems=2), precision=_TEXT,
-    budget=_AMOUNT_OR_NULL, cost_weight=_NUMBER_OR_NULL, metrics=_object(extra=_NUMBER_OR_NULL),
-    time_ms=_object(extra=_AMOUNT), repeats=_COUNT, peak_mib=_object(extra=_AMOUNT_OR_NULL),
+    budget=_AMOUNT_OR_NULL, cost_weight=_NUMBER_OR_NULL, shuffle_experts=_FLAG,
+    metrics=_object(extra=_NUMBER_OR_NULL), time_ms=_object(extra=_AMOUNT), repeats=_COUNT,
+    peak_mib=_object(extra=_AMOUNT_OR_NULL),
     macs=_object(encoder=_AMOUNT, mapper=_AMOUNT, tables=_AMOUNT, experts=_AMOUNT, total=_AMOUNT,
                  dense_folded=_AMOUNT, dense_plain=_AMOUNT, each_expert=_list(_AMOUNT)),
     routing=_object(loads=_list(_AMOUNT), mean_cost=_AMOUNT_OR_NULL, texture_correlation=_NUMBER_OR_NULL),
@@ -91,7 +97,8 @@ SCHEMA = {
               version={'enum': [VERSION]}, command=_TEXT, environment=_ENVIRONMENT, model=_MODEL, rows=_list(_ROW)),
 }
 
-_TYPES = {'object': dict, 'array': list, 'string': str, 'integer': int, 'number': (int, float), 'null': type(None)}
+_TYPES = {'object': dict, 'array': list, 'string': str, 'integer': int, 'number': (int, float), 'null': type(None),
+          'boolean': bool}
 
 
 def document(command: str, environment: dict, rows: list[dict], model: dict | None = None) -> dict:
@@ -107,7 +114,7 @@ def problems(value: Any, schema: dict = SCHEMA, where: str = 'results') -> list[
     names = schema['type'] if isinstance(schema['type'], list) else [schema['type']]
     types = tuple(kind for name in names for kind in (_TYPES[name] if isinstance(_TYPES[name], tuple) else
                                                       (_TYPES[name], )))
-    if not isinstance(value, types) or isinstance(value, bool):
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         return [f'{where} must be {" or ".join(names)}; got {type(value).__name__}']
     found = []
     if isinstance(value, dict):

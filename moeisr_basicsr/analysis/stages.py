@@ -12,7 +12,7 @@ from moeisr_basicsr.core.render import TORCH, Backend, FeatureWindow, Renderer
 from moeisr_basicsr.inference import evaluation, make_control, upscale_strips
 from moeisr_basicsr.kernels import fused_backend
 
-from .complexity import decoder_macs, dense_folded_macs, dense_plain_macs, encoder_macs, heaviest
+from .complexity import heaviest, macs_per_pixel
 from .measure import interleaved_ms, peak_mib
 from .plain import CHUNK, plain_image
 from .rendering import render_fixed
@@ -110,17 +110,6 @@ class Stages:
         """Peak MiB of every stage beyond what was in use before."""
         return {name: peak_mib(getattr(self, name), self.device) for name in STAGES}
 
-    def macs(self) -> dict:
-        """Multiply-adds per output pixel as routed."""
-        counts = decoder_macs(self.decoder, self.lq_size, self.size)
-        loads = self.loads()
-        encoder = encoder_macs(self.net.encoder, self.lq_size, self.lq.shape[1]) / (self.size[0] * self.size[1])
-        return {'encoder': encoder, 'mapper': counts.mapper, 'tables': counts.tables,
-                'experts': counts.experts_at(loads), 'total': encoder + counts.total(loads),
-                'dense_folded': dense_folded_macs(self.decoder, self.lq_size, self.size),
-                'dense_plain': dense_plain_macs(self.decoder, self.lq_size, self.size),
-                'each_expert': counts.experts}
-
     def loads(self) -> list[float]:
         """Each expert's share of the output pixels."""
         return [1.0] if self.expert_map is None else expert_loads(self.expert_map, self.decoder.num_experts)
@@ -131,5 +120,5 @@ class Stages:
         return {'case': 'profile', 'lq_size': list(self.lq_size), 'size': list(self.size), 'scale': list(scale),
                 'precision': self.setting.precision, 'budget': self.setting.budget,
                 'cost_weight': self.setting.cost_weight, 'time_ms': self.times(), 'repeats': self.setting.repeats,
-                'peak_mib': self.memory(), 'macs': self.macs(),
+                'peak_mib': self.memory(), 'macs': macs_per_pixel(self.net, self.lq_size, self.size, loads),
                 'routing': {'loads': loads, 'mean_cost': mean_cost(loads, self.decoder.expert_costs)}}

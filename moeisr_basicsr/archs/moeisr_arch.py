@@ -2,7 +2,7 @@
 
 Shapes: B images, C_in and C_out channels, (H, W) LR size, (R, S) output rows and columns, Q queries, J experts.
 """
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from basicsr.archs import build_network
@@ -12,8 +12,28 @@ from torch import Tensor, nn
 from moeisr_basicsr.core import Decoded, MoEDecoder, Rendered, make_cell, make_coord, output_size, render
 from moeisr_basicsr.core.coords import pixel_centres
 from moeisr_basicsr.core.skip import SKIPS, skip_at, skip_grid
+from moeisr_basicsr.errors import UserError
 
 LTE_SCALE_MAX = 4  # LTE was trained up to x4; its test code shows it no smaller cell than x4's
+
+
+def build_encoder(options: dict, in_channels: int) -> nn.Module:
+    """The registered network that `encoder` names.
+
+    Raises:
+        UserError: It names none, or one that is no encoder.
+    """
+    name = options.get('type') if isinstance(options, Mapping) else None
+    if not isinstance(name, str):
+        raise UserError(f"encoder needs a type, for example {{'type': 'EDSREncoder'}}; got {options!r}.")
+    try:
+        encoder = build_network({'num_in_ch': in_channels, **options})
+    except TypeError as error:
+        raise UserError(f'encoder {name} cannot be built: {error}') from error
+    if not isinstance(getattr(encoder, 'num_feat', None), int):
+        raise UserError(f'{name} is no encoder: it must keep the size of the image and have `num_feat`, the number of '
+                        'its feature channels; EDSREncoder, RDNEncoder and SwinIREncoder do.')
+    return encoder
 
 
 @ARCH_REGISTRY.register()
@@ -36,6 +56,8 @@ class MoEISR(nn.Module):
             with LTE (its official test code) and no limit with LIIF; 0 for no limit.
         expert_grad: How training gets its gradients: 'exact', 'naive', 'sampled'; see `core.MoEDecoder`.
         sample_rate: rho of 'sampled'.
+        share_first_layer: One first layer, and so one LR table, for all experts, which must have a common first
+            width; 'liif' only.
     """
 
     def __init__(self, encoder: dict, decoder: str = 'liif',
@@ -43,7 +65,7 @@ class MoEISR(nn.Module):
                  mapper: dict | None = None, tau: float = 1.0, skip: str = 'none', in_channels: int = 3,
                  out_channels: int = 3, scale: float | Sequence[float] | None = None, hidden_dim: int | None = None,
                  zero_init_last: bool | None = None, cell_scale_max: float | None = None, expert_grad: str = 'exact',
-                 sample_rate: float = 0.125):
+                 sample_rate: float = 0.125, share_first_layer: bool = False):
         super().__init__()
         if skip not in SKIPS:
             raise ValueError(f'skip must be one of {SKIPS}; got {skip!r}.')
@@ -51,11 +73,16 @@ class MoEISR(nn.Module):
             raise ValueError(f"skip '{skip}' needs in_channels = out_channels; got {in_channels} and {out_channels}.")
         if hidden_dim is not None and decoder != 'lte':
             raise ValueError(f"hidden_dim belongs to the decoder 'lte'; the decoder is {decoder!r}.")
+        if share_first_layer and decoder != 'liif':
+            raise ValueError("share_first_layer belongs to the decoder 'liif': LTE's experts always share their "
+                             f'convolutions; the decoder is {decoder!r}.')
         self.skip = skip
         self.scale = scale
         self.cell_scale_max = (LTE_SCALE_MAX if decoder == 'lte' else 0) if cell_scale_max is None else cell_scale_max
-        self.encoder = build_network({'num_in_ch': in_channels, **encoder})
+        self.encoder = build_encoder(encoder, in_channels)
         family = {} if hidden_dim is None else {'hidden_dim': hidden_dim}
+        if share_first_layer:
+            family['share_first_layer'] = True
         self.decoder = MoEDecoder(
             self.encoder.num_feat, out_channels, decoder, experts, mapper, tau=tau, expert_grad=expert_grad,
             sample_rate=sample_rate, zero_init_last=skip == 'bicubic' if zero_init_last is None else zero_init_last,

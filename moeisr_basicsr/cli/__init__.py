@@ -12,6 +12,7 @@ COMMANDS = {
     'train': ('train', 'train a network as an options file says'),
     'test': ('test', 'evaluate a network on datasets as an options file says'),
     'upscale': ('upscale', 'upscale images by any factor, or to any size'),
+    'models': ('models', 'list the models that come with the package, or show one'),
     'profile': ('profile', 'measure multiply-adds, time and memory of a network, stage by stage'),
     'report': ('report', 'make one page of tables, charts and pictures of what tests and profiles measured'),
     'convert': ('convert', 'make one self-describing model file of a checkpoint'),

@@ -12,6 +12,7 @@ examples:
   basicsr convert experiments/moeisr_edsr/models/net_g_latest.pth -o moeisr_edsr.safetensors
   basicsr convert net_g.pth -opt options/moeisr_edsr.yml -o moeisr_edsr.safetensors
   basicsr convert edsr-baseline-liif.pth -o liif.safetensors
+  basicsr convert moeisr_edsr.safetensors -o half.safetensors --store fp16 --metadata license=CC0-1.0 author=me
 
 Known are checkpoints of BasicSR (params, params_ema) and of the official LIIF and LTE code. The file that is written
 has the weights and the network's options: `basicsr upscale --model` needs nothing else. Nothing in a checkpoint is
@@ -28,6 +29,11 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
                         help='the changes of the options file that the training had')
     parser.add_argument('--param-key', choices=('params', 'params_ema'),
                         help='which weights of a BasicSR checkpoint (default: the averaged ones, params_ema, if any)')
+    parser.add_argument('--store', choices=('fp32', 'fp16'), default='fp32',
+                        help='number format of the weights in the file; fp16 takes half the room, computing stays as '
+                             'it is (default fp32)')
+    parser.add_argument('--metadata', nargs='+', default=[], metavar='KEY=VALUE',
+                        help='what else the file shall say of itself; `basicsr models OUT.safetensors --json` reads it')
     parser.add_argument('--overwrite', action='store_true', help='replace the output file if it exists')
     add_import(parser)
     parser.epilog = EPILOG
@@ -54,7 +60,23 @@ def run(args: argparse.Namespace) -> int:
         network_opt = data.get('network_g')
         if network_opt is None:
             raise UserError(f"{args.opt}: the key 'network_g' is missing.")
-    options = convert(args.checkpoint, out, network_opt, args.param_key)
+    notes = dict(parse_note(entry) for entry in args.metadata)
+    options = convert(args.checkpoint, out, network_opt, args.param_key, args.store, notes)
     encoder = options.get('encoder', {}).get('type', 'no encoder')
     print(f'{out}: {options["type"]} with {encoder}, {out.stat().st_size / 2**20:.1f} MiB')
     return 0
+
+
+def parse_note(entry: str) -> tuple[str, str]:
+    """'KEY=VALUE' as (key, value).
+
+    Raises:
+        UserError: It is malformed, or the key is one that every model file has.
+    """
+    from moeisr_basicsr.checkpoint import RESERVED
+    key, sign, value = entry.partition('=')
+    if not key or not sign:
+        raise UserError(f'--metadata {entry}: give KEY=VALUE.')
+    if key in RESERVED:
+        raise UserError(f'--metadata {entry}: {key} is written by `basicsr convert` itself.')
+    return key, value

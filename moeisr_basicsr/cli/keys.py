@@ -25,12 +25,11 @@ def rows(title: str, table: Table) -> list[tuple[str, str, str, str]]:
     return result
 
 
-def print_keys(is_train: bool) -> int:
-    """Print the tables; returns the exit code."""
+def print_keys(is_train: bool) -> None:
+    """Print the tables."""
     tables = [(title, table) for title, table in SECTIONS if is_train or title not in ('train', 'datasets: train')]
     tables += [(f'datasets: NAME ({dataset})', table) for dataset, table in schema.DATASET_OURS.items()]
     for title, table in tables:
         for key, value, default, about in rows(title, table):
             print(f'{key}\n    {about}. {value[0].upper()}{value[1:]}{f"; {default}" if default else ""}.')
     print('\nSections with a `type` take the arguments of the class that it names.')
-    return 0

@@ -1,6 +1,7 @@
 """Arguments that several subcommands share."""
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def add_options_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument('--keys', action='store_true', help='list the keys that an options file may have, and stop')
     add_import(parser)
+
+
+def add_model(parser: argparse._ActionsContainer, help_end: str = '') -> None:
+    """`--model`; `shipped.find_model` says which file it means."""
+    parser.add_argument('--model', metavar='NAME_OR_FILE', help='a model that comes with the package, or a model file '
+                                                                f'as `basicsr convert` writes it{help_end}')
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
@@ -52,11 +59,18 @@ def import_modules(names: list[str]) -> None:
             raise UserError(f'--import {name}: {type(error).__name__}: {error}') from error
 
 
-def require_options_file(args: argparse.Namespace) -> None:
-    """`-opt` must be there.
+def options_of(args: argparse.Namespace, is_train: bool) -> dict | None:
+    """The checked options of the arguments of `add_options_file`; None where they ask for the list of keys only.
 
     Raises:
-        UserError: It is not.
+        UserError: There is no options file, or it has mistakes.
     """
+    import_modules(args.modules)
+    if args.keys:
+        from .keys import print_keys
+        print_keys(is_train)
+        return None
     if not args.opt:
         raise UserError(f'basicsr {args.command} needs an options file: -opt options/NAME.yml.')
+    from moeisr_basicsr.options import parse_options
+    return parse_options(args, os.getcwd(), is_train)

@@ -4,7 +4,7 @@ import re
 
 from moeisr_basicsr.errors import UserError
 
-from .options import add_import, import_modules
+from .options import add_import, add_model, import_modules
 from .upscale import parse_number, parse_scale
 
 EPILOG = """\
@@ -28,7 +28,7 @@ DATA_ONLY = ('workers', 'items', 'step_ms', 'force_yml')
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument('--model', metavar='FILE', help='model file, as `basicsr convert` writes it')
+    add_model(model)
     model.add_argument('-opt', metavar='YAML', help='options file whose network_g is built with random weights')
     source = parser.add_mutually_exclusive_group()
     source.add_argument('--lq-size', type=parse_rows_cols, default=(128, 128), metavar='HxW',
@@ -119,5 +119,9 @@ def run(args: argparse.Namespace) -> int:
     for name in DATA_ONLY:
         if getattr(args, name) is not None:
             raise UserError(f'--{name.replace("step_ms", "step-ms")} needs --data.')
+    from moeisr_basicsr.shipped import find_model
+
     from .profile_run import Profiler
+    if args.model is not None:
+        args.model = str(find_model(args.model))
     return Profiler(args).run()

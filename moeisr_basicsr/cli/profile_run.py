@@ -142,8 +142,8 @@ class Profiler:
         table = Table(title='Experts', title_justify='left')
         for column in ('expert', 'hidden layers', 'thousand MACs', *(factor(row['scale']) for row in rows)):
             table.add_column(column, justify='right')
-        for j, expert in enumerate(self.net.decoder.pool.experts):
-            table.add_row(str(j), str(expert.depth), thousands(rows[0]['macs']['each_expert'][j]),
+        for j, depth in enumerate(self.net.decoder.depths):
+            table.add_row(str(j), str(depth), thousands(rows[0]['macs']['each_expert'][j]),
                           *(f'{100 * row["routing"]["loads"][j]:.1f} %' for row in rows))
         table.add_section()
         table.add_row('mean', '', '', *(thousands(row['macs']['experts']) for row in rows))

@@ -1,8 +1,7 @@
 """`basicsr test`."""
 import argparse
-import os
 
-from .options import add_options_file, import_modules, require_options_file
+from .options import add_options_file, options_of
 
 EPILOG = """\
 examples:
@@ -20,12 +19,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the options, then evaluate."""
-    import_modules(args.modules)
-    if args.keys:
-        from .keys import print_keys
-        return print_keys(is_train=False)
-    require_options_file(args)
-    from moeisr_basicsr.options import parse_options
-    opt = parse_options(args, os.getcwd(), is_train=False)
+    opt = options_of(args, is_train=False)
+    if opt is None:
+        return 0
     from moeisr_basicsr.engine.test_loop import test
     return test(opt)

@@ -1,19 +1,21 @@
 """`basicsr upscale`."""
 import argparse
+import os
 import re
 
-from moeisr_basicsr.errors import UserError
-
-from .options import add_import, import_modules
+from .options import add_import, add_model, import_modules
 
 EPILOG = """\
 examples:
-  basicsr upscale photo.jpg -o photo_large.png --model model.safetensors --scale 3.3
+  basicsr upscale photo.jpg -o photo_large.png --scale 3.3
   basicsr upscale photos -o large --model model.safetensors --size 3840x2160 --ext webp
   basicsr upscale scan.png -o . --model model.safetensors --scale 2.5x4 --expert-map
 
 OUT is a file name for one image, or a folder; in a folder the name says the factor: photo_x3.3.png. Transparency,
 16 bit per channel and grey stay as they are, as far as the output's format can hold them.
+
+`basicsr models` lists the models that come with the package. A name of that list means that model; where a file of
+exactly this name lies in the current folder, ./NAME is the file, and NAME alone an error.
 
 The expert map shows which expert made which pixel, from cheap to dear in yellow, green, blue and red.
 Under torchrun the images are shared among the processes."""
@@ -24,7 +26,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     parser.add_argument('inputs', nargs='+', metavar='IMAGE_OR_FOLDER', help='images, or folders of images')
     parser.add_argument('-o', '--output', required=True, metavar='OUT', help='output file or folder')
-    parser.add_argument('--model', metavar='FILE', help='model file, as `basicsr convert` writes it')
+    add_model(parser, help_end=' (default: the one that `basicsr models` marks)')
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument('--scale', type=parse_scale, metavar='S',
                         help='factor of at least 1, for example 3.3; or rows x columns, for example 2.5x4')
@@ -84,9 +86,13 @@ def parse_size(text: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> int:
     """Upscale every image; one that fails is reported, and the others go on."""
     import_modules(args.modules)
-    if args.model is None:
-        raise UserError('name a model file: --model FILE.safetensors. `basicsr convert` makes one of a checkpoint.')
+    from moeisr_basicsr.shipped import find_model
+
     from .upscale_jobs import plan
+    is_chosen = args.model is not None
+    args.model = find_model(args.model)
     jobs = plan(args)  # before the model is loaded: most mistakes are found in a moment
+    if not is_chosen and os.environ.get('RANK', '0') == '0':
+        print(f'Model: {args.model.stem}, the default; `basicsr models` tells more.')
     from .upscale_run import Upscaler
     return Upscaler(args).run(jobs)

@@ -10,6 +10,7 @@ order: once to collect the kappas at which they change their expert, in a histog
 Shapes: N queries in pixel order, J experts.
 """
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -127,6 +128,35 @@ class Budget:
         granted = spent <= self.spare * (1 + 1e-12)
         self.spare -= float(torch.where(granted, extra, 0).sum())
         return torch.where(granted, dear, cheap)
+
+
+class Shuffle:
+    """A control experiment: as many pixels for each expert as the routing gave it, but drawn at random.
+
+    A routing that has learned nothing about the image loses nothing by it. `count` the map of every region of one
+    image, in any order, then read `expert_map`; that depends on the counts and the seed only.
+
+    Args:
+        size: (R, S) of the whole output.
+        num_experts: J.
+        seed: Of the draw.
+        device: Where the map is read.
+    """
+
+    def __init__(self, size: tuple[int, int], num_experts: int, seed: int, device: torch.device | str = 'cpu'):
+        self.size, self.seed, self.device = size, seed, device
+        self.counts = torch.zeros(num_experts, dtype=torch.long)
+
+    def count(self, expert_map: Tensor) -> None:
+        """Add a region's map, (r, s) uint8."""
+        self.counts += torch.bincount(expert_map.flatten(), minlength=len(self.counts)).cpu()
+
+    @cached_property
+    def expert_map(self) -> Tensor:
+        """(R, S) uint8; drawn on the CPU, so that every device has the same."""
+        experts = torch.arange(len(self.counts), dtype=torch.uint8).repeat_interleave(self.counts)
+        order = torch.randperm(len(experts), generator=torch.Generator().manual_seed(self.seed))
+        return experts[order].view(self.size).to(self.device)
 
 
 def bin_of(kappa: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class MoEDecoder(nn.Module):
             estimate at `sample_rate`.
         sample_rate: rho of 'sampled'.
         zero_init_last: See `Expert`.
-        **family_options: Options of the family (lte: hidden_dim).
+        **family_options: Options of the family (liif: share_first_layer; lte: hidden_dim).
     """
 
     def __init__(self, in_channels: int, out_channels: int = 3, family: str = 'liif',
@@ -74,6 +74,11 @@ class MoEDecoder(nn.Module):
     def num_experts(self) -> int:
         """J."""
         return len(self.pool.experts)
+
+    @property
+    def depths(self) -> list[int]:
+        """Number of hidden layers of each expert."""
+        return [len(self.pool.linears(j)) - 1 for j in range(self.num_experts)]
 
     @property
     def expert_macs(self) -> list[int]:

@@ -35,11 +35,6 @@ class Expert(nn.Module):
         """The linear layers from first to last."""
         return list(self.layers[::2])
 
-    @property
-    def depth(self) -> int:
-        """Number of hidden layers."""
-        return len(self.linears) - 1
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, D_in) -> (N, C)."""
         return self.layers(x)

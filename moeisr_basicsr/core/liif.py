@@ -25,18 +25,39 @@ class LIIFExperts(nn.Module):
         out_channels: Channels of the signal.
         experts: Hidden widths of each expert.
         zero_init_last: See `Expert`.
+        share_first_layer: One first layer, and so one LR table, for all experts; `experts` then holds what lies
+            behind it.
+
+    Raises:
+        ValueError: A first layer is to be shared and the experts' first widths differ.
     """
 
     def __init__(self, in_channels: int, out_channels: int, experts: Sequence[Sequence[int]],
-                 zero_init_last: bool = False):
+                 zero_init_last: bool = False, share_first_layer: bool = False):
         super().__init__()
         self.in_channels = in_channels
-        self.experts = nn.ModuleList(
-            Expert(in_channels * 9 + 4, out_channels, hidden, zero_init_last) for hidden in experts)
+        self.first = None
+        inputs = in_channels * 9 + 4
+        if share_first_layer:
+            if len({tuple(hidden[:1]) for hidden in experts}) > 1 or not experts[0]:
+                raise ValueError('share_first_layer needs experts with one common first width, for example '
+                                 f'[[256], [256, 128]]; got {list(experts)}.')
+            self.first = nn.Linear(inputs, experts[0][0])
+            inputs, experts = experts[0][0], [hidden[1:] for hidden in experts]
+        self.experts = nn.ModuleList(Expert(inputs, out_channels, hidden, zero_init_last) for hidden in experts)
+
+    @property
+    def num_tables(self) -> int:
+        """Number of different LR tables: one per expert, or one in all."""
+        return len(self.experts) if self.first is None else 1
+
+    def linears(self, j: int) -> list[nn.Linear]:
+        """Expert j's linear layers from first to last."""
+        return self.experts[j].linears if self.first is None else [self.first, *self.experts[j].linears]
 
     def split_first(self, j: int) -> tuple[Tensor, Tensor]:
         """Expert j's first weight cut apart: for the features (D1, C, 3, 3), for coordinate and cell (D1, 4)."""
-        weight = self.experts[j].linears[0].weight
+        weight = self.linears(j)[0].weight
         unfolded = self.in_channels * 9
         return weight[:, :unfolded].unflatten(1, (-1, 3, 3)), weight[:, unfolded:]  # F.unfold is channel-major
 
@@ -47,14 +68,15 @@ class LIIFExperts(nn.Module):
             feat: (B, C, H, W), or with its halo of one code per side and `padding` 0.
 
         Returns:
-            One (B, T, D1) per expert, first-layer bias included.
+            One (B, T, D1) per expert, first-layer bias included; the same one for all that share it.
         """
-        kernels = [self.split_first(j)[0] for j in range(len(self.experts))]
-        biases = [expert.linears[0].bias for expert in self.experts]
+        kernels = [self.split_first(j)[0] for j in range(self.num_tables)]
+        biases = [self.linears(j)[0].bias for j in range(self.num_tables)]
         feat = feat.contiguous(memory_format=torch.channels_last)  # the convolution then writes rows of the table
         table = F.conv2d(feat, torch.cat(kernels), torch.cat(biases), padding=padding)  # (B, sum of D1, H, W)
         table = table.permute(0, 2, 3, 1).flatten(1, 2)  # (B, T, sum of D1)
-        return list(table.split([bias.shape[0] for bias in biases], dim=-1))
+        tables = list(table.split([bias.shape[0] for bias in biases], dim=-1))
+        return tables if self.first is None else tables * len(self.experts)
 
     def evaluate(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
         """Expert j's answers to N queries of one image: (N, out_channels).
@@ -63,7 +85,7 @@ class LIIFExperts(nn.Module):
             j: Expert.
             tables: One (T, D1) per expert.
         """
-        hidden = self.experts[j].linears[1:]
+        hidden = self.linears(j)[1:]
         x = queries.gather(tables[j])  # (4 N, D1)
         x = x.addmm_(queries.local().to(x), self.split_first(j)[1].t().to(x))
         for linear in hidden[:-1]:
@@ -75,11 +97,11 @@ class LIIFExperts(nn.Module):
 
     def macs(self, j: int) -> int:
         """Multiply-adds of expert j's linear layers for one query, LR tables not counted."""
-        linears = self.experts[j].linears
+        linears = self.linears(j)
         per_corner = 2 * linears[0].out_features + sum(layer.weight.numel() for layer in linears[1:-1])
         last = linears[-1].weight.numel() if len(linears) > 1 else 0
         return 4 * per_corner + last
 
     def table_macs(self) -> int:
         """Multiply-adds of the LR tables of all experts for one LR cell."""
-        return sum(9 * self.in_channels * expert.linears[0].out_features for expert in self.experts)
+        return sum(9 * self.in_channels * self.linears(j)[0].out_features for j in range(self.num_tables))

@@ -39,6 +39,10 @@ class LTEExperts(nn.Module):
         self.phase = nn.Linear(2, hidden_dim // 2, bias=False)
         self.experts = nn.ModuleList(Expert(hidden_dim, out_channels, hidden, zero_init_last) for hidden in experts)
 
+    def linears(self, j: int) -> list[nn.Linear]:
+        """Expert j's linear layers from first to last."""
+        return self.experts[j].linears
+
     def tables(self, feat: Tensor, padding: int = 1) -> list[Tensor]:
         """Coefficient and frequency at LR resolution.
 
@@ -65,14 +69,14 @@ class LTEExperts(nn.Module):
     def evaluate(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
         """Expert j's answers to N queries of one image: (N, out_channels); `tables` are two of (T, 2 K)."""
         x = self.basis(tables, queries)
-        *hidden, last = self.experts[j].linears
+        *hidden, last = self.linears(j)
         for linear in hidden:
             x = nn.functional.relu_(linear(x))
         return last(queries.blend(x))  # the last layer is linear: blended before it, the four corners need one pass
 
     def macs(self, j: int) -> int:
         """Multiply-adds of expert j for one query, LR tables not counted: angles, MLP."""
-        linears = self.experts[j].linears
+        linears = self.linears(j)
         per_corner = self.hidden_dim + sum(layer.weight.numel() for layer in linears[:-1])
         return 4 * per_corner + linears[-1].weight.numel()
 

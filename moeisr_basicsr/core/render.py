@@ -6,14 +6,15 @@ Logits, order and LR tables of a whole image are never held.
 Shapes: B images, C feature channels, (H, W) LR size, (R, S) rows and columns of an output tile, J experts.
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .control import Budget, CostWeight
+from .control import Budget, CostWeight, Shuffle
 from .coords import GridAxis, grid_axis, grid_corners, make_cell, pixel_centres
 from .decoder import MoEDecoder
 from .dispatch import dispatch
@@ -25,6 +26,7 @@ CHUNK = 4096  # queries: four corners of 256 values are 16 MiB, below the size a
 
 
 Control = CostWeight | Budget
+Clock = Callable[[str], AbstractContextManager]  # clock(stage) is entered around each piece of work of that stage
 
 
 class Rendered(NamedTuple):
@@ -127,15 +129,18 @@ class Renderer:
         backend: Computes routing and tiles.
         tile: LR cells per side of a tile; the backend's choice where it is None.
         device: Device of the features.
+        shuffle: Deals the routed experts out to other pixels; None leaves them where they are.
+        clock: Told of the stages 'map' and 'decode'.
     """
 
     def __init__(self, decoder: MoEDecoder, size: tuple[int, int], lr_size: tuple[int, int], cell: Tensor | None = None,
                  control: Control | None = None, backend: Backend = TORCH, tile: int | None = None,
-                 device: torch.device | str | None = None):
+                 device: torch.device | str | None = None, shuffle: Shuffle | None = None, clock: Clock = nullcontext):
         self.decoder = decoder
         self.size, self.lr_size, self.tile = size, lr_size, tile or backend.tile
         self.control = control or CostWeight()
         self.backend = backend
+        self.shuffle, self.clock = shuffle, clock
         cell = make_cell(size) if cell is None else cell
         self.cell = (cell * torch.tensor(lr_size, dtype=torch.float32)).to(device)  # in units of LR cells
         self.rows, self.cols = (grid_axis(n_out, n_lr, device=device) for n_out, n_lr in zip(size, lr_size))
@@ -172,18 +177,30 @@ class Renderer:
     def strips(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
                ) -> Iterator[tuple[int, int, Tensor | None]]:
         """Row strips of an output region with their expert maps, (r, s) uint8."""
-        mapper = self.decoder.mapper
-        table = None if mapper is None else self.mapper_table(window)
-        trained = isinstance(self.control, CostWeight) and self.control.cost_weight == 0
+        if self.decoder.mapper is None:
+            yield from ((*span, None) for span in self.row_spans(rows))
+        elif self.shuffle is not None:
+            for top, bottom in self.row_spans(rows):
+                yield top, bottom, self.shuffle.expert_map[top:bottom, cols[0]:cols[1]]
+        else:
+            yield from self.routed_strips(window, rows, cols)
+
+    def routed_strips(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
+                      ) -> Iterator[tuple[int, int, Tensor]]:
+        """`strips` as the mapper and the control route them."""
+        with self.clock('map'):
+            table = self.mapper_table(window)
         for top, bottom in self.row_spans(rows):
-            if table is None:
-                yield top, bottom, None
-            elif trained:
-                yield top, bottom, self.backend.route(mapper, table, *self.near(window, (top, bottom), cols), self.cell)
-            else:
-                maps = [self.control.route(logits, self.costs).to(torch.uint8)
-                        for logits in self.logits(window, table, (top, bottom), cols)]
-                yield top, bottom, torch.cat(maps)
+            with self.clock('map'):
+                expert_map = self.route(window, table, (top, bottom), cols)
+            yield top, bottom, expert_map
+
+    def route(self, window: FeatureWindow, table: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+        """The expert map of an output region: (r, s) uint8."""
+        if isinstance(self.control, CostWeight) and self.control.cost_weight == 0:
+            return self.backend.route(self.decoder.mapper, table, *self.near(window, rows, cols), self.cell)
+        return torch.cat([self.control.route(logits, self.costs).to(torch.uint8)
+                          for logits in self.logits(window, table, rows, cols)])
 
     def logits(self, window: FeatureWindow, table: Tensor, rows: tuple[int, int], cols: tuple[int, int]
                ) -> Iterator[Tensor]:
@@ -192,10 +209,20 @@ class Renderer:
         for block in spans(*rows, count):
             yield self.backend.logits(self.decoder.mapper, table, *self.near(window, block, cols), self.cell)
 
+    def previews(self) -> list[Callable[[FeatureWindow, tuple[int, int], tuple[int, int]], None]]:
+        """What must see every region of the image before anything is rendered, one after the other."""
+        return [self.observe] * isinstance(self.control, Budget) + [self.count] * (self.shuffle is not None)
+
     def observe(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]) -> None:
-        """Show a region's logits to a `Budget` before anything is rendered."""
-        for logits in self.logits(window, self.mapper_table(window), rows, cols):
-            self.control.observe(logits)
+        """Show a region's logits to a `Budget`."""
+        with self.clock('map'):
+            for logits in self.logits(window, self.mapper_table(window), rows, cols):
+                self.control.observe(logits)
+
+    def count(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]) -> None:
+        """Show a region's routing to the `Shuffle`."""
+        for _, _, expert_map in self.routed_strips(window, rows, cols):
+            self.shuffle.count(expert_map)
 
     def render(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
                ) -> Iterator[tuple[int, int, Rendered]]:
@@ -211,8 +238,9 @@ class Renderer:
                 piece = None if expert_map is None else expert_map[:, left - cols[0]:right - cols[0]]
                 tile_rows = GridAxis(self.rows.index[:, top:bottom] - window.top, self.rows.rel[:, top:bottom])
                 tile_cols = GridAxis(self.cols.index[:, left:right] - window.left, self.cols.rel[:, left:right])
-                crop, tile_rows, tile_cols = crop_window(window.feat, tile_rows, tile_cols)
-                pieces.append(self.backend.decode(self.decoder, Tile(crop, tile_rows, tile_cols, self.cell, piece)))
+                with self.clock('decode'):
+                    crop, tile_rows, tile_cols = crop_window(window.feat, tile_rows, tile_cols)
+                    pieces.append(self.backend.decode(self.decoder, Tile(crop, tile_rows, tile_cols, self.cell, piece)))
             experts = None if expert_map is None else expert_map[None]
             yield top, bottom, Rendered(torch.cat(pieces, dim=-1)[None], experts)
 

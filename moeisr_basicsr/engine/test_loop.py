@@ -7,7 +7,7 @@ from basicsr.models.base_model import BaseModel
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.analysis.complexity import parameters
 from moeisr_basicsr.analysis.environment import environment
-from moeisr_basicsr.models.evaluation import Evaluated
+from moeisr_basicsr.models.evaluation import Evaluated, mean_row
 
 from . import exit_codes
 from .data_loading import evaluation_loaders
@@ -70,12 +70,5 @@ def results_document(opt: dict, model: BaseModel, results: list[Evaluated]) -> d
     if hasattr(net, 'decoder'):
         described = {'name': opt['name'], 'file': opt['path'].get('pretrain_network_g'), 'network_g': opt['network_g'],
                      'parameters': parameters(net)._asdict()}
-    rows = [row for result in results for row in result.rows]
-    for result in results:
-        means = {'case': 'mean', 'dataset': result.dataset, 'count': result.count, 'metrics': result.metrics,
-                 **{key: result.rows[0][key] for key in ('scale', 'protocol', 'metric_protocols')
-                    if key in result.rows[0]}}
-        if result.loads:
-            means['routing'] = {'loads': result.loads, 'mean_cost': result.mean_cost}
-        rows.append(means)
+    rows = [row for result in results for row in result.rows] + [mean_row(result.rows) for result in results]
     return schema.document('test', environment(model.device), rows, described)

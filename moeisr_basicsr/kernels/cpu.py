@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeisr_basicsr.core.coords import GridAxis
-from moeisr_basicsr.kernels.native import (ALL_ISAS, ISAS, Decode, Route, Table, available, call, reason,
-                                           supported_isas)
+from moeisr_basicsr.kernels.native import (ALL_ISAS, ISAS, Decode, Needed, Route, Table, available, call,
+                                           reason, supported_isas)
 from moeisr_basicsr.kernels.packed import PAD, PackedConv, PackedExperts, pad_halves, pad_to, round_up
 
-__all__ = ['ALL_ISAS', 'ISAS', 'LteTables', 'PackedConv', 'PackedExperts', 'available', 'decode', 'reason', 'route',
-           'supported_isas']
+__all__ = ['ALL_ISAS', 'ISAS', 'LteTables', 'PackedConv', 'PackedExperts', 'available', 'decode', 'needed_cells',
+           'reason', 'route', 'supported_isas']
 
 
 MAX_TILE = 64  # csrc/decode.h, kMaxTileRows and kMaxTileCols
@@ -82,6 +82,26 @@ def decode(packed: PackedExperts, tables: Sequence[Tensor | None] | LteTables, r
     if error:
         raise ValueError(f'expert_map must hold 0 to {packed.num_experts - 1}, and each expert in it needs its table; '
                          f'got {int(expert_map.max())} at most.')
+
+
+def needed_cells(rows: GridAxis, cols: GridAxis, expert_map: Tensor, size: tuple[int, int],
+                 num_experts: int) -> list[Tensor]:
+    """The LR cells that each expert's pixels read, as ascending row-major numbers: one (N,) int64 per expert.
+
+    Args:
+        rows, cols, expert_map: As for `decode`.
+        size: (Ht, Wt).
+
+    Raises:
+        ValueError: An expert number that is too large.
+    """
+    needed = torch.zeros(num_experts, size[0] * size[1], dtype=torch.uint8)
+    row_index, col_index = rows.index.contiguous(), cols.index.contiguous()
+    args = Needed(num_experts, *expert_map.shape, row_index.data_ptr(), col_index.data_ptr(), expert_map.data_ptr(),
+                  expert_map.stride(0), *size, needed.data_ptr())
+    if call('moeisr_needed', args, supported_isas()[0]):
+        raise ValueError(f'expert_map must hold 0 to {num_experts - 1}; got {int(expert_map.max())} at most.')
+    return [one.nonzero().squeeze(1) for one in needed]
 
 
 def _tile_size(height: int, width: int, num_threads: int) -> tuple[int, int]:

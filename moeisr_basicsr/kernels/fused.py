@@ -3,7 +3,6 @@
 Shapes: as in `core.render`; D first hidden width, K frequencies of LTE.
 """
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moeisr_basicsr.core.coords import GridAxis
@@ -25,29 +24,23 @@ class FusedCPUBackend:
     tile = 64  # measured: larger windows overlap less, and their tables still suit the caches
 
     def __init__(self, decoder: MoEDecoder, precision: str = 'fp32'):
-        self.dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
         pool = decoder.pool
         experts = []
-        for j, expert in enumerate(pool.experts):
-            first, *rest = expert.linears
-            layers = [(layer.weight, layer.bias) for layer in (rest if decoder.family == 'liif' else expert.linears)]
+        for j in range(decoder.num_experts):
+            linears = pool.linears(j)[1:] if decoder.family == 'liif' else pool.linears(j)
+            layers = [(layer.weight, layer.bias) for layer in linears]
             w_rel = pool.split_first(j)[1][:, :2].t() if decoder.family == 'liif' else None
             experts.append({'w_rel': w_rel, 'hidden': layers[:-1], 'last': layers[-1]})
         self.packed = cpu.PackedExperts(experts, precision)
         if decoder.family == 'liif':
-            kernels, self.w_local = zip(*(pool.split_first(j) for j in range(len(experts))))
-            self.kernels = [kernel.detach().to(self.dtype).contiguous(memory_format=torch.channels_last)
-                            for kernel in kernels]
-            # On AMX our own convolution is up to twice as fast as torch's.
-            amx = self.packed.isa.startswith('amx')
-            self.convs = [cpu.PackedConv(kernel, self.packed.isa) for kernel in kernels] if amx else None
+            kernels, self.w_local = zip(*(pool.split_first(j) for j in range(pool.num_tables)))
+            self.convs = [cpu.PackedConv(kernel, self.packed.isa) for kernel in kernels]
 
     @staticmethod
     def supports(decoder: MoEDecoder) -> bool:
         """Whether the kernels can decode these experts: a LIIF expert needs a hidden layer, weights are fp32."""
-        experts = decoder.pool.experts
-        return (decoder.family == 'lte' or all(expert.depth > 0 for expert in experts)) and len(experts) <= 256 and all(
-            parameter.dtype == torch.float32 for parameter in experts.parameters())
+        return (decoder.family == 'lte' or min(decoder.depths) > 0) and decoder.num_experts <= 256 and all(
+            parameter.dtype == torch.float32 for parameter in decoder.pool.parameters())
 
     def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
         """(C_out, R, S) fp32."""
@@ -63,22 +56,18 @@ class FusedCPUBackend:
 
     def _liif_tables(self, decoder: MoEDecoder, tile: Tile) -> list[Tensor | None]:
         """First-layer pre-activations (h, w, D) of the experts that the tile uses; bias and cell term included."""
-        used = range(decoder.num_experts)
-        if tile.expert_map is not None:
-            counts = torch.bincount(tile.expert_map.flatten(), minlength=decoder.num_experts).tolist()
-            used = [j for j in used if counts[j]]
-        tables: list[Tensor | None] = [None] * decoder.num_experts
-        biases = [decoder.pool.experts[j].linears[0].bias + self.w_local[j][:, 2:] @ tile.cell for j in used]
-        if self.convs is not None:
-            for j, bias in zip(used, biases):
-                tables[j] = self.convs[j](tile.window[0], bias)
-            return tables
-        window = tile.window.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        joined = F.conv2d(window, torch.cat([self.kernels[j] for j in used]), torch.cat(biases).to(self.dtype))
-        joined = joined.contiguous(memory_format=torch.channels_last)[0].permute(1, 2, 0)  # (h, w, sum of D)
-        for j, table in zip(used, joined.split([bias.shape[0] for bias in biases], dim=-1)):
-            tables[j] = table
-        return tables
+        pool = decoder.pool
+        window = tile.window.contiguous(memory_format=torch.channels_last)[0]
+
+        def table(j: int, needed: Tensor | None) -> Tensor:
+            bias = pool.linears(j)[0].bias + self.w_local[j][:, 2:] @ tile.cell
+            return self.convs[j](window, bias, needed)
+
+        if pool.num_tables == 1:
+            return [table(0, None)] * decoder.num_experts
+        size = tuple(n - 2 for n in tile.window.shape[-2:])
+        cells = cpu.needed_cells(tile.rows, tile.cols, tile.expert_map, size, decoder.num_experts)
+        return [table(j, needed) if needed.numel() else None for j, needed in enumerate(cells)]
 
     def _lte_tables(self, decoder: MoEDecoder, tile: Tile) -> cpu.LteTables:
         """Coefficient and frequency (h, w, 2 K), the latter with its row parts first, and the phase."""

@@ -15,7 +15,7 @@ from moeisr_basicsr.kernels.build import BuildError, load_library
 # Ways to compute, in the order of csrc/api.cpp, enum Isa, from 1; for each precision the later is the faster.
 ISAS = {'fp32': ('avx2', 'avx512', 'amx_fp32'), 'bf16': ('avx512_bf16', 'amx_bf16')}
 ALL_ISAS = ISAS['fp32'] + ISAS['bf16']
-FUNCTIONS = ('moeisr_supported', 'moeisr_decode', 'moeisr_table', 'moeisr_route')
+FUNCTIONS = ('moeisr_supported', 'moeisr_decode', 'moeisr_table', 'moeisr_needed', 'moeisr_route')
 
 
 class Layer(Structure):
@@ -53,7 +53,15 @@ class Route(Structure):
 
 class TableJob(Structure):
     _fields_ = [('layer', Layer), ('window', c_void_p), ('channels', c_int64), ('height', c_int64),
-                ('width', c_int64), ('out', c_void_p), ('num_threads', c_int64)]
+                ('width', c_int64), ('out', c_void_p), ('cells', c_void_p), ('num_cells', c_int64),
+                ('num_threads', c_int64)]
+
+
+class Needed(Structure):
+    _fields_ = [(name, c_int64) for name in ('num_experts', 'height', 'width')]
+    _fields_ += [(name, c_void_p) for name in ('row_index', 'col_index', 'expert_map')]
+    _fields_ += [(name, c_int64) for name in ('map_stride', 'table_height', 'table_width')]
+    _fields_ += [('needed', c_void_p)]
 
 
 class Loaded(NamedTuple):

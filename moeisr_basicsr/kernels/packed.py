@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeisr_basicsr.kernels.native import Expert, Layer, TableJob, call, choose_isa, supported_isas
+from moeisr_basicsr.kernels.native import Expert, Layer, TableJob, call, choose_isa
 
 PAD = 32  # csrc/decode.h, kPad
 
@@ -34,6 +34,9 @@ def pack_weight(weight: Tensor, isa: str) -> Tensor:
     if isa in ('avx2', 'avx512'):
         panel = 16 if isa == 'avx2' else 32  # output channels: two vectors
         return weight.view(out // panel, panel, inp).transpose(1, 2).contiguous()  # (panels, in, panel)
+    if isa == 'avx512_bf16':  # two rows interleaved per 128 bits give channels in order: (half, quarter, 4) swapped
+        panels = weight.bfloat16().view(out // PAD, 2, 4, 4, inp).permute(0, 4, 2, 1, 3)
+        return panels.contiguous()  # (panels, in, 32)
     split = 3 if isa == 'amx_fp32' else 1
     parts = _split_bf16(weight, split).view(split, out // PAD, PAD, inp // PAD, PAD // 2, 2)
     return parts.permute(1, 3, 0, 4, 2, 5).contiguous()  # (panels, in / 32, split, 16, 32, 2)
@@ -124,32 +127,35 @@ class PackedExperts:
 
 
 class PackedConv:
-    """A 3x3 convolution that makes LR tables, on AMX: in fp32 faster than torch's, which uses AVX-512.
+    """The 3x3 convolution that makes an expert's LR table.
+
+    Faster than torch's: AMX serves fp32 too, and elsewhere only the cells that the expert's pixels read are computed,
+    about half of them where texture comes in patches.
 
     Args:
-        weight: (D, C, 3, 3); of several experts: concatenated.
-        isa: 'amx_fp32' or 'amx_bf16' (bf16 operands, fp32 sums and result).
+        weight: (D, C, 3, 3).
+        isa: As for `PackedExperts`; operands as there, sums and result in fp32.
 
     Raises:
-        ValueError: This processor has no AMX.
+        ValueError: This processor has no such instructions.
     """
 
-    def __init__(self, weight: Tensor, isa: str = 'amx_fp32') -> None:
-        if not isa.startswith('amx') or isa not in supported_isas():
-            raise ValueError(f"isa must be 'amx_fp32' or 'amx_bf16', and one of {supported_isas()}; got {isa!r}.")
-        self.isa = isa
+    def __init__(self, weight: Tensor, isa: str) -> None:
+        self.isa = choose_isa('fp32', isa)
+        self.takes_cells = not isa.startswith('amx')
         self.out_channels, self.in_channels = weight.shape[:2]
         self.padded = round_up(self.in_channels)
         # Row, column, channel: in a channels-last window three neighbours of a row are contiguous.
         flat = F.pad(weight.detach().permute(0, 2, 3, 1), (0, self.padded - self.in_channels)).flatten(1)
         self.weight = pack_weight(flat, isa)
 
-    def __call__(self, window: Tensor, bias: Tensor) -> Tensor:
-        """The tables of a window.
+    def __call__(self, window: Tensor, bias: Tensor, cells: Tensor | None = None) -> Tensor:
+        """The table of a window.
 
         Args:
             window: (C, Ht + 2, Wt + 2), with a halo of one code per side; quickest where it is channels-last.
             bias: (D) fp32.
+            cells: (N,) int64 cells to compute, in row-major numbers; the others hold nothing. AMX computes all.
 
         Returns:
             (Ht, Wt, D) fp32, a view if D was padded.
@@ -163,7 +169,10 @@ class PackedConv:
         out = torch.empty(height, width, round_up(self.out_channels))
         bias = pad_to(bias, out.shape[2])
         layer = Layer(9 * self.padded, out.shape[2], self.weight.data_ptr(), bias.data_ptr())
-        job = TableJob(layer, window.data_ptr(), self.padded, height, width, out.data_ptr(), torch.get_num_threads())
+        job = TableJob(layer, window.data_ptr(), self.padded, height, width, out.data_ptr(),
+                       num_threads=torch.get_num_threads())
+        if cells is not None and self.takes_cells:
+            job.cells, job.num_cells = cells.data_ptr(), cells.shape[0]
         if call('moeisr_table', job, self.isa):
             raise MemoryError('no memory for the activation blocks of the LR tables.')
         return out[..., :self.out_channels]

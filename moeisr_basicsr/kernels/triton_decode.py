@@ -123,7 +123,7 @@ def _pack_layers(linears: list[tuple[Tensor, Tensor]], d_in: int, d_out: int,
 
 
 def _pack_liif(pool: LIIFExperts, j: int, d_out: int, dtype: torch.dtype) -> PackedExpert:
-    (_, bias), *linears = [(layer.weight.float(), layer.bias.float()) for layer in pool.experts[j].linears]
+    (_, bias), *linears = [(layer.weight.float(), layer.bias.float()) for layer in pool.linears(j)]
     d_in = _padded(bias.shape[0])
     w_rel, w_cell = _pad(pool.split_first(j)[1].float(), d_in).split(2, dim=1)  # (D_IN, 2) each
     relu_first = bool(linears)
@@ -135,7 +135,7 @@ def _pack_liif(pool: LIIFExperts, j: int, d_out: int, dtype: torch.dtype) -> Pac
 
 
 def _pack_lte(pool: LTEExperts, j: int, d_out: int, dtype: torch.dtype) -> PackedExpert:
-    linears = [(layer.weight.float(), layer.bias.float()) for layer in pool.experts[j].linears]
+    linears = [(layer.weight.float(), layer.bias.float()) for layer in pool.linears(j)]
     half = _padded(pool.hidden_dim // 2)
     linears[0] = _pad_halves(linears[0][0].t(), half).t(), linears[0][1]
     weights, biases, d = _pack_layers(linears, 2 * half, d_out, dtype)
@@ -145,7 +145,8 @@ def _pack_lte(pool: LTEExperts, j: int, d_out: int, dtype: torch.dtype) -> Packe
 
 class TableConv(NamedTuple):
     """The 3x3 convolution that makes the LR tables of all experts."""
-    weight: Tensor  # LIIF: (sum of D_IN, C, 3, 3); LTE: (2 D_IN, C, 3, 3) fp32, coefficients before frequencies
+    weight: Tensor  # LIIF: (sum of D_IN, C, 3, 3), or (D_IN, C, 3, 3) where the experts share their first layer;
+    # LTE: (2 D_IN, C, 3, 3) fp32, coefficients before frequencies
     bias: Tensor | None  # LTE only; LIIF's goes into `PackedExpert.coordinate_part`, in fp32
     exact: bool  # without rounding fp32 operands to tf32
 
@@ -158,7 +159,7 @@ class TableConv(NamedTuple):
 
 
 def _liif_conv(pool: LIIFExperts, experts: list[PackedExpert], dtype: torch.dtype, exact: bool) -> TableConv:
-    weight = torch.cat([_pad(pool.split_first(j)[0].float(), expert.d_in) for j, expert in enumerate(experts)])
+    weight = torch.cat([_pad(pool.split_first(j)[0].float(), experts[j].d_in) for j in range(pool.num_tables)])
     return TableConv(weight.to(dtype).contiguous(memory_format=torch.channels_last), None, exact)
 
 
@@ -190,12 +191,13 @@ class TritonBackend(TorchBackend):
         if precision not in PRECISIONS:
             raise ValueError(f'precision must be one of {list(PRECISIONS)}; got {precision!r}.')
         pool, num_experts = decoder.pool, decoder.num_experts
-        device = pool.experts[0].linears[0].weight.device
+        device = next(pool.parameters()).device
         if reason(device):
             raise ValueError(f'{reason(device)}.')
         dtype, self.dot = PRECISIONS[precision]
         self.decoder = decoder
         self.lte = decoder.family == 'lte'
+        self.one_table = self.lte or pool.num_tables == 1  # for all experts
         self.configs = CONFIGS[precision]
         self.emulate_bf16 = interpreted() and precision == 'bf16'
         self.d_out = _padded(decoder.out_channels)
@@ -222,11 +224,11 @@ class TritonBackend(TorchBackend):
             order, counts = group_by_expert(tile.expert_map.flatten(), decoder.num_experts)
         with torch.autocast(out.device.type, enabled=False), torch.cuda.device_of(out):
             table = self.conv(tile.window)
-            first = 0  # channel at which an expert's table starts; LTE's experts share theirs
+            first = 0  # channel at which an expert's table starts
             for j, which in enumerate(order.split(counts)):
                 if which.numel() > 0:
                     self._launch(j, tile, table, first, which, out)
-                first += 0 if self.lte else self.experts[j].d_in
+                first += 0 if self.one_table else self.experts[j].d_in
         return out
 
     def _launch(self, j: int, tile: Tile, table: Tensor, first: int, which: Tensor, out: Tensor) -> None:

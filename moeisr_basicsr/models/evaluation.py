@@ -8,13 +8,19 @@ J experts.
 import math
 from collections.abc import Iterator
 from os import path as osp
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 
 from .worker_errors import clear_worker_errors
+
+
+# Keys of a results row (see `analysis.schema`): what all images of a dataset share, and what there are means of.
+SHARED = ('dataset', 'protocol', 'metric_protocols', 'scale', 'precision', 'budget', 'cost_weight', 'shuffle_experts',
+          'repeats')
+AVERAGED = ('metrics', 'time_ms', 'peak_mib', 'macs', 'routing')
 
 
 class Evaluated(NamedTuple):
@@ -67,6 +73,25 @@ def summarize(records: list[dict]) -> Evaluated:
 def mean(values: list[float]) -> float:
     """The exactly rounded mean: it does not depend on the order in which ranks finish."""
     return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
+
+
+def mean_row(rows: list[dict]) -> dict:
+    """One dataset's row of a results document, from the rows of its images."""
+    first = rows[0]
+    return {'case': 'mean', 'count': len(rows), **{key: first[key] for key in SHARED if key in first},
+            **{key: mean_of([row[key] for row in rows]) for key in AVERAGED if key in first}}
+
+
+def mean_of(values: list[Any]) -> Any:
+    """The mean of numbers, of lists entry by entry, of dictionaries key by key; None is left out."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    if isinstance(known[0], dict):
+        return {key: mean_of([value[key] for value in known]) for key in known[0]}
+    if isinstance(known[0], list):
+        return [mean_of(list(column)) for column in zip(*known)]
+    return mean(known)
 
 
 def scale_label(scale: tuple[float, float]) -> str:

@@ -2,20 +2,20 @@
 
 Shapes: (1, C, h, w) LR image, (C, R, S) output image, RGB in [0, 1]; J experts.
 """
-from functools import lru_cache
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from basicsr.utils import imwrite, tensor2img
 from torch import Tensor, nn
 
 from moeisr_basicsr.analysis.baseline import bicubic
-from moeisr_basicsr.analysis.complexity import decoder_macs, dense_folded_macs, dense_plain_macs, encoder_macs
-from moeisr_basicsr.analysis.measure import PeakMeter, time_ms
+from moeisr_basicsr.analysis.complexity import macs_per_pixel
+from moeisr_basicsr.analysis.measure import PeakMeter, StageClock, time_ms
 from moeisr_basicsr.analysis.routing_stats import depth_correlation, expert_loads, mean_cost
+from moeisr_basicsr.core.render import Clock
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.inference import Upscaled, upscale
+from moeisr_basicsr.inference import Upscaled, evaluation, upscale
 
 from .evaluation import factor_pair, image_name, scale_label
 from .measures import describe_input, describe_metric, measure
@@ -29,7 +29,7 @@ KINDS = {'': 'result', '_experts': 'expert_map', '_truth': 'truth', '_bicubic': 
 class Measured(NamedTuple):
     """A result and what it took."""
     result: Upscaled
-    time_ms: float
+    time_ms: dict[str, float]  # 'encode', 'map', 'decode' where the network has these stages, and 'total'
     peak_mib: float | None  # None where it was not asked for or cannot be measured
 
 
@@ -37,8 +37,9 @@ class ImageEvaluator:
     """Evaluates single images as the YAML's `val` section says.
 
     Args:
-        opt: The whole options; reads `val` (metrics, suffix, bicubic_baseline, budget, cost_weight, save_expert_map,
-            save_references, tb_images, measure), `logger: use_tb_logger`, `path: visualization` and `is_train`.
+        opt: The whole options; reads `val` (metrics, suffix, bicubic_baseline, budget, cost_weight, precision,
+            shuffle_experts, save_expert_map, save_references, tb_images, measure), `logger: use_tb_logger`,
+            `path: visualization`, `manual_seed` and `is_train`.
     """
 
     def __init__(self, opt: dict):
@@ -47,35 +48,45 @@ class ImageEvaluator:
         self.val_opt = opt.get('val') or {}
         self.metrics = self.val_opt.get('metrics') or {}
         self.shows_pictures = self.is_train and (opt.get('logger') or {}).get('use_tb_logger', False)
+        self.precision = self.val_opt.get('precision', 'fp32')
+        self.shuffles = self.val_opt.get('shuffle_experts', False)
+        self.seed = opt.get('manual_seed') or 0
         self.routing = {key: self.val_opt[key] for key in ('budget', 'cost_weight')
                         if self.val_opt.get(key) is not None}
 
-    def upscale(self, net: nn.Module, lq: Tensor, size: tuple[int, int] | None,
-                scale: float | list[float] | None) -> Upscaled:
-        """One image to `size`, or by `scale`, or by the network's own factor."""
+    def upscale(self, net: nn.Module, lq: Tensor, size: tuple[int, int] | None, scale: float | list[float] | None,
+                index: int = 0, clock: Clock = nullcontext) -> Upscaled:
+        """One image to `size`, or by `scale`, or by the network's own factor; `index` is its place in the dataset."""
         if not hasattr(net, 'encode'):  # of BasicSR or of somebody else: fixed factor
-            return upscale_fixed(net, lq)
+            if self.routing or self.shuffles:
+                raise UserError(f'{type(net).__name__} has no experts: val: budget, cost_weight and shuffle_experts do '
+                                'not fit it.')
+            return upscale_fixed(net, lq, self.precision)
+        options = {**self.routing, 'precision': self.precision, 'clock': clock,
+                   'shuffle_seed': self.seed + index if self.shuffles else None}  # the same on every rank
         if size is not None:
-            return upscale(net, lq, size=size, **self.routing)
+            return upscale(net, lq, size=size, **options)
         scale = net.scale if scale is None else scale
         if scale is None:
             raise UserError('An image without ground truth needs a factor: give the dataset or network_g a scale.')
-        return upscale(net, lq, scale=tuple(scale) if isinstance(scale, (list, tuple)) else scale, **self.routing)
+        return upscale(net, lq, scale=tuple(scale) if isinstance(scale, (list, tuple)) else scale, **options)
 
-    def timed(self, net: nn.Module, lq: Tensor, size: tuple[int, int] | None,
-              scale: float | list[float] | None) -> Measured:
+    def timed(self, net: nn.Module, lq: Tensor, size: tuple[int, int] | None, scale: float | list[float] | None,
+              index: int) -> Measured:
         """`upscale` under the clock; with `measure` also its memory."""
         results = []
         meter = PeakMeter(lq.device) if self.val_opt.get('measure', False) else None
-        milliseconds = time_ms(lambda: results.append(self.upscale(net, lq, size, scale)), lq.device)
-        return Measured(results[0], milliseconds, meter.read() if meter is not None and meter.works else None)
+        clock = StageClock(lq.device)
+        total = time_ms(lambda: results.append(self.upscale(net, lq, size, scale, index, clock)), lq.device)
+        return Measured(results[0], {**clock.times, 'total': total},
+                        meter.read() if meter is not None and meter.works else None)
 
     def __call__(self, net: nn.Module, item: dict, dataset_opt: dict, current_iter: int | str, save_img: bool,
                  index: int) -> dict:
         """The record of one image: what `evaluation.summarize` takes; its pictures are saved where asked for."""
         lq = item['lq'].to(next(net.parameters()).device)
         gt = item['gt'][0] if 'gt' in item else None
-        measured = self.timed(net, lq, None if gt is None else tuple(gt.shape[-2:]), dataset_opt.get('scale'))
+        measured = self.timed(net, lq, None if gt is None else tuple(gt.shape[-2:]), dataset_opt.get('scale'), index)
         sr, expert_map = measured.result.image[0].float().cpu(), measured.result.expert_map
         if gt is not None and sr.shape != gt.shape:
             raise UserError(f'{item["lq_path"][0]}: the output is {tuple(sr.shape)}, the ground truth '
@@ -88,7 +99,8 @@ class ImageEvaluator:
         if gt is not None:
             record['metrics'] = self.measure_all(sr, gt, item['lq'][0], scale, dataset_opt.get('crop_border'))
         if not self.is_train:
-            record['row'] = {**self.row(net, lq, measured, scale), **self.setting(dataset_opt, gt is not None),
+            record['row'] = {**self.row(net, lq, gt, measured, scale, record),
+                             **self.setting(dataset_opt, gt is not None),
                              'image': record['name'], 'metrics': record['metrics']}
         shown = self.shows_pictures and index < self.val_opt.get('tb_images', 1)
         if save_img or shown:
@@ -140,48 +152,29 @@ class ImageEvaluator:
                                            for name, metric_opt in self.metrics.items()}
         return setting
 
-    def row(self, net: nn.Module, lq: Tensor, measured: Measured, scale: tuple[float, float]) -> dict:
-        """The image's row of a results document, see `analysis.schema`."""
+    def row(self, net: nn.Module, lq: Tensor, gt: Tensor | None, measured: Measured, scale: tuple[float, float],
+            record: dict) -> dict:
+        """The image's row of a results document, see `analysis.schema`; `record` has its loads and mean cost."""
         result = measured.result
         lq_size, size = tuple(lq.shape[-2:]), tuple(result.image.shape[-2:])
-        row = {'case': 'test', 'lq_size': list(lq_size), 'size': list(size), 'scale': list(scale), 'precision': 'fp32',
-               'budget': self.routing.get('budget'), 'cost_weight': self.routing.get('cost_weight'),
-               'time_ms': {'total': measured.time_ms}}
+        row = {'case': 'test', 'lq_size': list(lq_size), 'size': list(size), 'scale': list(scale),
+               'precision': self.precision, 'budget': self.routing.get('budget'),
+               'cost_weight': self.routing.get('cost_weight'), 'shuffle_experts': self.shuffles,
+               'time_ms': measured.time_ms, 'repeats': 1}
         if measured.peak_mib is not None:
             row['peak_mib'] = {'total': measured.peak_mib}
         if not hasattr(net, 'decoder'):
             return row
-        loads = [1.0]
         if result.expert_map is not None:
-            loads = expert_loads(result.expert_map, net.num_experts)
-            depths = [expert.depth for expert in net.decoder.pool.experts]
-            row['routing'] = {'loads': loads, 'mean_cost': mean_cost(loads, net.expert_costs),
-                              'texture_correlation': depth_correlation(result.expert_map[0], result.image[0], depths)}
-        return {**row, 'macs': macs_per_pixel(net, lq_size, size, loads)}
+            # The truth where there is one: where neighbours' experts differ, the output has edges that they made.
+            texture = result.image[0] if gt is None else gt
+            correlation = depth_correlation(result.expert_map[0], texture, net.decoder.depths)
+            row['routing'] = {'loads': record['loads'], 'mean_cost': record['mean_cost'],
+                              'texture_correlation': correlation}
+        return {**row, 'macs': macs_per_pixel(net, lq_size, size, record['loads'] or [1.0])}
 
 
-def macs_per_pixel(net: nn.Module, lq_size: tuple[int, int], size: tuple[int, int], loads: list[float]) -> dict:
-    """Multiply-adds per output pixel by part, as routed."""
-    parts = decoder_macs(net.decoder, lq_size, size)
-    encoder = encoder_macs_of(net.encoder, lq_size) / (size[0] * size[1])
-    return {'encoder': encoder, 'mapper': parts.mapper, 'tables': parts.tables, 'experts': parts.experts_at(loads),
-            'total': encoder + parts.total(loads), 'dense_folded': dense_folded_macs(net.decoder, lq_size, size),
-            'dense_plain': dense_plain_macs(net.decoder, lq_size, size), 'each_expert': parts.experts}
-
-
-@lru_cache(maxsize=256)  # counting runs the encoder's Python code; a test set repeats its sizes
-def encoder_macs_of(encoder: nn.Module, lq_size: tuple[int, int]) -> int:
-    """Multiply-adds of the encoder for an image."""
-    in_channels = next(parameter for parameter in encoder.parameters() if parameter.dim() == 4).shape[1]
-    return encoder_macs(encoder, lq_size, in_channels)
-
-
-@torch.no_grad()
-def upscale_fixed(net: nn.Module, lq: Tensor) -> Upscaled:
+def upscale_fixed(net: nn.Module, lq: Tensor, precision: str) -> Upscaled:
     """By a network that knows one factor only; its training mode is restored."""
-    was_training = net.training
-    net.eval()
-    try:
+    with evaluation(net, lq.device.type, precision):
         return Upscaled(net(lq), None)
-    finally:
-        net.train(was_training)

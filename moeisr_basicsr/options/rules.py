@@ -107,6 +107,8 @@ def network(options: Mapping, at: KeyPath) -> Problems:
         return
     if options['type'] == 'MoEISR' and options.get('hidden_dim') is not None and options.get('decoder') != 'lte':
         yield (*at, 'hidden_dim'), "belongs to the decoder 'lte'."
+    if options['type'] == 'MoEISR' and options.get('share_first_layer') is True:
+        yield from shared_layer(options, at)
     if isinstance(options.get('hidden_dim'), int) and options['hidden_dim'] % 2:
         yield (*at, 'hidden_dim'), f'must be even; got {options["hidden_dim"]}.'
     channels = [options.get(key, 3) for key in ('in_channels', 'out_channels')]
@@ -122,6 +124,17 @@ def network(options: Mapping, at: KeyPath) -> Problems:
                                                   f'{len(heads)}.')
         elif isinstance(width, int) and (width % 2 or any(head > 0 and width % head for head in heads)):
             yield (*at, 'encoder', 'embed_dim'), f'must be even and divisible by every num_heads; got {width}.'
+
+
+def shared_layer(options: Mapping, at: KeyPath) -> Problems:
+    """`share_first_layer` fits the decoder and the experts."""
+    if options.get('decoder', 'liif') != 'liif':
+        yield (*at, 'share_first_layer'), ("belongs to the decoder 'liif'; LTE's experts always share their "
+                                           'convolutions.')
+    experts = options.get('experts')
+    if isinstance(experts, list) and experts and all(map(numbers, experts)) and (
+            not experts[0] or any(hidden[:1] != experts[0][:1] for hidden in experts)):
+        yield (*at, 'share_first_layer'), f'needs experts with one common first width; got {experts}.'
 
 
 def training(data: dict, is_train: bool) -> Problems:

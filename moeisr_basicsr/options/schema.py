@@ -157,6 +157,8 @@ VAL_OURS: Table = {
     'bicubic_baseline': Key(Bool(), 'measure bicubic interpolation beside the model'),
     'budget': Key(Number(above=0, most=1), 'decoder cost as a fraction of the heaviest expert everywhere', null=True),
     'cost_weight': Key(Number(), 'kappa: above 0 cheaper, below 0 dearer than the trained routing', null=True),
+    'precision': Key(Choice(('fp32', 'bf16', 'fp16')), 'number format of encoder and experts (fp32)'),
+    'shuffle_experts': Key(Bool(), 'control experiment: permute the chosen experts over the pixels of each image'),
     'save_expert_map': Key(Bool(), 'write the expert maps beside the images'),
     'save_references': Key(Bool(), 'in testing, write the truth and the bicubic image beside the images, for reports'),
     'tb_images': Key(COUNT, 'images per dataset that TensorBoard shows'),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from moeisr_basicsr.core.mapper import GRANULARITIES, Mapper
 
-from .kinds import Choice, Int, Kind, ListOf, Number, kind_of
+from .kinds import AnyOf, Choice, Int, Kind, ListOf, Number, kind_of
 from .schema import (BASICSR_DATASET, BASICSR_TOP, BASICSR_TRAIN, BASICSR_VAL, COUNT, DATASET, DATASET_OURS,
                      DATASET_TRAIN, FACTOR, IMAGES, LOGGER, PATH, POSITIVE, TOP, TRAIN, TRAIN_MOEISR, TRAIN_OURS, VAL,
                      VAL_OURS, Key, Section, Table, Typed)
@@ -38,6 +38,7 @@ LIMITS: dict[str, Kind] = {
     'cell_scale_max': Number(least=0),
     'hidden_dim': Int(least=2),
     'loss_weight': Number(least=0),
+    'target': AnyOf((Choice(('uniform', )), Number(above=0, most=1), ListOf(Number(least=0, most=1)))),
     'protocol': Choice(('benchmark', 'div2k')),
 }
 

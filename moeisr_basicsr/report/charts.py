@@ -1,12 +1,12 @@
 """SVG charts: quality against cost, and the experts' shares."""
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from moeisr_basicsr.analysis.chart import nice_step
 from moeisr_basicsr.analysis.expert_colours import expert_colours
 
-from .collect import Entry, Report, Run, columns_of, main_metric, over_seeds, protocol_of, scale_label
+from .collect import Column, Entry, Report, Run, columns_of, main_metric, over_seeds, protocol_of, scale_label
 from .costs import expert_costs, expert_names, mean_loads
 from .markup import Markup, join, tag
 from .overview import environment_of
@@ -82,37 +82,42 @@ def shape_of(series: Series) -> str:
 
 
 def trade_offs(report: Report, series: dict[Entry, Series]) -> list[Markup]:
-    """PSNR against multiply-adds and against time, for every dataset and scale; times of one environment at a time."""
+    """PSNR against multiply-adds and against time, a figure for every dataset and scale."""
     figures = []
     for dataset, runs in report.datasets().items():
-        metric = main_metric(runs)
-        if metric is None:
-            continue
-        name, protocol = metric
-        for column in columns_of(runs):
-            chosen = [run for run in runs if run.column == column and protocol_of(run, name) == protocol]
-            title, drawn = f'{dataset} {scale_label(column.scale)}', []
-            pairs = [('thousand multiply-adds per output pixel', chosen,
-                      lambda run: run.macs['total'] / 1e3 if run.macs.get('total') else None)]
-            for place in sorted({environment_of(report, run.source) for run in chosen}):
-                of_place = [run for run in chosen if environment_of(report, run.source) == place]
-                pairs.append((f'ms per image, environment {place}', of_place, lambda run: run.time_ms))
-            for unit, shown, cost in pairs:
-                points = points_of(shown, name, cost)
-                if points:
-                    drawn.append(scatter(points, series, report.labels, unit, f'{name}, dB'))
-            if drawn:
-                caption = tag('figcaption', tag('b', title), f', {name}, {protocol}')
-                figures.append(tag('figure', caption, tag('div', drawn, cls='charts')))
+        metric, protocol = main_metric(runs) or ('', '')
+        chosen = [run for run in runs if metric in run.metrics and protocol_of(run, metric) == protocol]
+        for column in columns_of(chosen):
+            charts = charts_of(report, [run for run in chosen if run.column == column], metric, series)
+            if charts:
+                title = tag('b', f'{dataset} {scale_label(column.scale)}')
+                caption = tag('figcaption', title, f', {metric}, {protocol}')
+                figures.append(tag('figure', caption, tag('div', charts, cls='charts')))
     return figures
 
 
-def points_of(runs: list[Run], metric: str, cost) -> list[Point]:
+def charts_of(report: Report, runs: list[Run], metric: str, series: dict[Entry, Series]) -> list[Markup]:
+    """The charts of one column: multiply-adds, then the time in each environment by itself."""
+    costs = [('thousand multiply-adds per output pixel', runs, thousand_macs)]
+    for place in sorted({environment_of(report, run.source) for run in runs}):
+        there = [run for run in runs if environment_of(report, run.source) == place]
+        costs.append((f'ms per image, environment {place}', there, lambda run: run.time_ms))
+    drawn = [(points_of(shown, metric, cost), unit) for unit, shown, cost in costs]
+    return [scatter(points, series, report.labels, unit, f'{metric}, dB') for points, unit in drawn if points]
+
+
+def thousand_macs(run: Run) -> float | None:
+    """Encoder and decoder per output pixel."""
+    total = run.macs.get('total')
+    return None if total is None else total / 1e3
+
+
+def points_of(runs: list[Run], metric: str, cost: Callable[[Run], float | None]) -> list[Point]:
     """Means over the seeds of entries that have both figures."""
     points = []
     for entry in dict.fromkeys(run.entry for run in runs):
-        across, up = (over_seeds(pick(run) for run in runs if run.entry == entry)
-                      for pick in (cost, lambda run: run.metrics.get(metric)))
+        seeds = [run for run in runs if run.entry == entry]
+        across, up = over_seeds(map(cost, seeds)), over_seeds(run.metrics.get(metric) for run in seeds)
         if across is not None and up is not None:
             points.append(Point(entry, across.mean, up.mean))
     return points
@@ -184,19 +189,19 @@ def share_charts(report: Report) -> list[Markup]:
         routed = [run for run in runs if len(run.loads) > 1]
         for name, network in dict.fromkeys((run.entry.name, run.entry.network) for run in routed):
             chosen = [run for run in routed if (run.entry.name, run.entry.network) == (name, network)]
-            bars = []
-            for column in columns_of(chosen):
-                for entry in dict.fromkeys(run.entry for run in chosen if run.column == column):
-                    loads = mean_loads(report.runs_in(entry, column))
-                    if loads:
-                        bars.append((f'{scale_label(column.scale)}  {report.labels[entry]}', loads))
-            if bars:
-                names = expert_names(chosen[0].entry, len(bars[0][1]))
-                colours = hex_colours(len(names), expert_costs(chosen))
-                caption = tag('figcaption', tag('b', dataset), f', {name}: share of the output pixels')
-                figures.append(tag('figure', caption, swatches(names, colours), stacked(bars, colours, names),
-                                   cls='wide'))
+            bars = [(f'{scale_label(column.scale)} {report.labels[entry]}', mean_loads(report.runs_in(entry, column)))
+                    for column, entry in by_scale(chosen)]
+            names = expert_names(chosen[0].entry, len(chosen[0].loads))
+            colours = hex_colours(len(names), expert_costs(chosen))
+            caption = tag('figcaption', tag('b', dataset), f', {name}: share of the output pixels')
+            figures.append(tag('figure', caption, swatches(names, colours), stacked(bars, colours, names), cls='wide'))
     return figures
+
+
+def by_scale(runs: list[Run]) -> list[tuple[Column, Entry]]:
+    """Columns and entries of the bars, by rising scale."""
+    return [pair for column in columns_of(runs)
+            for pair in dict.fromkeys((run.column, run.entry) for run in runs if run.column == column)]
 
 
 def ink_on(colour: str) -> str:
@@ -228,7 +233,8 @@ def stacked(bars: list[tuple[str, list[float]]], colours: list[str], names: list
             drawn.append(tag('rect', tag('title', f'{name}: {load:.1%}'), x=coordinate(at), y=top,
                              width=coordinate(width), height=BAR, fill=colour))
             if width > 34:
-                drawn.append(tag('text', f'{load:.0%}', x=coordinate(at + width / 2), y=top + 12, cls=f'mid {ink_on(colour)}'))
+                drawn.append(tag('text', f'{load:.0%}', x=coordinate(at + width / 2), y=top + 12,
+                                 cls=f'mid {ink_on(colour)}'))
             at += width
     height = len(bars) * (BAR + GAP)
     return tag('svg', drawn, viewBox=f'0 0 {BAR_LEFT + BAR_WIDTH + 10} {height}', role='img',

@@ -103,7 +103,8 @@ def correlation_table(report: Report) -> Markup | None:
             rows.append(row(report.labels[entry], *(number(value and value.mean, 2) for value in found)))
     head = head_row(*words('model'), *(f'{column.dataset} {scale_label(column.scale)}' for column in columns))
     return table("Texture correlation: Spearman's rank correlation of the chosen expert's depth with the local "
-                 'gradient energy of the output, over the pixels of an image; mean over the images.', [head], rows)
+                 'gradient energy of the truth (of the output where there is none), over the pixels of an image; mean '
+                 'over the images.', [head], rows)
 
 
 def mean_loads(runs: list[Run]) -> list[float]:

@@ -29,8 +29,8 @@ OVERVIEW = SIDE * ZOOM  # largest side of the whole image with the window marked
 MAX_BYTES = 24 << 20  # of all pictures; a report stays a file that can be mailed
 RULE = (f'Crops of {SIDE} x {SIDE} output pixels, enlarged by {ZOOM} without interpolation. The window is the one with '
         f'the largest mean squared luma gradient of the truth, on a grid of {STRIDE} pixels, the topmost and leftmost '
-        'of equals. The n-th dataset and scale shows its n-th image, from the start again at its end. Figures are those '
-        'of the whole image.')
+        'of equals. The n-th dataset and scale shows its n-th image, from the start again at its end. Figures are '
+        'those of the whole image.')
 
 
 class Shot(NamedTuple):

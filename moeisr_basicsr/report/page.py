@@ -68,8 +68,8 @@ def cost(report: Report) -> Markup | None:
     """The tables of multiply-adds, time and memory."""
     about = ('Multiply-adds as routed, those of linear layers, convolutions and attention, one per multiply-add. The '
              'decoder is mapper, LR tables and experts (mean of the chosen ones). Dense is the heaviest expert on '
-             'every pixel: plain as published (four passes per pixel), folded by this code; with LIIF or LTE experts of '
-             'the published size it is LIIF or LTE.')
+             'every pixel: plain as published (four passes per pixel), folded by this code; with LIIF or LTE experts '
+             'of the published size it is LIIF or LTE.')
     return section('Cost', about, [*cost_tables(report), profile_table(report)])
 
 

@@ -1,10 +1,9 @@
 """The tables of PSNR, SSIM and other metrics: a row per model and control, a column per scale."""
-from collections.abc import Callable
 from typing import NamedTuple
 
 from moeisr_basicsr.errors import UserError, did_you_mean
 
-from .collect import (BICUBIC, Column, Entry, Report, Run, Value, columns_of, is_psnr, metric_names, over_seeds,
+from .collect import (BICUBIC, Column, Report, Run, Value, columns_of, is_psnr, metric_names, over_seeds,
                       protocol_of, scale_label)
 from .markup import MISSING, Markup, head_row, join, row, table, tag, text
 

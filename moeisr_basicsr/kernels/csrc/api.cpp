@@ -114,13 +114,15 @@ bool make_scratch(int64_t width, int64_t rows, const Kernel &kernel, Scratch *sc
     const size_t last = rows * scratch->last_stride * 4;
     const size_t sums = 2 * 32 * kPad * 4;
     const size_t total = kBlockPixels * 4 * kCacheLine;
-    char *p = memory.reserve(2 * block + last + sums + total);
+    const size_t active = width * 4 + kCacheLine;
+    char *p = memory.reserve(2 * block + last + sums + total + active);
     if (!p) return false;
     scratch->block[0] = p;
     scratch->block[1] = p + block;
     scratch->last = reinterpret_cast<float *>(p + 2 * block);
     scratch->sums = reinterpret_cast<float *>(p + 2 * block + last);
     scratch->total = reinterpret_cast<float *>(p + 2 * block + last + sums);
+    scratch->active = reinterpret_cast<int32_t *>(p + 2 * block + last + sums + total);
     return true;
 }
 
@@ -166,9 +168,8 @@ MOEISR_API int64_t moeisr_decode(const Decode *decode, int64_t isa) {
 MOEISR_API int64_t moeisr_table(const TableJob *job, int64_t isa) {
     const TableJob &t = *job;
     const Kernel kernel = kernel_of(isa);
-    const int64_t cells = t.height * t.width;
-    // The weights of several experts exceed L2: large blocks read them seldom. Multiples of every micro-tile's rows.
-    int64_t step = 192;
+    const int64_t cells = t.cells ? t.num_cells : t.height * t.width;
+    int64_t step = kernel.table_cells;
     while (step > 48 && cells < step * t.num_threads) step /= 2;
     std::atomic<int> failed{kOk};
 #pragma omp parallel num_threads(t.num_threads)
@@ -180,6 +181,23 @@ MOEISR_API int64_t moeisr_table(const TableJob *job, int64_t isa) {
             if (!failed) kernel.table(t, first, std::min(step, cells - first), scratch);
     }
     return failed;
+}
+
+MOEISR_API int64_t moeisr_needed(const Needed *needed, int64_t) {
+    const Needed &n = *needed;
+    for (int64_t row = 0; row < n.height; ++row) {
+        const uint8_t *experts = n.expert_map + row * n.map_stride;
+        const int64_t tops[2] = {n.row_index[row], n.row_index[n.height + row]};
+        for (int64_t col = 0; col < n.width; ++col) {
+            if (experts[col] >= n.num_experts) return kBadExpert;
+            uint8_t *of_expert = n.needed + experts[col] * n.table_height * n.table_width;
+            for (int64_t top : tops) {
+                of_expert[top * n.table_width + n.col_index[col]] = 1;
+                of_expert[top * n.table_width + n.col_index[n.width + col]] = 1;
+            }
+        }
+    }
+    return kOk;
 }
 
 MOEISR_API int64_t moeisr_route(const Route *route, int64_t isa) {

@@ -81,7 +81,19 @@ struct TableJob {
     const float *window;  // (Ht + 2, Wt + 2, channels), channels a multiple of kPad
     int64_t channels, height, width;  // Ht, Wt
     float *out;           // (Ht * Wt, layer.out)
+    const int64_t *cells;  // LR cells to compute; null for all of them. Not on AMX
+    int64_t num_cells;
     int64_t num_threads;
+};
+
+// Which LR cells the pixels of each expert read.
+struct Needed {
+    int64_t num_experts, height, width;    // J, h, w
+    const int64_t *row_index, *col_index;  // (2, h), (2, w)
+    const uint8_t *expert_map;             // (h, w)
+    int64_t map_stride;
+    int64_t table_height, table_width;  // Ht, Wt
+    uint8_t *needed;                    // (J, Ht, Wt), zero at first
 };
 
 struct Tile {
@@ -94,6 +106,7 @@ struct Scratch {
     int64_t stride;       // elements from one row of a block to the next
     float *last;          // last hidden vectors in fp32, kBlockRows x last_stride
     int64_t last_stride;
+    int32_t *active;      // channels that a micro-tile multiplies, up to the width and 16 more
     float *sums;          // AMX: two pieces of 32 rows x kPad channels
     float *total;         // AMX: output channels of each pixel, not yet added over lanes
 };
@@ -107,9 +120,12 @@ enum Error { kOk = 0, kBadExpert = 1, kMissingTable = 2, kNoMemory = 3 };
 // One way to compute; null functions where the compiler could not build it.
 struct Kernel {
     DecodeTile decode;
-    BuildTable table;  // AMX only; as many cells as the scratch has rows
+    BuildTable table;  // as many cells as the scratch has rows
     RouteRow route;    // fp32 only
     int64_t element, split;  // of an activation block: bytes per element, elements per channel
+    // LR cells per block of `table`, a multiple of every micro-tile's rows. AMX reads all weights once per block, and
+    // those of several experts exceed L2: its blocks are large.
+    int64_t table_cells;
 };
 Kernel avx2_kernel();
 Kernel avx512_kernel();

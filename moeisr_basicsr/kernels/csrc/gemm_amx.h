@@ -25,6 +25,7 @@ template <int Split>
 struct GemmAmx {
     using Act = uint16_t;
     static constexpr int kRows = 16, kPixels = 16, kSplit = Split;
+    static constexpr bool kCellOrder = false;
     static_assert(kPad == 32 && 4 * kPixels % kRows == 0, "padding must hold whole tiles");
 
     // The tile intrinsics do not tell the compiler which memory they read.
@@ -47,6 +48,7 @@ struct GemmAmx {
     }
     static void end() { _tile_release(); }
 
+    static inline int row(int at) { return at; }
     static inline void write(uint16_t *out, const Vec *v) { write(out, v[0], v[1]); }
     static inline void write(uint16_t *out, Vec first, Vec second) {
         for (int part = 0; part < Split; ++part, out += kPad) {
@@ -191,8 +193,10 @@ struct GemmAmx {
     }
 
     // Without activation, fp32 out; only the first `cells` rows are written.
-    static void linear(const Layer &layer, const uint16_t *in, int cells, const Scratch &scratch, float *out,
-                       int64_t out_stride) {
+    static void linear(const TableJob &t, int64_t first, int cells, const uint16_t *in, const Scratch &scratch) {
+        const Layer &layer = t.layer;
+        float *out = t.out + first * layer.out;
+        const int64_t out_stride = layer.out;
         const float *biases = layer.bias;
         const int rows = (cells + kRows - 1) / kRows * kRows;
         multiply(layer, in, rows, scratch, [=](const float *sums, int row, int64_t n) {

@@ -1,66 +1,57 @@
-// Matrix products with bf16 operands and fp32 sums (AVX512_BF16). Two neighbouring input channels are one 32-bit
-// element: a panel of weights is (in / 2, kPad, 2).
+// The products of gemm_sparse.h with bf16 operands and fp32 sums (AVX512_BF16).
+//
+// One instruction adds two products: first that of the odd (upper) bf16 of each 32 bits, then that of the even one. Two
+// active channels that follow each other, wherever they are, share one: the first in the odd place, so that sums are
+// taken in ascending order, alike for all neighbours. A panel of weights is (in, kPanel), its channels in the order
+// in which two interleaved rows give them.
+//
+// Activations are kept as fp32 numbers that are already rounded: the lower half is zero. Read two bytes further on, the
+// same number stands in the even place and the odd place is zero.
 
-struct GemmBf16 {
-    using Act = uint16_t;
-    static constexpr int kRows = 12, kNumVecs = 2, kPixels = 24, kSplit = 1;
-    static_assert(kNumVecs * Vec::kLanes == kPad && 4 * kPixels % kRows == 0, "padding must hold whole micro-tiles");
+struct ProductBf16 {
+    using Weight = uint16_t;
+    static constexpr int kPanels = 2, kPanel = 2 * Vec::kLanes;
 
-    static void begin() {}
-    static void end() {}
-
-    static inline void write(uint16_t *out, const Vec *v) { store_bf16(out, v[0], v[1]); }
-
-    static inline __m512bh broadcast_pair(const uint16_t *p) {
-        int32_t pair;
-        std::memcpy(&pair, p, sizeof(pair));
-        return (__m512bh)_mm512_set1_epi32(pair);
+    static inline Vec round(Vec v) {
+        const __m256bh half = _mm512_cvtneps_pbh(v.v);
+        __m256i bits;
+        std::memcpy(&bits, &half, sizeof(bits));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
     }
 
-    template <class Sink>
-    static inline __attribute__((always_inline)) void micro(const uint16_t *a, int64_t stride, const uint16_t *w,
-                                                            int64_t k_end, const float *bias, const Sink &sink) {
-        __m512 acc[kRows][kNumVecs];
-        for (int i = 0; i < kRows; ++i)
-            for (int v = 0; v < kNumVecs; ++v) acc[i][v] = _mm512_loadu_ps(bias + v * Vec::kLanes);
-        for (int64_t k = 0; k < k_end; k += 2, w += 2 * kPad) {
-            const __m512bh weight[kNumVecs] = {(__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_loadu_si512(w + kPad)};
-#pragma GCC unroll 16
-            for (int i = 0; i < kRows; ++i) {
-                const __m512bh x = broadcast_pair(a + i * stride + k);
-#pragma GCC unroll 4
-                for (int v = 0; v < kNumVecs; ++v) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], x, weight[v]);
-            }
+    static inline __m512i broadcast(const float *number, int bytes) {
+        int32_t bits;
+        std::memcpy(&bits, reinterpret_cast<const char *>(number) + bytes, sizeof(bits));
+        return _mm512_set1_epi32(bits);
+    }
+
+    // Channels `odd` and `even`; `even` is left out where it is -1.
+    template <int P>
+    static inline __attribute__((always_inline)) void step(const float *rows, int64_t stride, const uint16_t *weight,
+                                                           int64_t panel, int64_t odd, int64_t even, bool both,
+                                                           Vec sums[kMicroRows][2 * P]) {
+        __m512bh column[2 * P];
+        for (int p = 0; p < P; ++p) {
+            const __m512i upper = _mm512_loadu_si512(weight + p * panel + odd * kPanel);
+            const __m512i lower = _mm512_loadu_si512(weight + p * panel + even * kPanel);
+            column[2 * p] = (__m512bh)_mm512_unpacklo_epi16(lower, upper);
+            column[2 * p + 1] = (__m512bh)_mm512_unpackhi_epi16(lower, upper);
         }
-        for (int i = 0; i < kRows; ++i) sink(i, Vec{acc[i][0]}, Vec{acc[i][1]});
+#pragma GCC unroll 4
+        for (int i = 0; i < kMicroRows; ++i) {
+            __m512i x = broadcast(rows + i * stride + odd, 0);
+            if (both) x = _mm512_or_si512(x, broadcast(rows + i * stride + even, 2));
+#pragma GCC unroll 4
+            for (int v = 0; v < 2 * P; ++v) sums[i][v].v = _mm512_dpbf16_ps(sums[i][v].v, (__m512bh)x, column[v]);
+        }
     }
 
-    // `sink(row, channel, sums, sums of the next 16 channels)` for every row and panel, bias included.
-    template <class Sink>
-    static void multiply(const Layer &layer, const uint16_t *in, int rows, const Scratch &scratch, const Sink &sink) {
-        const uint16_t *weight = static_cast<const uint16_t *>(layer.weight);
-        for (int64_t n = 0; n < layer.out; n += kPad)
-            for (int m = 0; m < rows; m += kRows)
-                micro(in + m * scratch.stride, scratch.stride, weight + n * layer.in, layer.in, layer.bias + n,
-                      [&](int i, Vec first, Vec second) { sink(m + i, n, first, second); });
-    }
-
-    static void hidden(const Layer &layer, const uint16_t *in, uint16_t *out, int rows, const Scratch &scratch) {
-        const int64_t stride = scratch.stride;
-        multiply(layer, in, rows, scratch, [=](int row, int64_t n, Vec first, Vec second) {
-            store_bf16(out + row * stride + n, relu(first), relu(second));
-        });
-    }
-
-    // The last hidden vectors stay in fp32: they are only blended and summed.
-    static void last(const Decode &d, const Expert &e, const Layer &layer, const uint16_t *in, const Block &block,
-                     const Scratch &scratch) {
-        float *out = scratch.last;
-        const int64_t stride = scratch.last_stride;
-        multiply(layer, in, block.rows, scratch, [=](int row, int64_t n, Vec first, Vec second) {
-            store(out + row * stride + n, relu(first));
-            store(out + row * stride + n + Vec::kLanes, relu(second));
-        });
-        blend_rows(d, e, block, out, stride);
+    template <int P>
+    static inline __attribute__((always_inline)) void micro(const float *rows, int64_t stride, const uint16_t *weight,
+                                                            int64_t panel, const int32_t *active, int count,
+                                                            Vec sums[kMicroRows][2 * P]) {
+        int t = 0;
+        for (; t + 2 <= count; t += 2) step<P>(rows, stride, weight, panel, active[t], active[t + 1], true, sums);
+        if (t < count) step<P>(rows, stride, weight, panel, active[t], active[t], false, sums);
     }
 };

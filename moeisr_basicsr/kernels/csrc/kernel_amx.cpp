@@ -35,11 +35,11 @@ namespace amx {
 
 moeisr::Kernel moeisr::amx_bf16_kernel() {
     using Gemm = amx::GemmAmx<1>;
-    return {amx::decode_tile<Gemm>, amx::build_table<Gemm>, nullptr, 2, 1};
+    return {amx::decode_tile<Gemm>, amx::build_table<Gemm>, nullptr, 2, 1, 192};
 }
 moeisr::Kernel moeisr::amx_fp32_kernel() {
     using Gemm = amx::GemmAmx<3>;
-    return {amx::decode_tile<Gemm>, amx::build_table<Gemm>, nullptr, 2, 3};
+    return {amx::decode_tile<Gemm>, amx::build_table<Gemm>, nullptr, 2, 3, 192};
 }
 
 #else

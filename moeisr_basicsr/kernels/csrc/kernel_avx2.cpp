@@ -20,7 +20,9 @@ namespace moeisr {
 namespace avx2 {
 #include "vec_avx2.h"
 #include "tile.h"
+#include "gemm_sparse.h"
 #include "gemm_fp32.h"
+#include "table.h"
 #include "route.h"
 }  // namespace avx2
 }  // namespace moeisr
@@ -31,10 +33,10 @@ namespace avx2 {
 #pragma GCC pop_options
 #endif
 
-// 16 registers: 6 rows x 2 vectors of sums, 2 of weights, 1 broadcast.
+// 16 registers: 4 rows x 2 vectors of sums, 2 of weights, broadcasts in flight.
 moeisr::Kernel moeisr::avx2_kernel() {
-    using Gemm = avx2::GemmFp32<6, 2>;
-    return {avx2::decode_tile<Gemm>, nullptr, avx2::route_row, 4, 1};
+    using Gemm = avx2::GemmSparse<avx2::ProductFp32<1>>;
+    return {avx2::decode_tile<Gemm>, avx2::build_table<Gemm>, avx2::route_row, 4, 1, 48};
 }
 
 #else

@@ -20,7 +20,9 @@ namespace moeisr {
 namespace avx512 {
 #include "vec_avx512.h"
 #include "tile.h"
+#include "gemm_sparse.h"
 #include "gemm_fp32.h"
+#include "table.h"
 #include "route.h"
 }  // namespace avx512
 }  // namespace moeisr
@@ -31,10 +33,10 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
-// 32 registers: 12 rows x 2 vectors of sums, 2 of weights, broadcasts in flight.
+// 32 registers: 4 rows x 4 vectors of sums, 4 of weights, broadcasts in flight.
 moeisr::Kernel moeisr::avx512_kernel() {
-    using Gemm = avx512::GemmFp32<12, 2>;
-    return {avx512::decode_tile<Gemm>, nullptr, avx512::route_row, 4, 1};
+    using Gemm = avx512::GemmSparse<avx512::ProductFp32<2>>;
+    return {avx512::decode_tile<Gemm>, avx512::build_table<Gemm>, avx512::route_row, 4, 1, 48};
 }
 
 #else

@@ -20,8 +20,9 @@ namespace moeisr {
 namespace avx512_bf16 {
 #include "vec_avx512.h"
 #include "tile.h"
-#include "bf16.h"
+#include "gemm_sparse.h"
 #include "gemm_bf16.h"
+#include "table.h"
 }  // namespace avx512_bf16
 }  // namespace moeisr
 
@@ -32,8 +33,8 @@ namespace avx512_bf16 {
 #endif
 
 moeisr::Kernel moeisr::avx512_bf16_kernel() {
-    using Gemm = avx512_bf16::GemmBf16;
-    return {avx512_bf16::decode_tile<Gemm>, nullptr, nullptr, 2, 1};
+    using Gemm = avx512_bf16::GemmSparse<avx512_bf16::ProductBf16>;
+    return {avx512_bf16::decode_tile<Gemm>, avx512_bf16::build_table<Gemm>, nullptr, 4, 1, 48};
 }
 
 #else

@@ -1,13 +1,14 @@
 // LR tables: a 3x3 convolution over a window of features as matrix products. Included inside the namespace of one
 // instruction set, after the Gemm.
 
-// `cells` LR cells from number `first` on, in row-major order.
+// `cells` LR cells from number `first` on, of those to compute.
 template <class Gemm>
 static void build_table(const TableJob &t, int64_t first, int64_t cells, const Scratch &scratch) {
     using Act = typename Gemm::Act;
     Act *rows = static_cast<Act *>(scratch.block[0]);
     for (int64_t i = 0; i < cells; ++i) {
-        const int64_t row = (first + i) / t.width, col = (first + i) % t.width;
+        const int64_t cell = t.cells ? t.cells[first + i] : first + i;
+        const int64_t row = cell / t.width, col = cell % t.width;
         Act *out = rows + i * scratch.stride;
         for (int64_t k_row = 0; k_row < 3; ++k_row) {  // three neighbours in a row are contiguous: channels last
             const float *window = t.window + ((row + k_row) * (t.width + 2) + col) * t.channels;
@@ -19,6 +20,6 @@ static void build_table(const TableJob &t, int64_t first, int64_t cells, const S
         }
     }
     Gemm::begin();
-    Gemm::linear(t.layer, rows, static_cast<int>(cells), scratch, t.out + first * t.layer.out, t.layer.out);
+    Gemm::linear(t, first, static_cast<int>(cells), rows, scratch);
     Gemm::end();
 }

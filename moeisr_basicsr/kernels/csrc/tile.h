@@ -60,7 +60,7 @@ static inline void gather_rows(const Table &table, const Expert &e, const Block 
                 const int64_t at = k + v * Vec::kLanes;
                 hidden[v] = relu(fma(rel_col, load(w_col + at), fma(rel_row, load(w_row + at), load(cell + at))));
             }
-            Gemm::write(out + row * stride + k * Gemm::kSplit, hidden);
+            Gemm::write(out + Gemm::row(row) * stride + k * Gemm::kSplit, hidden);
         }
     }
 }
@@ -103,8 +103,8 @@ static inline void basis_rows(const Decode &d, const Block &block, typename Gemm
                 even[v] = mul(load(coef + at), cosine);
                 odd[v] = mul(load(coef + basis + at), sine);
             }
-            Gemm::write(out + row * stride + k * Gemm::kSplit, even);
-            Gemm::write(out + row * stride + (basis + k) * Gemm::kSplit, odd);
+            Gemm::write(out + Gemm::row(row) * stride + k * Gemm::kSplit, even);
+            Gemm::write(out + Gemm::row(row) * stride + (basis + k) * Gemm::kSplit, odd);
         }
     }
 }
@@ -153,13 +153,16 @@ static inline void blend_gathered(const Decode &d, const Table &table, const Exp
     });
 }
 
+template <class Gemm>
 static inline void blend_rows(const Decode &d, const Expert &e, const Block &block, const float *in, int64_t stride) {
-    blend(block, e, d.channels, d.out_plane_stride, [&](int row, int64_t k) { return load(in + row * stride + k); });
+    blend(block, e, d.channels, d.out_plane_stride,
+          [&](int row, int64_t k) { return load(in + Gemm::row(row) * stride + k); });
 }
 
 struct FloatRows {  // for what is blended without another hidden layer
     using Act = float;
     static constexpr int kSplit = 1;
+    static inline int row(int at) { return at; }
     static inline void write(float *out, const Vec *v) {
         for (int i = 0; i < kVecs; ++i) store(out + i * Vec::kLanes, v[i]);
     }
@@ -180,7 +183,7 @@ static inline void run_block(const Decode &d, int64_t j, const Block &block, con
     } else {
         if (e.num_layers == 0) {
             basis_rows<FloatRows>(d, block, scratch.last, scratch.last_stride);
-            return blend_rows(d, e, block, scratch.last, scratch.last_stride);
+            return blend_rows<FloatRows>(d, e, block, scratch.last, scratch.last_stride);
         }
         basis_rows<Gemm>(d, block, in, scratch.stride);
     }
@@ -193,9 +196,31 @@ static inline void run_block(const Decode &d, int64_t j, const Block &block, con
     Gemm::last(d, e, e.layers[e.num_layers - 1], in, block, scratch);
 }
 
+// End of the run of output positions on one axis that read the same two LR cells as position `at`.
+static inline int64_t run_end(const int64_t *index, int64_t positions, int64_t at, int64_t stop) {
+    int64_t end = at + 1;
+    while (end < stop && index[end] == index[at] && index[positions + end] == index[positions + at]) ++end;
+    return end;
+}
+
+// Calls visit(row, column) for each pixel of the tile, counted from its first; with `by_cell` those that read the same
+// four LR cells follow each other.
+template <class Visit>
+static inline void each_pixel(const Decode &d, const Tile &tile, bool by_cell, const Visit &visit) {
+    const int64_t rows = tile.row + tile.rows, cols = tile.col + tile.cols;
+    for (int64_t top = tile.row, bottom; top < rows; top = bottom) {
+        bottom = by_cell ? run_end(d.row_index, d.height, top, rows) : rows;
+        for (int64_t left = tile.col, right; left < cols; left = right) {
+            right = by_cell ? run_end(d.col_index, d.width, left, cols) : cols;
+            for (int64_t r = top; r < bottom; ++r)
+                for (int64_t c = left; c < right; ++c) visit(r - tile.row, c - tile.col);
+        }
+    }
+}
+
 template <class Gemm>
 static void decode_tile(const Decode &d, const Tile &tile, const Scratch &scratch, int *error) {
-    // Counting sort of the tile's pixels by expert; within one expert they keep their order.
+    // Counting sort of the tile's pixels by expert.
     int start[257] = {0};
     uint16_t order[kMaxTilePixels];
     const uint8_t *map = d.expert_map + tile.row * d.map_stride + tile.col;
@@ -208,9 +233,9 @@ static void decode_tile(const Decode &d, const Tile &tile, const Scratch &scratc
     }
     int next[256];
     std::memcpy(next, start, sizeof(next));
-    for (int64_t r = 0; r < tile.rows; ++r)
-        for (int64_t c = 0; c < tile.cols; ++c)
-            order[next[map[r * d.map_stride + c]]++] = static_cast<uint16_t>(r << kColBits | c);
+    each_pixel(d, tile, Gemm::kCellOrder, [&](int64_t r, int64_t c) {
+        order[next[map[r * d.map_stride + c]]++] = static_cast<uint16_t>(r << kColBits | c);
+    });
 
     Gemm::begin();
     Block block;

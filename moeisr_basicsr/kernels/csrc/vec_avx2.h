@@ -14,6 +14,16 @@ static inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 static inline Vec relu(Vec a) { return {_mm256_max_ps(_mm256_setzero_ps(), a.v)}; }  // this order keeps NaN
 
+static inline Vec either(Vec a, Vec b) { return {_mm256_or_ps(a.v, b.v)}; }  // all bits of both
+
+// Writes `first` + lane for every lane of `v` that is not zero; returns the new end.
+static inline int32_t *append_nonzero(Vec v, int32_t first, int32_t *end) {
+    const __m256i none = _mm256_cmpeq_epi32(_mm256_castps_si256(v.v), _mm256_setzero_si256());
+    for (int some = ~_mm256_movemask_ps(_mm256_castsi256_ps(none)) & 0xff; some; some &= some - 1)
+        *end++ = first + __builtin_ctz(some);
+    return end;
+}
+
 static inline Vec load(const uint16_t *p) {  // bf16 is the upper half of fp32
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};

@@ -1,0 +1,92 @@
+"""What a model file is: network, size, cost and the measurements that its metadata holds."""
+import hashlib
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moeisr_basicsr.checkpoint import build, read_model
+from moeisr_basicsr.errors import UserError
+
+from . import schema
+from .complexity import count, decoder_macs, dense_folded_macs
+
+# Metadata that is JSON and what it holds: `scripts/ship_model.py` writes it beside plain text such as `recipe`.
+SCALE_RANGE, RESULTS = 'scale_range', 'results'
+STRUCTURES = {
+    SCALE_RANGE: {'type': 'array', 'items': {'type': 'number', 'minimum': 1}, 'minItems': 2, 'maxItems': 2},
+    RESULTS: {'type': 'array', 'items': {**schema.SCHEMA['properties']['rows']['items'],
+                                         'required': ['dataset', 'scale', 'count', 'metrics']}},
+}
+LQ_SIZE, SIZE = (180, 320), (720, 1280)  # of the published costs at x4
+X4 = [4, 4]
+
+
+def summarize_model(path: str | PathLike) -> dict[str, Any]:
+    """Facts of a model file, ready for JSON.
+
+    Returns:
+        `name`, `file`, `bytes`, `sha256`; `network_g`, `encoder`, `decoder` (family), `experts` (their number),
+        `parameters`; `macs_x4`, the decoder's MACs per output pixel at x4: `routed` (mapper, LR tables and experts by
+        the measured shares; None where those are not known) and `dense` (the heaviest expert everywhere, folded);
+        `scale_range` of the training, None if unknown; `results`, rows as `results_of` gives them; `metadata`, the
+        other entries. Of a network without such a decoder, what belongs to it is None.
+
+    Raises:
+        UserError: It is no model file, is damaged, or has metadata that cannot be read.
+    """
+    path = Path(path)
+    model = read_model(path)
+    net = build(model.network_opt, model.weights, str(path))
+    scale_range, results = (_from_json(model.metadata, key, path) for key in (SCALE_RANGE, RESULTS))
+    has_decoder = hasattr(net, 'decoder')
+    return {
+        'name': path.stem, 'file': str(path), 'bytes': path.stat().st_size,
+        'sha256': hashlib.sha256(path.read_bytes()).hexdigest(), 'network_g': model.network_opt,
+        'encoder': model.network_opt.get('encoder', {}).get('type'),
+        'decoder': net.decoder.family if has_decoder else None, 'experts': net.num_experts if has_decoder else None,
+        'parameters': count(net), 'macs_x4': macs_x4(net, results or []) if has_decoder else None,
+        'scale_range': scale_range, 'results': results or [],
+        'metadata': {key: value for key, value in model.metadata.items()
+                     if key not in (*STRUCTURES, 'network_g')},
+    }
+
+
+def results_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The means of every dataset in the results that `basicsr test` writes (see `schema`): what metadata holds."""
+    kept = ('dataset', 'scale', 'count', 'metrics', 'routing')
+    return [{key: row[key] for key in kept if key in row} for row in document['rows'] if row['case'] == 'mean']
+
+
+def macs_x4(net: nn.Module, results: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Decoder MACs per output pixel at x4: as routed in the first measurement at x4, and dense."""
+    loads = [1.0] if net.num_experts == 1 else next(
+        (row['routing']['loads'] for row in results if row['scale'] == X4 and 'routing' in row), None)
+    counts = decoder_macs(net.decoder, LQ_SIZE, SIZE)
+    return {'routed': None if loads is None else counts.total(loads),
+            'dense': dense_folded_macs(net.decoder, LQ_SIZE, SIZE)}
+
+
+def psnr_of(row: dict[str, Any]) -> tuple[float, float | None] | None:
+    """PSNR of one row of results, and its gain over bicubic if that was measured; None where it has no PSNR."""
+    metrics = row['metrics']
+    name = next((name for name in metrics if name.startswith('psnr')), None)
+    if name is None or metrics[name] is None:
+        return None
+    bicubic = metrics.get(f'bicubic_{name}')
+    return metrics[name], None if bicubic is None else metrics[name] - bicubic
+
+
+def _from_json(metadata: dict[str, str], key: str, path: Path) -> Any:
+    if key not in metadata:
+        return None
+    try:
+        value = json.loads(metadata[key])
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: its metadata '{key}' is not JSON ({error}).") from error
+    found = schema.problems(value, STRUCTURES[key], key)
+    if found:
+        raise UserError(f'{path}: its metadata is wrong: {found[0]}.')
+    return value

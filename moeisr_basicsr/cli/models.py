@@ -1,0 +1,96 @@
+"""`basicsr models`."""
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+EPILOG = """\
+examples:
+  basicsr models
+  basicsr models NAME
+  basicsr train -opt mine.yml --force_yml path:pretrain_network_g="$(basicsr models NAME --path)"
+
+NAME is one of the list, or a model file of yours. `basicsr upscale` and `basicsr profile` take it after --model.
+Multiply-adds are the decoder's per output pixel at x4, by the shares of the experts that were measured; dense is its
+heaviest expert on every pixel."""
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the subcommand."""
+    parser.add_argument('model', nargs='?', metavar='NAME', help='show the model card, file and options of one model')
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument('--path', action='store_true', help='print the path of the model file only (default: of the '
+                                                          'default model)')
+    form.add_argument('--json', action='store_true', help='print everything that is known as JSON')
+    parser.epilog = EPILOG
+
+
+def run(args: argparse.Namespace) -> int:
+    """List the shipped models, or show one."""
+    from moeisr_basicsr import shipped
+    if args.path:
+        print(shipped.find_model(args.model))
+        return 0
+    from basicsr.utils import get_root_logger
+    get_root_logger(log_level=logging.WARNING)  # not one line for each network that is built
+    paths = [shipped.find_model(args.model)] if args.model else [shipped.shipped_file(name) for name in shipped.names()]
+    summaries = [summarize(path) for path in paths]
+    if args.json:
+        print(json.dumps(summaries[0] if args.model else summaries, indent=2))
+    elif args.model:
+        show(summaries[0])
+    elif summaries:
+        print('\n\n'.join(overview(summary) for summary in summaries))
+    else:
+        print('No model comes with this installation. `basicsr convert` makes a model file of a checkpoint.')
+    return 0
+
+
+def summarize(path: Path) -> dict[str, Any]:
+    """Facts of one model file, and whether it is the default model."""
+    from moeisr_basicsr import shipped
+    from moeisr_basicsr.analysis.model_summary import summarize_model
+    is_default = path == shipped.FOLDER / f'{shipped.DEFAULT}.safetensors'
+    return {'default': is_default, **summarize_model(path)}
+
+
+def show(summary: dict[str, Any]) -> None:
+    """One model in full."""
+    import yaml
+
+    from moeisr_basicsr import shipped
+    card = shipped.card(Path(summary['file']))
+    print(overview(summary) if card is None else card.rstrip())
+    options = yaml.safe_dump({'network_g': summary['network_g']}, sort_keys=False, default_flow_style=None)
+    print(f'\nFile: {summary["file"]}\n\n{options.rstrip()}')
+
+
+def overview(summary: dict[str, Any]) -> str:
+    """Three lines or so about one model."""
+    kind = summary['network_g']['type']
+    if summary['decoder'] is not None:
+        experts = f'{summary["experts"]} expert' + 's' * (summary['experts'] > 1)
+        kind += f' with {summary["encoder"]}, decoder {summary["decoder"]}, {experts}'
+    facts = [f'{summary["parameters"]:,} parameters', f'{summary["bytes"] / 2**20:.1f} MiB']
+    if summary['scale_range'] is not None:
+        facts.append('trained on x{:g} to x{:g}'.format(*summary['scale_range']))
+    lines = [f'{summary["name"]}{" (default)" * summary["default"]}: {kind}', f'  {", ".join(facts)}']
+    if summary['macs_x4'] is not None:
+        routed, dense = summary['macs_x4']['routed'], summary['macs_x4']['dense']
+        thousands = f'dense {dense / 1e3:.1f}' if routed is None else f'{routed / 1e3:.1f} (dense {dense / 1e3:.1f})'
+        lines.append(f'  decoder at x4: {thousands} thousand multiply-adds per output pixel')
+    numbers = [text for row in summary['results'] if (text := psnr_text(row)) is not None]
+    if numbers:
+        lines.append(f'  PSNR in dB (gain over bicubic): {", ".join(numbers)}')
+    return '\n'.join(lines)
+
+
+def psnr_text(row: dict[str, Any]) -> str | None:
+    """'Set5_x4 31.93 (+3.52)'; None where no PSNR was measured."""
+    from moeisr_basicsr.analysis.model_summary import psnr_of
+    psnr = psnr_of(row)
+    if psnr is None:
+        return None
+    value, gain = psnr
+    return f'{row["dataset"]} {value:.2f}' + ('' if gain is None else f' ({gain:+.2f})')

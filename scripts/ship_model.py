@@ -1,0 +1,142 @@
+"""Put a trained model into the package: `moeisr_basicsr/weights/NAME.safetensors` and its card `NAME.md`.
+
+    basicsr convert experiments/NAME/models/net_g_latest.pth -o NAME.safetensors --store fp16
+    basicsr test -opt options/test_NAME.yml --force_yml path:pretrain_network_g=NAME.safetensors
+    python scripts/ship_model.py NAME.safetensors --name NAME --recipe options/NAME.yml \\
+        --results results/test_NAME/results.json
+
+Measured is the file that is shipped. The first step may be left out and the checkpoint named in its place. The recipe
+says factors and iterations, --force_yml what the training changed of it. The card follows scripts/model_card.md: change
+the text there, and run this again. `moeisr_basicsr/shipped.py` names the default model; the tests check every file.
+"""
+import argparse
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from moeisr_basicsr import shipped  # noqa: E402
+from moeisr_basicsr.analysis import schema  # noqa: E402
+from moeisr_basicsr.analysis.model_summary import psnr_of, results_of, summarize_model  # noqa: E402
+from moeisr_basicsr.atomic_file import link_or_copy, write_atomic  # noqa: E402
+from moeisr_basicsr.convert import STORES, convert  # noqa: E402
+from moeisr_basicsr.errors import UserError  # noqa: E402
+from moeisr_basicsr.options import force, read_yaml  # noqa: E402
+
+TEMPLATE = Path(__file__).with_name('model_card.md')
+DATA = 'BSDS500 (training and test splits) and high-resolution photographs'
+LICENSE = ('Apache-2.0, as the code. The training images have terms of their own, see Data; whether those reach '
+           'weights that were trained on them is for every user to judge.')
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Ship one model; returns the exit code."""
+    args = parse_arguments(argv)
+    try:
+        path = ship(args)
+    except (UserError, OSError) as error:
+        print(f'ship_model: error: {error}', file=sys.stderr)
+        return 2
+    together = sum(file.stat().st_size for file in shipped.FOLDER.iterdir())
+    print(f'{path} and {path.with_suffix(".md").name}; all shipped models take {together / 2**20:.2f} MiB')
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('checkpoint', help='model file, or .pth of the training')
+    parser.add_argument('--name', required=True, help='what users write after --model')
+    parser.add_argument('--recipe', required=True, metavar='YAML', help='options file of the training')
+    parser.add_argument('--results', required=True, metavar='JSON', help="results.json of `basicsr test` on this model")
+    parser.add_argument('--force_yml', nargs='+', default=[], metavar='KEY:KEY=VALUE',
+                        help='the changes of the recipe that the training had')
+    parser.add_argument('--store', choices=STORES, default='fp16', help='number format in the file (default fp16)')
+    parser.add_argument('--data', default=DATA, help='one line about the training images')
+    parser.add_argument('--license', default=LICENSE, help='one line about the terms of the weights')
+    parser.add_argument('--summary', default='General-purpose upscaling of photographs by any factor.',
+                        help='one line about what the model is for')
+    return parser.parse_args(argv)
+
+
+def ship(args: argparse.Namespace) -> Path:
+    """Write model file and card; both are made in full before either is put into the package.
+
+    Raises:
+        UserError: An argument is wrong, the results are those of another network, or the checkpoint lacks something.
+    """
+    if not re.fullmatch(r'[a-z][a-z0-9_]*', args.name):
+        raise UserError(f"--name must be small letters, digits and '_', beginning with a letter; got '{args.name}'.")
+    document = schema.load(args.results)
+    notes = {**recipe_notes(args.recipe, args.force_yml), 'results': json.dumps(results_of(document)),
+             'training_data': args.data, 'license': args.license, 'summary': args.summary}
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / f'{args.name}.safetensors'
+        convert(args.checkpoint, made, store=args.store, notes=notes)
+        summary = summarize_model(made)
+        if document['model'] is None or document['model']['parameters']['total'] != summary['parameters']:
+            raise UserError(f'{args.results}: these are the results of another network.')
+        text = card(summary, args.store)
+        shipped.FOLDER.mkdir(exist_ok=True)
+        path = link_or_copy(made, shipped.FOLDER / made.name)
+    write_atomic(path.with_suffix('.md'), lambda file: file.write(text.encode()))
+    return path
+
+
+def recipe_notes(recipe: str, changes: list[str]) -> dict[str, str]:
+    """What the metadata says of the training.
+
+    Raises:
+        UserError: The recipe cannot be read, or does not say the factors or the iterations.
+    """
+    data = read_yaml(recipe).data
+    for entry in changes:
+        force(data, entry)
+    try:
+        scale_range, iterations = data['datasets']['train']['scale_range'], data['train']['total_iter']
+    except (KeyError, TypeError) as error:
+        raise UserError(f'{recipe} needs datasets: train: scale_range, and train: total_iter.') from error
+    name = ' '.join([Path(recipe).name, *(['with', *changes] if changes else [])])
+    return {'recipe': name, 'iterations': str(int(iterations)), 'scale_range': json.dumps(scale_range)}
+
+
+def card(summary: dict[str, Any], store: str) -> str:
+    """The model card's text.
+
+    Raises:
+        UserError: The checkpoint does not say which of its weights these are.
+    """
+    notes, macs = summary['metadata'], summary['macs_x4']
+    if 'param_key' not in notes:
+        raise UserError('the file does not say whether these are the averaged weights (params_ema): convert the '
+                        'checkpoint of the training.')
+    routed = '' if macs['routed'] is None else f'{macs["routed"] / 1e3:.1f} as routed, '
+    fields = {
+        **notes, 'name': summary['name'], 'sha256': summary['sha256'], 'store': store,
+        'mebibytes': f'{summary["bytes"] / 2**20:.2f}', 'parameters': f'{summary["parameters"]:,}',
+        'network': f'{summary["network_g"]["type"]} with {summary["encoder"]}, decoder {summary["decoder"]}, '
+                   f'{summary["experts"]} expert{"s" * (summary["experts"] > 1)}',
+        'macs': f'{routed}{macs["dense"] / 1e3:.1f} with the heaviest expert everywhere',
+        'scales': 'x{:g} to x{:g}'.format(*summary['scale_range']), 'iterations': f'{int(notes["iterations"]):,}',
+        'results': results_table(summary['results'])}
+    return TEMPLATE.read_text(encoding='utf-8').format_map(fields)
+
+
+def results_table(results: list[dict[str, Any]]) -> str:
+    """One line per dataset and factor."""
+    titles = ('dataset', 'images', 'PSNR, dB', 'gain, dB', 'share of each expert, cheap to dear')
+    lines = [f'| {" | ".join(titles)} |', '|' + '---|' * len(titles)]
+    for row in results:
+        value, gain = psnr_of(row) or (None, None)
+        shares = ' '.join(f'{share:.0%}' for share in row.get('routing', {}).get('loads', []))
+        cells = [row['dataset'], str(row['count']), '' if value is None else f'{value:.2f}',
+                 '' if gain is None else f'{gain:+.2f}', shares]
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

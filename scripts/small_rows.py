@@ -1,0 +1,172 @@
+"""The comparison behind the shipped weights: every row under one recipe, trained and evaluated by name.
+
+    python scripts/small_rows.py list
+    python scripts/small_rows.py train moeisr_liif_seed0 liif_seed0
+    python scripts/small_rows.py test moeisr_liif_seed0 liif_seed0
+    python scripts/small_rows.py test moeisr_liif_seed0 --budget 0.15 --sets Set5 B100
+
+Run from the folder that holds `datasets` (see options/test_small.yml and scripts/make_training_set.py). A row is an
+options file with a few changes; all rows share data, iterations and seeds. Each command is printed as the `basicsr`
+command that it is. Training goes on where an interrupted run stopped.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from moeisr_basicsr.errors import UserError  # noqa: E402
+from moeisr_basicsr.options import force  # noqa: E402
+
+OPTIONS = Path(__file__).resolve().parents[1] / 'options'
+TEST_OPTIONS = OPTIONS / 'test_small.yml'
+MAIN_ITERATIONS, ABLATION_ITERATIONS, ENCODER_ITERATIONS = 1500, 400, 200
+
+RDN = '{type: RDNEncoder, num_feat: 32, num_block: 4, num_conv: 4, growth: 16}'
+SWINIR = '{type: SwinIREncoder, embed_dim: 32, depths: [2, 2], num_heads: [4, 4], window_size: 8, mlp_ratio: 2}'
+
+
+class Row(NamedTuple):
+    """One network of the comparison."""
+    options: str  # options/<this>.yml
+    iterations: int
+    changes: tuple[str, ...] = ()  # as for --force_yml
+
+
+def seeds(options: str, *changes: str, numbers: tuple[int, ...] = (0, 1)) -> dict[str, Row]:
+    return {f'_seed{seed}': Row(options, MAIN_ITERATIONS, (f'manual_seed={seed}', *changes)) for seed in numbers}
+
+
+def main_rows() -> dict[str, Row]:
+    """Dense and MoE decoders of both families, and the control: one dense decoder of MoEISR-LIIF's MACs."""
+    kinds = {
+        'liif': seeds('small_liif'),
+        'moeisr_liif': seeds('small_moeisr_liif'),
+        'lte': seeds('small_lte', numbers=(0, )),
+        'moeisr_lte': seeds('small_moeisr_lte', numbers=(0, )),
+        'liif_equal_macs': seeds('small_liif', 'network_g:hidden_list=[256, 256]'),
+    }
+    return {kind + seed: row for kind, by_seed in kinds.items() for seed, row in by_seed.items()}
+
+
+def ablation_rows() -> dict[str, Row]:
+    changes = {
+        'base': (),
+        'mapper_1_layer': ('network_g:mapper:num_layers=1', ),
+        'tau_5': ('network_g:tau=5.0', ),
+        'tau_annealed': (f'train:temperature={{type: linear, start: 5.0, end: 0.5, total_iter: {ABLATION_ITERATIONS}}}', ),
+        'balance_0.001': ('train:balance_opt:loss_weight=0.001', ),
+        'balance_0.1': ('train:balance_opt:loss_weight=0.1', ),
+        'cell': ('network_g:mapper:granularity=cell', ),
+        'own_first_layers': ('network_g:share_first_layer=false', ),
+    }
+    return {f'ablation_{name}': Row('small_moeisr_liif', ABLATION_ITERATIONS, change)
+            for name, change in changes.items()}
+
+
+def encoder_rows() -> dict[str, Row]:
+    """Few iterations on other encoders: that the method works there, not how well."""
+    return {f'{encoder}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, (f'network_g:encoder={options}', ))
+            for encoder, options in (('rdn', RDN), ('swinir', SWINIR)) for kind in ('liif', 'moeisr_liif')}
+
+
+ROWS = {**main_rows(), **ablation_rows(), **encoder_rows()}
+
+
+def forced(row: Row, name: str) -> list[str]:
+    return ['--force_yml', f'name={name}', f'train:total_iter={row.iterations}', *row.changes]
+
+
+def basicsr(*words: str) -> int:
+    print('\n$ basicsr ' + ' '.join(f'"{word}"' if ' ' in word else word for word in words), flush=True)
+    return subprocess.run([sys.executable, '-m', 'moeisr_basicsr', *words]).returncode
+
+
+def train(name: str, iterations: int | None) -> int:
+    row = ROWS[name]
+    row = row if iterations is None else row._replace(iterations=iterations)
+    return basicsr('train', '-opt', str(OPTIONS / f'{row.options}.yml'), '--auto_resume', *forced(row, name))
+
+
+def test_options(name: str, args: argparse.Namespace) -> dict:
+    """options/test_small.yml with the row's network, its averaged weights and what the command line asks for."""
+    opt = yaml.safe_load(TEST_OPTIONS.read_text())
+    row = ROWS[name]
+    trained = yaml.safe_load((OPTIONS / f'{row.options}.yml').read_text())
+    for change in row.changes:
+        force(trained, change)
+    models = Path('experiments') / name / 'models'
+    weights = models / f'net_g_{args.iterations or "latest"}.pth'
+    datasets = {key: entry for key, entry in opt['datasets'].items() if wanted(entry['name'], args.sets)}
+    if not datasets:
+        raise UserError(f'--sets {" ".join(args.sets)}: no dataset of {TEST_OPTIONS.name} is called so.')
+    if not weights.exists():
+        raise UserError(f'{weights} is missing: train the row first.')
+    return {**opt, 'name': name + args.suffix, 'network_g': trained['network_g'], 'model_type': trained['model_type'],
+            'datasets': datasets,
+            'path': {'pretrain_network_g': str(weights), 'param_key_g': 'params_ema', 'strict_load_g': True},
+            'val': {**opt['val'], **control(args), 'save_img': args.pictures, 'save_expert_map': args.pictures}}
+
+
+def wanted(dataset: str, sets: list[str] | None) -> bool:
+    """Whether `Set5_x2` is meant by one of `Set5`, `x2`, `Set5_x2`."""
+    return not sets or any(entry in (dataset, dataset.rpartition('_')[0], dataset.rpartition('_')[2])
+                           for entry in sets)
+
+
+def control(args: argparse.Namespace) -> dict:
+    keys = {'budget': args.budget, 'precision': args.precision, 'shuffle_experts': args.shuffle or None}
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def test(name: str, args: argparse.Namespace) -> int:
+    """Results go to results/NAME, or results/NAMESUFFIX."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f'test_{name}.yml'
+        path.write_text(json.dumps(test_options(name, args), indent=2))  # JSON is YAML
+        return basicsr('test', '-opt', str(path))
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    commands.add_parser('list', help='the rows')
+    for command in ('train', 'test'):
+        sub = commands.add_parser(command)
+        sub.add_argument('rows', nargs='+', choices=list(ROWS), metavar='ROW')
+        sub.add_argument('--iterations', type=int, help='train: as many in all; test: the checkpoint of that iteration')
+    sub.add_argument('--sets', nargs='+', help='only these, for example Set5 B100_x4 x2')
+    sub.add_argument('--budget', type=float, help='decoder cost in fractions of the dearest expert everywhere')
+    sub.add_argument('--precision', choices=('fp32', 'bf16'))
+    sub.add_argument('--shuffle', action='store_true', help='the chosen experts in random places: a control')
+    sub.add_argument('--pictures', action='store_true', help='save images and expert maps')
+    sub.add_argument('--suffix', default='', help='of the name of the results folder')
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or the exit code of the first command that failed; 2 for a mistake of the user, in one line."""
+    args = parse_arguments(argv)
+    if args.command == 'list':
+        for name, row in ROWS.items():
+            print(f'{name:32} {row.options}.yml {row.iterations:5} {" ".join(row.changes)}')
+        return 0
+    try:
+        for name in args.rows:
+            code = train(name, args.iterations) if args.command == 'train' else test(name, args)
+            if code != 0:
+                return code
+    except UserError as error:
+        print(f'small_rows: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

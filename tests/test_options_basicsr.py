@@ -1,0 +1,63 @@
+"""BasicSR's own options files, and the dictionary that BasicSR's pipelines take."""
+
+import sys
+
+import pytest
+from basicsr.utils import options as basicsr_options
+from options_cases import BASICSR, problems, swap, write
+
+from moeisr_basicsr.options import load_options, parse_options
+
+pytestmark = pytest.mark.usefixtures('images_here')
+
+
+class Args:
+    """Parsed arguments of `basicsr train`."""
+
+    def __init__(self, opt, launcher='none', auto_resume=False, debug=False, force_yml=None):
+        self.opt, self.launcher, self.auto_resume = opt, launcher, auto_resume
+        self.debug, self.force_yml = debug, force_yml
+
+
+def test_keys_of_another_model_are_unknown():
+    text = swap('MoEISRModel', 'ArbitraryScaleModel')
+    assert [problem for problem in problems(text) if 'train: balance_opt: unknown key' in problem]
+
+
+def test_basicsr_files_pass_and_their_mistakes_do_not():
+    load_options(write(BASICSR))
+    found = problems(swap('gt_size: 16', 'gt_siz: 16', BASICSR), ['train:optim_g:type=AdamW'])
+    assert "gt_siz: unknown key. Did you mean 'gt_size'?" in found[0]
+    assert 'must be the name of an optimizer: Adam; got' in found[1]  # SRModel builds no other
+    assert "num_blok: unknown key. Did you mean 'num_block'?" in problems(swap('num_block', 'num_blok', BASICSR))[0]
+    assert 'num_block: must be a number' in problems(swap('num_block: 1', 'num_block: one', BASICSR))[0]
+    assert "the key 'num_in_ch' is missing" in problems(swap('  num_in_ch: 3\n', '', BASICSR))[0]
+    assert 'test_y_chanel' in problems(swap('test_y_channel', 'test_y_chanel', BASICSR))[0]
+
+
+def test_the_dictionary_is_that_of_basicsr(images_here, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', write(BASICSR), '--force_yml', 'train:ema_decay=0.5',
+                                      'val:metrics:psnr:crop_border=4'])
+    theirs, args = basicsr_options.parse_options(str(images_here), is_train=True)
+    ours = parse_options(args, str(images_here), is_train=True)
+    extra = {key: ours.pop(key) for key in ('root_path', 'opt_file', 'launcher', 'debug')}
+    assert extra == {'root_path': str(images_here), 'opt_file': 'run.yml', 'launcher': 'none', 'debug': False}
+    assert {key: ours['logger'].pop(key) for key in ('keep_checkpoints', 'save_best')}
+    assert ours == theirs
+
+    theirs, args = basicsr_options.parse_options(str(images_here), is_train=False)
+    text = BASICSR.replace('  train:\n    name', '  test:\n    name')
+    write(text)
+    theirs, args = basicsr_options.parse_options(str(images_here), is_train=False)
+    ours = parse_options(args, str(images_here), is_train=False)
+    assert all(ours['path'][key] == theirs['path'][key] for key in ('results_root', 'log', 'visualization'))
+    assert ours['datasets'] == theirs['datasets']
+
+
+def test_debug_is_a_flag_and_not_a_name(images_here):
+    path = write(swap('name: run', 'name: no_debugging'))
+    opt = parse_options(Args(path), str(images_here))
+    assert (opt['name'], opt['val']['val_freq'], opt['debug']) == ('no_debugging', 10, False)
+    opt = parse_options(Args(path, debug=True), str(images_here))
+    assert opt['name'] == 'debug_no_debugging' and opt['path']['log'].endswith('experiments/debug_no_debugging')
+    assert (opt['val']['val_freq'], opt['logger']['print_freq'], opt['logger']['save_checkpoint_freq']) == (8, 1, 8)

@@ -1,0 +1,51 @@
+"""--force_yml: one key for one run; nothing in an entry is evaluated."""
+
+import pytest
+from options_cases import GOOD, write
+
+from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.options import load_options
+
+pytestmark = pytest.mark.usefixtures('images_here')
+
+
+@pytest.mark.parametrize(('entry', 'keys', 'value'), [
+    ('train:ema_decay=0.999', ('train', 'ema_decay'), 0.999),  # not in the file, but known
+    ('train:optim_g:lr=2e-4', ('train', 'optim_g', 'lr'), 2e-4),
+    ('train:optim_g:betas=[0.5, 0.6]', ('train', 'optim_g', 'betas'), [0.5, 0.6]),
+    ('manual_seed=~', ('manual_seed',), None),
+    ('manual_seed=none', ('manual_seed',), None),
+    ('network_g:skip=none', ('network_g', 'skip'), 'none'),  # a choice of that name, not null
+    ('train:amp=none', ('train', 'amp'), 'none'),
+    ('network_g:experts=[[8],[8,8],[8,8,8]]', ('network_g', 'experts'), [[8], [8, 8], [8, 8, 8]]),
+    ('network_g:encoder:num_block=2', ('network_g', 'encoder', 'num_block'), 2),
+    ('val:save_img=True', ('val', 'save_img'), True),
+    ('name=a=b', ('name',), 'a=b'),
+    ('datasets:val:scale=[2, 3.5]', ('datasets', 'val', 'scale'), [2, 3.5]),
+    ('val:metrics:psnr:crop_border=3', ('val', 'metrics', 'psnr', 'crop_border'), 3),
+])
+def test_force_yml(entry, keys, value):
+    found = load_options(write(GOOD), [entry])
+    for key in keys:
+        found = found[key]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(('entry', 'words'), [
+    ('train:ema_deca=0.9', "'train' has no key 'ema_deca'. Did you mean 'ema_decay'?"),
+    ('trian:ema_decay=0.9', "there is no key 'trian'. Did you mean 'train'?"),
+    ('train:ema_decay', 'write it as key:key=value'),
+    ('=3', 'write it as key:key=value'),
+    ('name:x=3', "'name' has no key 'x'|'name' is a value"),
+    ('datasets:val_7:scale=2', "'datasets' has no key 'val_7'"),
+    ('train:optim_g:lr=__import__("os").system("touch ran")', 'must be a number'),
+    ('train:optim_g:lr=[__import__("os").system("touch ran")]', ''),
+    ('train:optim_g:lr=!!python/object/apply:os.system ["touch ran"]', ''),
+    ('train"]; __import__("os").system("touch ran"); opt["train:ema_decay=1', 'there is no key'),
+])
+def test_force_yml_refuses_and_runs_nothing(images_here, entry, words):
+    with pytest.raises(UserError) as caught:
+        load_options(write(GOOD), [entry])
+    assert '\n' not in str(caught.value) and str(caught.value).startswith('--force_yml ')
+    assert any(word in str(caught.value) for word in words.split('|'))
+    assert not (images_here / 'ran').exists()
