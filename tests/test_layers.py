@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 FOUNDATION = {'atomic_file', 'compat', 'errors', 'registration'}
 PARTS = {'archs', 'data', 'losses', 'metrics'}  # do not know each other: BasicSR's registries join them
-TOOLS = {'analysis', 'checkpoint', 'convert', 'inference', 'options', 'shipped'}
+TOOLS = {'analysis', 'checkpoint', 'convert', 'inference', 'options', 'report', 'shipped'}
 BELOW_MODELS = {'core', 'kernels'} | FOUNDATION | TOOLS
 # What each part of the package may import from the package; '' is the package's own `__init__`.
 ALLOWED = {

@@ -14,10 +14,12 @@ A results file is JSON, one object:
 
   - `case`: name of the row ('test', 'mean' of one dataset's images, 'profile', 'train', 'data-stages',
     'data-workers-N', or the benchmark's case).
-  - `dataset`, `image`, `protocol`: what was measured on; null or absent for made-up input. `count`: number of images.
+  - `dataset`, `image`: what was measured on; null or absent for made-up input. `count`: number of images.
+  - `protocol`: how the LR images were made. `metric_protocols`: metric -> what it compares and what it leaves out.
   - `lq_size`, `size`: [rows, columns] of input and output. `scale`: [row factor, column factor], as asked for.
   - `precision`: fp32, bf16, fp16. `budget`, `cost_weight`: the control of the routing, null where none was set.
     `shuffle_experts`: true where the chosen experts were permuted over the pixels of each image, a control experiment.
+  - `pictures`: `result`, `expert_map`, `truth`, `bicubic` -> the saved file, relative to the results file's folder.
   - `metrics`: name -> value, for example {"psnr_y": 32.24}; null for a value that is not finite.
   - `time_ms`: stage -> median milliseconds. Upscaling: `encode`, `map`, `decode` (LR tables and experts), `total`,
     `dense_folded`, `dense_plain`; a 'test' has the first four, and its `total` includes what is in no stage, such as
@@ -77,6 +79,7 @@ _MODEL = {**_object(('name', 'parameters'), name=_TEXT, file=_TEXT_OR_NULL, netw
                                        experts=_list(_COUNT), total=_COUNT)), 'type': ['object', 'null']}
 _ROW = _object(
     ('case', ), case=_TEXT, dataset=_TEXT_OR_NULL, image=_TEXT_OR_NULL, protocol=_TEXT_OR_NULL, count=_COUNT,
+    metric_protocols=_object(extra=_TEXT), pictures=_object(extra=_TEXT),
     lq_size=_SIZE, size=_SIZE, scale=_list(_AMOUNT, minItems=2, maxItems=2), precision=_TEXT,
     budget=_AMOUNT_OR_NULL, cost_weight=_NUMBER_OR_NULL, shuffle_experts=_FLAG,
     metrics=_object(extra=_NUMBER_OR_NULL), time_ms=_object(extra=_AMOUNT), repeats=_COUNT,

@@ -14,6 +14,7 @@ COMMANDS = {
     'upscale': ('upscale', 'upscale images by any factor, or to any size'),
     'models': ('models', 'list the models that come with the package, or show one'),
     'profile': ('profile', 'measure multiply-adds, time and memory of a network, stage by stage'),
+    'report': ('report', 'make one page of tables, charts and pictures of what tests and profiles measured'),
     'convert': ('convert', 'make one self-describing model file of a checkpoint'),
 }
 USER_ERROR = 2

@@ -18,7 +18,8 @@ from .worker_errors import clear_worker_errors
 
 
 # Keys of a results row (see `analysis.schema`): what all images of a dataset share, and what there are means of.
-SHARED = ('dataset', 'scale', 'precision', 'budget', 'cost_weight', 'shuffle_experts', 'repeats')
+SHARED = ('dataset', 'protocol', 'metric_protocols', 'scale', 'precision', 'budget', 'cost_weight', 'shuffle_experts',
+          'repeats')
 AVERAGED = ('metrics', 'time_ms', 'peak_mib', 'macs', 'routing')
 
 

@@ -19,8 +19,12 @@ from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import Upscaled, evaluation, upscale
 
 from .evaluation import factor_pair, image_name, scale_label
-from .measures import measure
+from .measures import describe_input, describe_metric, measure
 from .pictures import expert_map_picture
+
+
+# name suffix of a saved picture -> its name in a results document
+KINDS = {'': 'result', '_experts': 'expert_map', '_truth': 'truth', '_bicubic': 'bicubic'}
 
 
 class Measured(NamedTuple):
@@ -35,8 +39,8 @@ class ImageEvaluator:
 
     Args:
         opt: The whole options; reads `val` (metrics, suffix, bicubic_baseline, budget, cost_weight, precision,
-            shuffle_experts, save_expert_map, tb_images, measure), `logger: use_tb_logger`, `path: visualization`,
-            `manual_seed` and `is_train`.
+            shuffle_experts, save_expert_map, save_references, tb_images, measure), `logger: use_tb_logger`,
+            `path: visualization`, `manual_seed` and `is_train`.
     """
 
     def __init__(self, opt: dict):
@@ -96,14 +100,16 @@ class ImageEvaluator:
         if gt is not None:
             record['metrics'] = self.measure_all(sr, gt, item['lq'][0], scale, dataset_opt.get('crop_border'))
         if not self.is_train:
-            record['row'] = {**self.row(net, lq, gt, measured, scale, record), 'dataset': record['dataset'],
-                             'image': record['name'], 'metrics': record['metrics']}
+            record['row'] = {**self.row(net, lq, gt, measured, scale, record),
+                             **self.setting(dataset_opt, gt is not None), 'image': record['name'],
+                             'metrics': record['metrics']}
         shown = self.shows_pictures and index < self.val_opt.get('tb_images', 1)
         if save_img or shown:
             pictures = {'': tensor2img([sr])}  # name suffix -> (R, S, 3) uint8 BGR
             if loads:
                 pictures['_experts'] = expert_map_picture(expert_map[0], net.num_experts, net.expert_costs.tolist())
             if save_img:
+                pictures.update(self.references(item['lq'][0], gt))
                 self.save_pictures(pictures, record, current_iter)
             if shown:
                 record['pictures'] = pictures
@@ -126,8 +132,26 @@ class ImageEvaluator:
         elif self.val_opt.get('suffix'):
             stem += f'_{self.val_opt["suffix"]}'
         for suffix, picture in pictures.items():
-            if not suffix or self.val_opt.get('save_expert_map', False):
-                imwrite(picture, str(self.folder / record['dataset'] / f'{stem}{suffix}.png'))
+            if suffix == '_experts' and not self.val_opt.get('save_expert_map', False):
+                continue
+            path = Path(record['dataset']) / f'{stem}{suffix}.png'
+            imwrite(picture, str(self.folder / path))
+            if 'row' in record:  # results.json lies beside the folder of pictures
+                record['row'].setdefault('pictures', {})[KINDS[suffix]] = (Path(self.folder.name) / path).as_posix()
+
+    def references(self, lq: Tensor, gt: Tensor | None) -> dict:
+        """With `save_references` in testing, the pictures that a report puts beside the model's."""
+        if self.is_train or gt is None or not self.val_opt.get('save_references', False):
+            return {}
+        return {'_truth': tensor2img([gt]), '_bicubic': tensor2img([bicubic(lq, tuple(gt.shape[-2:]))])}
+
+    def setting(self, dataset_opt: dict, has_truth: bool) -> dict:
+        """What was measured on and how, of a row of a results document."""
+        setting = {'dataset': dataset_opt['name'], 'protocol': describe_input(dataset_opt)}
+        if has_truth:
+            setting['metric_protocols'] = {name: describe_metric(metric_opt, dataset_opt.get('crop_border'))
+                                           for name, metric_opt in self.metrics.items()}
+        return setting
 
     def row(self, net: nn.Module, lq: Tensor, gt: Tensor | None, measured: Measured, scale: tuple[float, float],
             record: dict) -> dict:

@@ -13,6 +13,32 @@ from basicsr.utils.registry import METRIC_REGISTRY
 from torch import Tensor
 
 
+DOWNSAMPLE = {'matlab': "MATLAB's bicubic", 'pil': "Pillow's bicubic"}
+PROTOCOL = {'benchmark': ('luma', 'ceil(s)'), 'div2k': ('RGB', 'ceil(s) + 6')}  # colours, shave at a factor s
+
+
+def describe_input(dataset_opt: dict) -> str:
+    """Where the LR images of a dataset come from, for readers of its figures."""
+    if dataset_opt.get('type') == 'ArbitraryScaleImageDataset':
+        return f'LR by {DOWNSAMPLE[dataset_opt.get("downsample", "matlab")]}'
+    return 'LR images of the dataset'
+
+
+def describe_metric(metric_opt: dict, crop_border: int | list[int] | None = None) -> str:
+    """What `measure` compares, for readers of its figures; the same for all scales of a protocol."""
+    options = {key: value for key, value in metric_opt.items() if key not in ('better', 'type')}
+    if crop_border is not None:
+        options['crop_border'] = crop_border
+    if not metric_opt['type'].endswith('_sr'):
+        return ', '.join([f'{metric_opt["type"]} on 8 bits', *(f'{key} {options[key]}' for key in sorted(options))])
+    name = options.get('protocol', 'benchmark')
+    colours, border = PROTOCOL[name]
+    border = options.get('crop_border', border)
+    border = ' x '.join(map(str, border)) if isinstance(border, (list, tuple)) else border
+    rounded = ', rounded to 8 bits' if options.get('rounded') else ''
+    return f'{name}: {colours}, shave {border}{rounded}'
+
+
 def measure(metric_opt: dict, sr: Tensor, gt: Tensor, scale: tuple[float, float],
             crop_border: int | list[int] | None = None) -> float:
     """The value of one metric.

@@ -160,6 +160,7 @@ VAL_OURS: Table = {
     'precision': Key(Choice(('fp32', 'bf16', 'fp16')), 'number format of encoder and experts (fp32)'),
     'shuffle_experts': Key(Bool(), 'control experiment: permute the chosen experts over the pixels of each image'),
     'save_expert_map': Key(Bool(), 'write the expert maps beside the images'),
+    'save_references': Key(Bool(), 'in testing, write the truth and the bicubic image beside the images, for reports'),
     'tb_images': Key(COUNT, 'images per dataset that TensorBoard shows'),
     'measure': Key(Bool(), 'in testing, measure the memory of each image too'),
 }

@@ -1,0 +1,363 @@
+"""`basicsr report`: figures against sums written out by hand, what is never mixed, one page that needs no other."""
+import base64
+import copy
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import DENSE, parse, run_yaml
+
+from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.cli import main
+from moeisr_basicsr.engine.test_loop import test as run_test
+from moeisr_basicsr.report.charts import Axis, series_of
+from moeisr_basicsr.report.collect import collect, read_sources
+from moeisr_basicsr.report.crops import SIDE, STRIDE, busiest_window
+from moeisr_basicsr.report.markup import tag, void
+from moeisr_basicsr.report.page import render
+
+ENVIRONMENT = {'torch': '2.4', 'threads': 1, 'cpu': 'chip', 'device': 'cpu', 'device_name': 'chip', 'kernel': 'torch'}
+PROTOCOL = 'benchmark: luma, shave ceil(s)'
+VOID = {'meta', 'img'}
+
+
+class Page(HTMLParser):
+    """Checks the nesting; collects tables as rows of texts, and all attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tables, self.attributes, self.headings, self.texts = [], {}, [], [], []
+        self.caption, self.rows = '', []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, name, attributes):
+        self.attributes += [(name, *pair) for pair in attributes]
+        if name not in VOID:
+            self.open.append(name)
+        if name == 'table':
+            self.caption, self.rows = '', []
+        elif name == 'tr':
+            self.rows.append([])
+        elif name in ('td', 'th'):
+            self.rows[-1].append('')
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+        if name == 'table':
+            self.tables[self.caption] = self.rows
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if 'caption' in self.open:
+            self.caption += data
+        elif self.open and 'tr' in self.open:
+            self.rows[-1][-1] += data
+        elif 'h2' in self.open:
+            self.headings.append(data)
+
+    def table(self, start):
+        return next(rows for caption, rows in self.tables.items() if caption.startswith(start))
+
+
+def image_row(dataset='Set_x2', scale=(2, 2), image='a', psnr=30.0, **more):
+    return {'case': 'test', 'dataset': dataset, 'scale': list(scale), 'image': image, 'budget': None,
+            'cost_weight': None, 'protocol': 'LR by hand', 'metric_protocols': {'psnr': PROTOCOL},
+            'precision': 'fp32', 'metrics': {'psnr': psnr, 'bicubic_psnr': 25.0}, 'time_ms': {'total': 10.0}, **more}
+
+
+MACS = {'encoder': 1000.0, 'mapper': 100.0, 'tables': 200.0, 'experts': 300.0, 'total': 1600.0, 'dense_folded': 1200.0,
+        'dense_plain': 2400.0, 'each_expert': [100.0, 500.0]}
+
+
+def results(name, *rows, file=None, network=None, **environment):
+    model = {'name': name, 'file': file, 'network_g': network or {'type': 'MoEISR', 'experts': [[8], [8, 8]]},
+             'parameters': {'encoder': 1000, 'mapper': 100, 'shared': 0, 'experts': [50, 250], 'total': 1400}}
+    return schema.document('test', {**ENVIRONMENT, **environment}, list(rows), model)
+
+
+@pytest.fixture
+def page_of(tmp_path):
+    """Documents to the parsed page; documents are written as 0.json, 1.json, ..."""
+    def build(*documents, **options):
+        return Page(render(collect(read_sources(write(tmp_path, *documents))), **options))
+    return build
+
+
+def write(folder, *documents):
+    paths = [folder / f'{place}.json' for place in range(len(documents))]
+    for path, document in zip(paths, documents):
+        path.write_text(json.dumps(document))
+    return paths
+
+
+def test_means_differences_best_and_bicubic(page_of):
+    dense = results('dense', image_row(image='a', psnr=30.0), image_row(image='b', psnr=31.0))
+    better = results('moe', image_row(image='a', psnr=30.5), image_row(image='b', psnr=31.1))
+    wide = image_row('Set_x2x3.5', (2, 3.5), psnr=28.0)
+    page = page_of(dense, {**better, 'rows': better['rows'] + [wide]})
+    rows = page.table(f'Set: psnr in dB. {PROTOCOL}')
+    assert rows[0][1:3] == ['x2LR by hand; 2 images', 'x2x3.5LR by hand; 1 image']
+    assert rows[2:] == [['bicubic', '25.00', '-5.50', '25.00', '–', '[1]\N{NO-BREAK SPACE}[2]'],
+                        ['dense', '30.50', 'base', '–', '–', '[1]'],
+                        ['moe', '30.80', '+0.30', '28.00', '–', '[2]']]
+    assert [pair for pair in page.attributes if pair == ('td', 'class', 'best')] == [('td', 'class', 'best')]
+    rows = page_of(dense, better, baseline='moe').table('Set: psnr')
+    assert [row[2] for row in rows[2:]] == ['-5.80', '-0.30', 'base']
+
+
+def test_seeds_are_one_row_with_half_the_range(page_of):
+    seeds = [results(f'moe_seed{seed}', image_row(psnr=value), file=f'{seed}.pth')
+             for seed, value in ((1, 30.0), (2, 30.1), (7, 30.5))]
+    rows = page_of(*seeds, results('moe_seeded', image_row(psnr=29.0))).table('Set: psnr')
+    assert rows[3] == ['moe', '30.20 ± 0.25 (3)', 'base', '[1]\N{NO-BREAK SPACE}[2]\N{NO-BREAK SPACE}[3]']
+    assert rows[4][0] == 'moe_seeded'
+
+
+def test_protocols_images_and_inputs_never_mix(page_of):
+    """Three files on one dataset that differ in the metric's protocol, the test images, the LR images."""
+    other = image_row(psnr=20.0, metric_protocols={'psnr': 'div2k: RGB, shave ceil(s) + 6'})
+    page = page_of(results('a', image_row()), results('b', other), results('c', image_row(image='z', psnr=40.0)),
+                   results('d', image_row(psnr=41.0, protocol='LR by another')))
+    rows = page.table(f'Set: psnr in dB. {PROTOCOL}')
+    assert [row[1:7:2] for row in rows[3:]] == [
+        ['30.00', '–', '–'], ['–', '40.00', '–'], ['–', '–', '41.00']]
+    assert [row[0] for row in page.table('Set: psnr in dB. div2k')[2:]] == ['bicubic', 'b']
+    text = ' '.join(page.texts)
+    assert 'psnr on Set was measured under 2 protocols' in text and 'different LR images or test images' in text
+    old = image_row()
+    del old['metric_protocols'], old['protocol']
+    assert any('protocol not recorded' in caption for caption in page_of(results('old', old)).tables)
+
+
+def test_missing_values_and_duplicates_are_said(page_of, tmp_path):
+    broken = results('a', image_row(image='a', psnr=float('nan')), image_row(image='b'), {'case': 'test'},
+                     {'case': 'data-stages'})
+    twice = results('b', image_row(image='a'), image_row(image='b'), image_row(image='b', psnr=10.0))
+    again = results('b', image_row(image='a', psnr=35.0), image_row(image='b'))
+    page = page_of(broken, twice, again)
+    assert [row[1] for row in page.table('Set: psnr')[2:]] == ['25.00', '–', '30.00']
+    notes = ' '.join(page.texts)
+    for part in ('psnr is missing or not finite for 1 of 2 images', '2 rows are not shown', 'holds b more than once',
+                 '1.json and again in', 'with other figures'):
+        assert part in notes, part
+
+
+def test_bicubic_tells_that_images_differ(page_of):
+    first, other = image_row(), image_row(metrics={'psnr': 30.0, 'bicubic_psnr': 25.5})
+    assert 'from 25.0000 to 25.5000: their images are not the same' in ' '.join(
+        page_of(results('a', first), results('b', other)).texts)
+    assert 'not the same' not in ' '.join(page_of(results('a', first), results('b', first)).texts)
+
+
+def test_means_of_a_file_without_images(page_of):
+    mean = {'case': 'mean', 'dataset': 'Set_x2', 'scale': [2, 2], 'count': 5, 'metrics': {'psnr': 33.3}}
+    rows = page_of(results('a', mean)).table('Set: psnr')
+    assert rows[2][:2] == ['a', '33.30']
+    both = page_of(results('a', image_row(), {**mean, 'count': 1})).tables
+    assert sum('psnr' in caption for caption in both) == 1  # the images' own means count
+
+
+def test_costs_and_routing(page_of):
+    measured = ('a', 300.0, 10.0, 5.0, 0.5, 0.2), ('b', 500.0, 30.0, 4.0, 1.0, None)
+    routed = [image_row(image=name, macs={**MACS, 'experts': experts, 'total': 1300 + experts}, time_ms={'total': time},
+                        peak_mib={'total': peak}, routing={'loads': [1 - share, share], 'texture_correlation': value})
+              for name, experts, time, peak, share, value in measured]
+    page = page_of(results('moe', *routed), results('foreign', image_row(), image_row(image='b')))
+    row = page.table('Set: thousand multiply-adds')[2]
+    # decoder 100 + 200 + 400; of plain 2400: 29.2 %; of folded 1200: 58.3 %; median of two times; largest memory
+    assert row == ['moe', '1.0', '0.1', '0.2', '0.4', '0.7', '29.2', '58.3', '1.7', '20.0', '5.0', 'A']
+    assert page.table('Texture correlation')[1] == ['moe', '0.20']
+    assert '75%' in page.texts and '25%' in page.texts  # shares (0.5 + 1) / 2
+    assert {'Quality', 'Cost', 'Quality against cost', 'Routing'} == set(page.headings)  # no pictures, no section
+
+
+def test_profiles(page_of):
+    row = {'case': 'profile', 'scale': [4, 4], 'lq_size': [8, 9], 'size': [32, 36], 'budget': 0.3, 'macs': MACS,
+           'time_ms': {'encode': 1.0, 'total': 4.0}, 'peak_mib': {'total': None}}
+    page = page_of({**results('moe', row), 'command': 'profile'})
+    cells = page.table('Profiles')[1]
+    assert cells[:3] == ['moe, budget 0.3', 'x4', '8 x 9 to 32 x 36'] and cells[-3:] == ['–', 'A', '[1]']
+    assert page.headings == ['Cost']
+
+
+def test_a_line_connects_the_budgets_of_one_network(tmp_path):
+    def budget(value):
+        cost = value or 0.5
+        return image_row(psnr=30 + cost, macs={**MACS, 'total': 1000 * (1 + cost)}, budget=value)
+
+    documents = [results('moe', budget(None), file='w.pth'), results('moe_b0.3', budget(0.3), file='w.pth'),
+                 results('renamed', budget(0.7), file='w.pth'), results('moe_b0.9', budget(0.3), file='other.pth')]
+    report = collect(read_sources(write(tmp_path, *documents)))
+    assert list(report.labels.values()) == ['moe', 'moe, budget 0.3', 'renamed, budget 0.7', 'moe_b0.9, budget 0.3']
+    assert [series.place for series in series_of(report).values()] == [0, 0, 0, 1]
+    page = render(report)
+    lines = re.findall(r'<polyline points="([^"]*)"', page)
+    points = [float(pair.split(',')[0]) for pair in lines[0].split()]
+    assert len(lines) == 2 and len(points) == 3 and points == sorted(points)  # against multiply-adds and time
+
+
+def test_axis():
+    axis = Axis(0.0, 10.0, 2.0, 50.0, 150.0)
+    assert axis.at(5.0) == 100.0 and axis.marks() == [0, 2, 4, 6, 8, 10]
+    assert Axis(30.05, 30.4, 0.1, 100.0, 0.0).marks() == pytest.approx([30.1, 30.2, 30.3, 30.4])
+
+
+def test_networks_of_one_name_are_numbered(page_of):
+    page = page_of(results('moe', image_row()), results('moe', image_row(psnr=31.0), network={'type': 'LIIF'}))
+    assert [row[0] for row in page.table('Set: psnr')[2:]] == ['bicubic', 'moe', 'moe (2)']
+
+
+def test_times_of_two_machines_do_not_share_a_chart(page_of):
+    page = page_of(results('a', image_row()), results('b', image_row(), threads=8))
+    assert [row[0] for row in page.table('Environments')[1:]] == ['A', 'B']
+    assert {'ms per image, environment A', 'ms per image, environment B'} <= set(page.texts)
+
+
+def test_names_are_escaped():
+    assert tag('td', '<b>&"', cls='"') == '<td class="&quot;">&lt;b&gt;&amp;&quot;</td>'
+    assert tag('p', [tag('b', 'x'), None, ('<', )]) == '<p><b>x</b>&lt;</p>'
+    assert void('img', alt='>') == '<img alt="&gt;">'
+
+
+def test_hostile_names_stay_text(page_of):
+    name = '"><script>alert(1)</script>'
+    page = page_of(results(name, image_row(name, image=name), network={'type': name}))
+    assert not any(entry[0] == 'script' for entry in page.attributes) and name in ' '.join(page.texts)
+
+
+def test_busiest_window_by_brute_force():
+    rng = np.random.default_rng(0)
+    truth = np.full((150, 170, 3), 90, np.uint8)
+    truth[40:140, 60:165] = rng.integers(0, 256, (100, 105, 3))
+    luma = np.pad(truth @ np.array([0.299, 0.587, 0.114]), 1, mode='edge')
+    energy = (luma[2:, 1:-1] - luma[:-2, 1:-1])**2 + (luma[1:-1, 2:] - luma[1:-1, :-2])**2
+    sums = {(top, left): energy[top:top + SIDE, left:left + SIDE].sum() for top in range(0, 150 - SIDE + 1, STRIDE)
+            for left in range(0, 170 - SIDE + 1, STRIDE)}
+    window = busiest_window(truth)
+    assert (window.top, window.left) == max(sums, key=sums.get) and (window.rows, window.cols) == (SIDE, SIDE)
+    assert busiest_window(truth[:20, :30])[:] == (0, 0, 20, 30)
+    assert busiest_window(np.zeros((150, 170, 3), np.uint8))[:2] == (0, 0)
+
+
+@pytest.fixture(scope='module')
+def tested(tmp_path_factory):
+    """Folder with the results of a MoE and a dense network, pictures among them."""
+    root = tmp_path_factory.mktemp('tested')
+    for name, changes in (('moe', {'val:budget': 0.7}), ('dense', {'network_g': DENSE,
+                                                                    'model_type': 'ArbitraryScaleModel'})):
+        torch.manual_seed(0)
+        base = run_yaml(root, **changes)
+        sections = {key: base[key] for key in ('model_type', 'num_gpu', 'network_g', 'manual_seed')}
+        metrics = {'psnr': {'type': 'calculate_psnr_sr', 'protocol': 'div2k', 'crop_border': 1}}
+        val = {'save_img': True, 'save_expert_map': True, 'save_references': True, 'bicubic_baseline': True,
+               'metrics': metrics, **{key: value for key, value in base['val'].items() if key == 'budget'}}
+        datasets = {'test_1': base['datasets']['val'], 'test_2': base['datasets']['val_2']}
+        run_test(parse(root, {**sections, 'name': name, 'datasets': datasets, 'path': {}, 'val': val}, is_train=False))
+    return root / 'results'
+
+
+def pictures(page):
+    return {entry[2] for entry in page.attributes if entry[:2] == ('img', 'src')}
+
+
+def test_from_test_to_report(tested, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inputs = [str(tested / 'dense'), str(tested / 'moe' / 'results.json')]
+    assert main(['report', *inputs, '-o', 'report.html', '--csv', 'rows.csv', '--images', '2']) == 0
+    text = (tmp_path / 'report.html').read_text()
+    page = Page(text)
+    assert page.headings == ['Quality', 'Cost', 'Quality against cost', 'Routing', 'Pictures']
+    rows = page.table('tiny: psnr in dB. div2k: RGB, shave 1. LR by MATLAB\'s bicubic; 3 images.')
+    assert [row[0] for row in rows[2:]] == ['bicubic', 'dense', 'moe, budget 0.7']
+    document = schema.load(tested / 'moe' / 'results.json')
+    mean = [row for row in document['rows'] if row['case'] == 'mean'][0]['metrics']
+    assert rows[4][1] == f'{mean["psnr"]:.2f}' and rows[2][1] == f'{mean["bicubic_psnr"]:.2f}'
+    # of two images each: whole, truth, bicubic, dense, moe, its experts
+    tiles = [entry[2] for entry in page.attributes if entry[:2] == ('img', 'alt')]
+    assert tiles == 2 * ['whole image', 'truth', 'bicubic', 'dense', 'moe, budget 0.7', 'experts of moe, budget 0.7']
+    shown = [entry[2] for entry in page.attributes if entry[:2] == ('img', 'src')]
+    assert all(address.startswith('data:image/') for address in shown)
+    truth = np.array(Image.open(BytesIO(base64.b64decode(shown[1].partition(',')[2]))))
+    assert np.array_equal(truth, cv2.imread(str(tested.parent / 'val' / '0.png'))[:, :32, ::-1])
+    # nothing outside the file; the same bytes again, in place of what was there
+    assert not re.search(r'(?:src|href)="(?!data:)|url\(|@import|<script|<link', text)
+    (tmp_path / 'report.html').write_text('old')
+    assert main(['report', *inputs, '-o', 'report.html', '--images', '2']) == 0
+    assert (tmp_path / 'report.html').read_text() == text and not list(tmp_path.glob('.*'))
+    assert 'report.html' in capsys.readouterr().out
+    lines = list(csv.DictReader((tmp_path / 'rows.csv').open()))
+    assert len(lines) == 2 * (6 + 2) and {line['model'] for line in lines} == {'dense', 'moe'}
+    first = next(line for line in lines if line['model'] == 'moe')
+    assert float(first['routing.loads.1']) == document['rows'][0]['routing']['loads'][1] and first['scale.1'] == '2.0'
+
+
+def test_pictures_that_do_not_fit_are_left_out(tested, tmp_path):
+    document = json.loads((tested / 'dense' / 'results.json').read_text())
+    assert document['rows'][0]['pictures'] == {
+        kind: f'visualization/tiny_x2/0_x2{suffix}.png'
+        for kind, suffix in (('result', ''), ('truth', '_truth'), ('bicubic', '_bicubic'))}
+    folder = tmp_path / 'copy'
+    folder.mkdir()
+    moved = copy.deepcopy(document)
+    moved['model']['name'] = 'moved'
+    for row in moved['rows']:
+        if 'pictures' in row:
+            row['pictures']['result'] = '../' + row['pictures']['result']
+    (folder / 'results.json').write_text(json.dumps(moved))
+
+    def tiles(*paths):
+        page = Page(render(collect(read_sources(paths)), max_images=1))
+        return [entry[2] for entry in page.attributes if entry[:2] == ('img', 'alt')], ' '.join(page.texts)
+
+    shown, notes = tiles(tested / 'dense', folder)
+    assert shown == ['whole image', 'truth', 'bicubic', 'dense'] and 'lies outside its folder' in notes
+    shown, notes = tiles(folder)
+    assert shown == [] and 'is not there' in notes
+    # another truth of the same name is not comparable
+    for row in moved['rows']:
+        if 'pictures' in row:
+            row['pictures'] = {'result': 'other.png', 'truth': 'other.png'}
+    cv2.imwrite(str(folder / 'other.png'), np.zeros((26, 32, 3), np.uint8))
+    (folder / 'results.json').write_text(json.dumps(moved))
+    shown, notes = tiles(tested / 'dense', folder)
+    assert 'moved' not in shown and 'another truth' in notes
+
+
+@pytest.mark.parametrize('arguments, part', [
+    (['none.json', '-o', 'r.html'], 'none.json: cannot read'), (['empty', '-o', 'r.html'], 'holds no results.json'),
+    (['text.json', '-o', 'r.html'], 'it is no JSON'), (['version.json', '-o', 'r.html'], 'version must be 1'),
+    (['good.json'], '-o OUT.html'), (['good.json', '-o', 'no/r.html'], 'folder no does not exist'),
+    (['good.json', '-o', 'empty'], 'is a folder'), (['good.json', '--csv', './good.json'], 'results to read'),
+    (['good.json', './good.json', '-o', 'r.html'], 'given twice'), (['loader.json', '-o', 'r.html'], 'no rows of'),
+    (['good.json', '-o', 'r.html', '--baseline', 'desne'], "Did you mean 'dense'"),
+    (['good.json', '-o', 'r.html', '--csv', 'r.html'], 'both')])
+def test_mistakes_are_one_line(arguments, part, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'empty').mkdir()
+    good = results('dense', image_row())
+    for name, document in (('good', good), ('version', {**good, 'version': 2}),
+                           ('loader', results('dense', {'case': 'data-stages'}))):
+        (tmp_path / f'{name}.json').write_text(json.dumps(document))
+    (tmp_path / 'text.json').write_text('hello')
+    assert main(['report', *arguments]) == 2
+    error = capsys.readouterr().err
+    assert part in error and error.count('\n') == 1 and not (tmp_path / 'r.html').exists()
+    assert json.loads((tmp_path / 'good.json').read_text()) == good
+
+
+def test_references_in_training_are_not_written(tmp_path):
+    from basicsr.models import build_model
+    from moeisr_basicsr.engine.data_loading import evaluation_loaders
+    opt = {**parse(tmp_path, run_yaml(tmp_path, **{'val:save_references': True})), 'dist': False, 'rank': 0,
+           'world_size': 1}
+    build_model(opt).validate(evaluation_loaders(opt, ('val', )), 1, None, save_img=True)
+    names = {path.name for path in (tmp_path / 'experiments').rglob('*.png')}
+    assert names and not any('truth' in name or 'bicubic' in name for name in names)
