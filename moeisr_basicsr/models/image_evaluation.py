@@ -100,8 +100,8 @@ class ImageEvaluator:
             record['metrics'] = self.measure_all(sr, gt, item['lq'][0], scale, dataset_opt.get('crop_border'))
         if not self.is_train:
             record['row'] = {**self.row(net, lq, gt, measured, scale, record),
-                             **self.setting(dataset_opt, gt is not None),
-                             'image': record['name'], 'metrics': record['metrics']}
+                             **self.setting(dataset_opt, gt is not None), 'image': record['name'],
+                             'metrics': record['metrics']}
         shown = self.shows_pictures and index < self.val_opt.get('tb_images', 1)
         if save_img or shown:
             pictures = {'': tensor2img([sr])}  # name suffix -> (R, S, 3) uint8 BGR
