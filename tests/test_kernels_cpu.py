@@ -47,18 +47,21 @@ def corner_weights(rows, cols):
     return area.flip(0, 1) / (area[0, 0] + area[0, 1] + area[1, 0] + area[1, 1])
 
 
-def perceptron(x, layers):
+def perceptron(x, layers, rounded=False):
     for n, (weight, bias) in enumerate(layers):
-        x = F.linear(x, weight.double(), bias.double())
+        if rounded and n + 1 < len(layers):  # the output layer is fp32 always
+            x, weight = x.bfloat16(), weight.bfloat16()
+        x = F.linear(x.double(), weight.double(), bias.double())
         if n + 1 < len(layers):
             x = F.relu(x)
     return x
 
 
-def reference(experts, first, rows, cols, expert_map):
+def reference(experts, first, rows, cols, expert_map, rounded=False):
     """Every expert on every pixel and corner, blended after the last layer, then chosen. (C, h, w) double.
 
-    `first(j, index, rel)` gives what expert j's MLP reads at cells (row, column) and relative coordinates.
+    `first(j, index, rel)` gives what expert j's MLP reads at cells (row, column) and relative coordinates; `rounded`
+    takes the operands of hidden layers to bf16.
     """
     weight = corner_weights(rows, cols).double()
     out = []
@@ -69,7 +72,7 @@ def reference(experts, first, rows, cols, expert_map):
                 index = (rows.index[a][:, None], cols.index[b][None, :])
                 rel = torch.stack(torch.broadcast_tensors(rows.rel[a][:, None], cols.rel[b][None, :]), dim=-1)
                 x = first(j, index, rel.double())
-                total = total + weight[a, b, ..., None] * perceptron(x, [*expert['hidden'], expert['last']])
+                total = total + weight[a, b, ..., None] * perceptron(x, [*expert['hidden'], expert['last']], rounded)
         out.append(total)
     chosen = torch.stack(out).gather(0, expert_map.long()[None, ..., None].expand(1, -1, -1, total.shape[-1]))
     return chosen[0].permute(2, 0, 1)  # (C, h, w)
@@ -331,6 +334,8 @@ def test_needed_cells_are_those_that_the_pixels_read():
     assert 0 < len(needed[1]) < 54 and len(needed[3]) == 0
     with pytest.raises(ValueError, match='0 to 1'):
         cpu.needed_cells(rows, cols, expert_map, (6, 9), 2)
+    with pytest.raises(ValueError, match='outside a table of 5 cells'):
+        cpu.needed_cells(rows, cols, expert_map, (5, 9), 4)
 
 
 @needs_kernels
@@ -343,9 +348,10 @@ def test_zeros_left_out_change_nothing(isa):
     tables = [table + shift for table in liif_tables(experts, (5, 6))]
     rows, cols = grid_axis(21, 5), grid_axis(24, 6)
     expert_map = torch.zeros(21, 24, dtype=torch.uint8)
-    expected = reference(experts, liif_first(experts, tables), rows, cols, expert_map)
-    scale = float(expected.abs().max())
-    assert (run(experts, tables, rows, cols, expert_map, isa) - expected).abs().max() <= TOLERANCE[isa] * scale
+    bf16 = isa in cpu.ISAS['bf16']  # against large activations its own rounding would hide a missing channel
+    expected = reference(experts, liif_first(experts, tables), rows, cols, expert_map, rounded=bf16)
+    got = run(experts, tables, rows, cols, expert_map, isa)
+    assert (got - expected).abs().max() <= (5e-4 if bf16 else 1e-5)
 
 
 @needs_kernels

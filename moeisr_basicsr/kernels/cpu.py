@@ -93,8 +93,10 @@ def needed_cells(rows: GridAxis, cols: GridAxis, expert_map: Tensor, size: tuple
         size: (Ht, Wt).
 
     Raises:
-        ValueError: An expert number that is too large.
+        ValueError: An expert number that is too large, or indices outside the table.
     """
+    _check_axis('rows', rows, (2, expert_map.shape[0]), size[0])
+    _check_axis('cols', cols, (2, expert_map.shape[1]), size[1])
     needed = torch.zeros(num_experts, size[0] * size[1], dtype=torch.uint8)
     row_index, col_index = rows.index.contiguous(), cols.index.contiguous()
     args = Needed(num_experts, *expert_map.shape, row_index.data_ptr(), col_index.data_ptr(), expert_map.data_ptr(),

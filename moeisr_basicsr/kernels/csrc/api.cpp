@@ -183,6 +183,7 @@ MOEISR_API int64_t moeisr_table(const TableJob *job, int64_t isa) {
     return failed;
 }
 
+// Returns one of Error. No vectors: the instruction set does not matter.
 MOEISR_API int64_t moeisr_needed(const Needed *needed, int64_t) {
     const Needed &n = *needed;
     for (int64_t row = 0; row < n.height; ++row) {

@@ -25,7 +25,7 @@ struct ProductBf16 {
         return _mm512_set1_epi32(bits);
     }
 
-    // Channels `odd` and `even`; `even` is left out where it is -1.
+    // Adds up channel `odd`, and channel `even` if `both`.
     template <int P>
     static inline __attribute__((always_inline)) void step(const float *rows, int64_t stride, const uint16_t *weight,
                                                            int64_t panel, int64_t odd, int64_t even, bool both,

@@ -2,7 +2,9 @@
 // one instruction set, after Vec. The matrix products come from the template argument `Gemm`:
 //   Gemm::Act                   element of an activation block, float or uint16_t (bf16)
 //   Gemm::kSplit                elements per channel
-//   Gemm::kRows, kPixels        rows per micro-tile, pixels per block
+//   Gemm::kRows, kPixels        rows that stand together, pixels per block
+//   Gemm::kCellOrder            whether pixels that read the same LR cells should follow each other
+//   Gemm::row(4 * pixel + corner)   where that row stands in an activation block
 //   Gemm::write(Act *, Vec *)   kPad channels at once (kPad / lanes vectors)
 //   Gemm::hidden(layer, in, out, rows, scratch)
 //   Gemm::last(decode, expert, layer, in, block, scratch)   last hidden layer, blend, output layer
