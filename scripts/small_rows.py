@@ -111,7 +111,8 @@ def test_options(name: str, args: argparse.Namespace) -> dict:
     return {**opt, 'name': name + args.suffix, 'network_g': trained['network_g'], 'model_type': trained['model_type'],
             'datasets': datasets,
             'path': {'pretrain_network_g': str(weights), 'param_key_g': 'params_ema', 'strict_load_g': True},
-            'val': {**opt['val'], **control(args), 'save_img': args.pictures, 'save_expert_map': args.pictures}}
+            'val': {**opt['val'], **control(args), 'save_img': args.pictures, 'save_expert_map': args.pictures,
+                    'save_references': args.pictures}}
 
 
 def wanted(dataset: str, sets: list[str] | None) -> bool:
