@@ -102,7 +102,7 @@ def test_options(name: str, args: argparse.Namespace) -> dict:
     for change in row.changes:
         force(trained, change)
     models = Path('experiments') / name / 'models'
-    weights = models / f'net_g_{args.iterations or "latest"}.pth'
+    weights = Path(args.weights) if args.weights else models / f'net_g_{args.iterations or "latest"}.pth'
     datasets = {key: entry for key, entry in opt['datasets'].items() if wanted(entry['name'], args.sets)}
     if not datasets:
         raise UserError(f'--sets {" ".join(args.sets)}: no dataset of {TEST_OPTIONS.name} is called so.')
@@ -110,7 +110,8 @@ def test_options(name: str, args: argparse.Namespace) -> dict:
         raise UserError(f'{weights} is missing: train the row first.')
     return {**opt, 'name': name + args.suffix, 'network_g': trained['network_g'], 'model_type': trained['model_type'],
             'datasets': datasets,
-            'path': {'pretrain_network_g': str(weights), 'param_key_g': 'params_ema', 'strict_load_g': True},
+            'path': {'pretrain_network_g': str(weights), 'strict_load_g': True,
+                     'param_key_g': 'params_ema' if weights.suffix == '.pth' else 'params'},
             'val': {**opt['val'], **control(args), 'save_img': args.pictures, 'save_expert_map': args.pictures,
                     'save_references': args.pictures}}
 
@@ -142,6 +143,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         sub = commands.add_parser(command)
         sub.add_argument('rows', nargs='+', choices=list(ROWS), metavar='ROW')
         sub.add_argument('--iterations', type=int, help='train: as many in all; test: the checkpoint of that iteration')
+    sub.add_argument('--weights', help='a model file of the row in place of its checkpoint')
     sub.add_argument('--sets', nargs='+', help='only these, for example Set5 B100_x4 x2')
     sub.add_argument('--budget', type=float, help='decoder cost in fractions of the dearest expert everywhere')
     sub.add_argument('--precision', choices=('fp32', 'bf16'))

@@ -16,7 +16,6 @@ from moeisr_basicsr.data.resize import imresize
 from moeisr_basicsr.inference import upscale
 from moeisr_basicsr.metrics.psnr_ssim_sr_metric import calculate_psnr_sr
 
-pytestmark = pytest.mark.skipif(shipped.DEFAULT not in shipped.names(), reason='no default model is shipped yet')
 ROOT = Path(__file__).resolve().parents[1]
 PIECE = 120  # HR pixels per side: whole LR sizes at every factor
 FACTORS = (2, 2.5, 3, 4)
