@@ -26,7 +26,8 @@ from moeisr_basicsr.options import force  # noqa: E402
 
 OPTIONS = Path(__file__).resolve().parents[1] / 'options'
 TEST_OPTIONS = OPTIONS / 'test_small.yml'
-MAIN_ITERATIONS, ABLATION_ITERATIONS, ENCODER_ITERATIONS = 1500, 400, 200
+MAIN_ITERATIONS, ABLATION_ITERATIONS, ENCODER_ITERATIONS = 3000, 500, 300
+SHORT = 'train:ema_decay=0.98'  # over the last 50 steps: a short run has no time for the main rows' 250
 
 RDN = '{type: RDNEncoder, num_feat: 32, num_block: 4, num_conv: 4, growth: 16}'
 SWINIR = '{type: SwinIREncoder, embed_dim: 32, depths: [2, 2], num_heads: [4, 4], window_size: 8, mlp_ratio: 2}'
@@ -56,23 +57,28 @@ def main_rows() -> dict[str, Row]:
 
 
 def ablation_rows() -> dict[str, Row]:
+    """One choice changed at a time. Experts that share less run the paper's routing, by straight-through gradients."""
+    straight_through = ('network_g:expert_grad=sampled', 'train:experts_opt=~')
+    annealed = f'{{type: linear, start: 5.0, end: 0.5, total_iter: {ABLATION_ITERATIONS}}}'
     changes = {
         'base': (),
         'mapper_1_layer': ('network_g:mapper:num_layers=1', ),
         'tau_5': ('network_g:tau=5.0', ),
-        'tau_annealed': (f'train:temperature={{type: linear, start: 5.0, end: 0.5, total_iter: {ABLATION_ITERATIONS}}}', ),
+        'tau_annealed': (f'train:temperature={annealed}', ),
         'balance_0.001': ('train:balance_opt:loss_weight=0.001', ),
         'balance_0.1': ('train:balance_opt:loss_weight=0.1', ),
-        'cell': ('network_g:mapper:granularity=cell', ),
-        'own_first_layers': ('network_g:share_first_layer=false', ),
+        'pixel': ('network_g:mapper:granularity=pixel', ),
+        'straight_through': ('train:experts_opt:routing_weight=0', ),
+        'shared_first_layer': ('network_g:shared_layers=1', *straight_through),
+        'own_layers': ('network_g:shared_layers=0', *straight_through),
     }
-    return {f'ablation_{name}': Row('small_moeisr_liif', ABLATION_ITERATIONS, change)
+    return {f'ablation_{name}': Row('small_moeisr_liif', ABLATION_ITERATIONS, (SHORT, *change))
             for name, change in changes.items()}
 
 
 def encoder_rows() -> dict[str, Row]:
     """Few iterations on other encoders: that the method works there, not how well."""
-    return {f'{encoder}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, (f'network_g:encoder={options}', ))
+    return {f'{encoder}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, (SHORT, f'network_g:encoder={options}'))
             for encoder, options in (('rdn', RDN), ('swinir', SWINIR)) for kind in ('liif', 'moeisr_liif')}
 
 

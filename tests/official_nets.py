@@ -122,7 +122,7 @@ class OfficialNet(nn.Module):
     def forward(self, image, coord, cell):
         """RGB in [0, 1] to the answers in [0, 1], (B, Q, 3)."""
         x = image * 2 - 1
-        pool = types.SimpleNamespace(experts=[self.imnet])
+        pool = types.SimpleNamespace(linears=lambda _: list(self.imnet.layers[::2]))
         if self.name == 'liif':
             return liif(pool, 0, self.encoder(x), coord, cell) / 2 + 0.5
         pool.coef, pool.freq, pool.phase = self.coef, self.freq, self.phase

@@ -42,15 +42,21 @@ def ensemble(feat, coord, answer):
     return sum(answer(at, rel) * (parts[3 - i][2] / total).unsqueeze(-1) for i, (at, rel, _) in enumerate(parts))
 
 
+def mlp(linears, x):
+    """Linear layers with ReLU between them."""
+    for linear in linears[:-1]:
+        x = F.relu(linear(x))
+    return linears[-1](x)
+
+
 def liif(pool, j, feat, coord, cell):
-    """Expert j of a `LIIFExperts` on all queries: (B, Q, C); with `share_first_layer`, `first` comes before it."""
-    first = getattr(pool, 'first', None)
+    """Expert j of a `LIIFExperts` on all queries: (B, Q, C)."""
     unfolded = F.unfold(feat, 3, padding=1).view(feat.shape[0], -1, *feat.shape[-2:])
     rel_cell = cell * cell.new_tensor(feat.shape[-2:])
 
     def answer(at, rel):
         inputs = torch.cat([sample_nearest(unfolded, at), rel, rel_cell], dim=-1)
-        return pool.experts[j](inputs if first is None else F.relu(first(inputs)))
+        return mlp(pool.linears(j), inputs)
 
     return ensemble(feat, coord, answer)
 
@@ -64,7 +70,7 @@ def lte(pool, j, feat, coord, cell):
         frequency = sample_nearest(freq, at)
         angle = frequency[..., 0::2] * rel[..., :1] + frequency[..., 1::2] * rel[..., 1:] + pool.phase(rel_cell)
         basis = torch.cat([torch.cos(math.pi * angle), torch.sin(math.pi * angle)], dim=-1)
-        return pool.experts[j](sample_nearest(coef, at) * basis)
+        return mlp(pool.linears(j), sample_nearest(coef, at) * basis)
 
     return ensemble(feat, coord, answer)
 

@@ -34,7 +34,7 @@ from torch import nn
 
 EXPERTS = {'liif': [[16], [24, 16], [16, 32, 8], [32, 16, 24, 16]], 'lte': [[], [24], [16, 32], [24, 16, 8]],
            'shared': [[16], [16, 24], [16, 32, 8], [16, 16, 24, 16]]}
-OPTIONS = {'liif': {}, 'lte': {'hidden_dim': 32}, 'shared': {'share_first_layer': True}}
+OPTIONS = {'liif': {}, 'lte': {'hidden_dim': 32}, 'shared': {'shared_layers': 1}}
 PUBLISHED = {'size': (720, 1280), 'lq_size': (180, 320)}  # of the published decoder costs
 ENCODER = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
 
@@ -141,9 +141,10 @@ def test_encoder_macs_against_mmengine(encoder):
 
 
 @pytest.mark.parametrize('net', [MoEISR(ENCODER, 'liif', EXPERTS['liif']), LIIF(ENCODER, [16, 16]),
-                                 MoEISR(ENCODER, 'liif', EXPERTS['shared'], share_first_layer=True),
+                                 MoEISR(ENCODER, 'liif', EXPERTS['shared'], shared_layers=1),
+                                 MoEISR(ENCODER, 'liif', [[8], [8, 6]], shared_layers=2),
                                  MoEISR(ENCODER, 'lte', EXPERTS['lte'], hidden_dim=32), LTE(ENCODER, [16], 32)],
-                         ids=['moe-liif', 'liif', 'moe-shared', 'moe-lte', 'lte'])
+                         ids=['moe-liif', 'liif', 'moe-shared', 'moe-nested', 'moe-lte', 'lte'])
 def test_parameters_against_mmengine(net):
     ours, theirs = parameters(net), parameter_count(net)
     assert ours.total == theirs[''] == ours.encoder + ours.mapper + ours.shared + sum(ours.experts)

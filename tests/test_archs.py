@@ -263,7 +263,7 @@ def test_official_weights_give_the_official_answers(name):
     net = build_network(options).eval()
     net.load_state_dict(weights)  # strict: every name has its place
 
-    pool = SimpleNamespace(experts=[model.imnet.layers])
+    pool = SimpleNamespace(linears=lambda _: list(model.imnet.layers[::2]))
     for part in ('coef', 'freq', 'phase'):
         setattr(pool, part, getattr(model, part, None))
     lq = torch.rand(2, 3, 5, 7)
@@ -282,7 +282,7 @@ def test_official_weights_give_the_official_answers(name):
     ({'decoder': 'lift'}, "decoder must be one of .*'liif', 'lte'.*got 'lift'"),
     ({'hidden_dim': 16}, "hidden_dim belongs to the decoder 'lte'"),
     ({'skip': 'bilinear', 'in_channels': 1}, 'needs in_channels = out_channels; got 1 and 3'),
-    ({'decoder': 'lte', 'share_first_layer': True}, "share_first_layer belongs to the decoder 'liif'.* is 'lte'"),
+    ({'experts': [[16], [8, 8]], 'shared_layers': 1}, 'shared_layers: 1 needs experts whose first widths agree'),
     ({'encoder': {'num_feat': 8}}, "encoder needs a type, for example .*; got {'num_feat': 8}"),
     ({'encoder': 'EDSREncoder'}, "encoder needs a type, for example .*; got 'EDSREncoder'"),
     ({'encoder': {'type': 'EDSR', 'num_out_ch': 3}}, 'EDSR is no encoder: .* `num_feat`'),

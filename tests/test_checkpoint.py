@@ -47,7 +47,7 @@ def answers(net, size=(5, 9), lq_size=(4, 3)):
         return net(lq, *grid(size))
 
 
-@pytest.mark.parametrize('network', [NETWORK, {**NETWORK, 'share_first_layer': True}], ids=['separate', 'shared'])
+@pytest.mark.parametrize('network', [NETWORK, {**NETWORK, 'shared_layers': 1}], ids=['separate', 'shared'])
 def test_round_trip(network):
     net = make_net(options=network)
     save_model('m.safetensors', net, network, source='test')

@@ -6,15 +6,19 @@ from reference import FAMILIES, grid, mixture
 from moeisr_basicsr.core import MoEDecoder, render
 from moeisr_basicsr.core.routing import Routing, gumbel_noise, route_gumbel
 
-EXPERTS = {'liif': [[12], [8, 20], [16, 4, 8]], 'lte': [[], [12], [8, 20]], 'shared': [[12], [12, 20], [12, 4, 8]]}
+EXPERTS = {'liif': [[12], [8, 20], [16, 4, 8]], 'lte': [[], [12], [8, 20]], 'shared': [[12], [12, 20], [12, 4, 8]],
+           'nested': [[12, 8], [12], [12, 8, 20]], 'nested-lte': [[], [12], [12, 20]]}
+OPTIONS = {'lte': {'hidden_dim': 12}, 'shared': {'shared_layers': 1}, 'nested': {'shared_layers': 3},
+           'nested-lte': {'shared_layers': 2, 'hidden_dim': 12}}
+FAMILY = {'lte': 'lte', 'nested-lte': 'lte'}
+KINDS = list(EXPERTS)
 
 
 def make_decoder(family='liif', experts=None, seed=0, **options):
-    """`family` may also be 'shared': LIIF with one first layer for all experts."""
+    """`family` may also be 'shared', LIIF with one first layer for all experts, or 'nested', all hidden layers shared."""
     torch.manual_seed(seed)
-    extra = {'lte': {'hidden_dim': 12}, 'shared': {'share_first_layer': True}}.get(family, {})
-    decoder = MoEDecoder(6, 3, 'liif' if family == 'shared' else family, experts or EXPERTS[family],
-                         mapper={'num_layers': 2, 'num_feat': 8, 'hidden': 8}, **extra, **options)
+    decoder = MoEDecoder(6, 3, FAMILY.get(family, 'liif'), experts or EXPERTS[family],
+                         mapper={'num_layers': 2, 'num_feat': 8, 'hidden': 8}, **OPTIONS.get(family, {}), **options)
     if decoder.mapper is not None:  # make neighbouring queries differ in their expert
         with torch.no_grad():
             decoder.mapper.query_in.weight[:, -4:-2].mul_(8)
@@ -34,19 +38,19 @@ def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte', 'shared'])
+@pytest.mark.parametrize('family', KINDS)
 @pytest.mark.parametrize('size', [(5, 7), (1, 1), (1, 6), (2, 3)])
 def test_folded_equals_unfolded(family, size):
     decoder = make_decoder(family).eval()
     feat = torch.randn(2, 6, *size)
     coord, cell = random_queries()
-    output, routing = decoder(feat, coord, cell)
+    output, routing, _ = decoder(feat, coord, cell)
     one_hot = torch.nn.functional.one_hot(routing.expert, 3).float()
     assert len(routing.expert.unique()) > 1 or size == (1, 1), 'the case must use several experts to prove anything'
     close(output, mixture(decoder, feat, coord, cell, one_hot))
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte', 'shared'])
+@pytest.mark.parametrize('family', KINDS)
 @pytest.mark.parametrize('factor', [(2, 2), (3, 3), (2, 3.5), (5, 1), (1.3, 2.7), (7, 7)])
 def test_render_equals_plain_grid(family, factor):
     decoder = make_decoder(family).eval()
@@ -61,7 +65,7 @@ def test_render_equals_plain_grid(family, factor):
     assert torch.equal(scattered.routing.expert, rendered.expert_map.long().flatten(1))
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte', 'shared'])
+@pytest.mark.parametrize('family', KINDS)
 @pytest.mark.parametrize('experts', [None, [[10, 6]]])
 def test_tiled_equals_whole(family, experts):
     decoder = make_decoder(family, experts).eval()
@@ -79,14 +83,14 @@ def test_tiled_equals_whole(family, experts):
 def gradients(decoder, feat, coord, cell, noise, tau, **options):
     decoder.zero_grad()
     feat = feat.clone().requires_grad_()
-    output, routing = decoder(feat, coord, cell, noise, tau, **options)
+    output, routing, _ = decoder(feat, coord, cell, noise, tau, **options)
     target = torch.linspace(-1, 1, output.numel()).view_as(output)
     (output - target).abs().mean().backward()
     grads = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
     return output.detach(), routing, {**grads, 'feat': feat.grad}
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte', 'shared'])
+@pytest.mark.parametrize('family', KINDS)
 @pytest.mark.parametrize('tau', [0.5, 5.0])
 def test_exact_straight_through_equals_naive_sum(family, tau):
     """Against the plain twin under autograd: encoder features, every expert, the mapper."""
@@ -95,6 +99,7 @@ def test_exact_straight_through_equals_naive_sum(family, tau):
     coord, cell = (part.double() for part in random_queries())
     noise = gumbel_noise((2, 37, 3), seed=3, iteration=1, slot=0).double()
     results = {}
+    assert decoder.pool.is_nested == family.startswith('nested')
     for form in ('exact', 'naive'):
         decoder.expert_grad = form
         results[form] = gradients(decoder, feat, coord, cell, noise, tau)
@@ -161,7 +166,7 @@ def test_one_query(family):
     decoder = make_decoder(family).eval()
     feat = torch.randn(1, 6, 4, 4)
     coord, cell = random_queries(batch=1, count=1)
-    output, routing = decoder(feat, coord, cell)
+    output, routing, _ = decoder(feat, coord, cell)
     assert output.shape == (1, 1, 3)
     close(output, FAMILIES[family](decoder.pool, int(routing.expert), feat, coord, cell))
 
@@ -209,7 +214,7 @@ def test_a_shared_first_layer_is_stored_and_computed_once():
     separate = make_decoder('liif', EXPERTS['shared'])
     width, inputs = 12, 9 * 6 + 4
     assert [name for name, value in decoder.state_dict().items() if value.shape == (width, inputs)] == [
-        'pool.first.weight']
+        'pool.shared.0.weight']
     count, before = (sum(value.numel() for value in net.state_dict().values()) for net in (decoder, separate))
     assert before - count == 2 * width * (inputs + 1)
     assert decoder.depths == separate.depths == [1, 2, 3]
@@ -219,10 +224,43 @@ def test_a_shared_first_layer_is_stored_and_computed_once():
     assert len(tables) == 3 and len({table.data_ptr() for table in tables}) == 1
 
 
-@pytest.mark.parametrize('experts', [[[8], [12, 8]], [[8], []], [[], []]])
-def test_a_shared_first_layer_needs_one_width(experts):
-    with pytest.raises(ValueError, match='share_first_layer needs experts with one common first width'):
-        make_decoder('shared', experts)
+def test_nested_experts_have_only_output_layers_of_their_own():
+    decoder = make_decoder('nested')
+    assert {name: tuple(value.shape) for name, value in decoder.pool.named_parameters() if name.endswith('weight')} == {
+        'shared.0.weight': (12, 58), 'shared.1.weight': (8, 12), 'shared.2.weight': (20, 8),
+        'experts.0.layers.0.weight': (3, 8), 'experts.1.layers.0.weight': (3, 12), 'experts.2.layers.0.weight': (3, 20)}
+    assert decoder.depths == [2, 1, 3]
+    assert decoder.expert_macs == make_decoder('liif', EXPERTS['nested']).expert_macs
+
+
+@pytest.mark.parametrize('family', KINDS)
+def test_all_answers_are_those_of_each_expert(family):
+    """One pass through what is shared against each expert by itself, in the plain way; gradients too."""
+    decoder = make_decoder(family, expert_grad='naive').double()
+    feat = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    coord, cell = (part.double() for part in random_queries())
+    weight = torch.randn(2, 37, 3, 3, dtype=torch.float64)  # of every expert's every answer
+    found = []
+    for answer in (lambda: decoder(feat, coord, cell).answers,
+                   lambda: torch.stack([FAMILIES[decoder.family](decoder.pool, j, feat, coord, cell)
+                                        for j in range(3)], dim=2)):
+        decoder.zero_grad()
+        answers = answer()
+        (answers * weight).sum().backward()
+        found.append((answers.detach(), {name: value.grad.clone() for name, value in decoder.pool.named_parameters()}))
+    (fast, fast_grads), (plain, plain_grads) = found
+    close(fast, plain, 1e-9)
+    for name, grad in plain_grads.items():
+        close(fast_grads[name], grad, 2e-6 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize(('family', 'experts', 'count', 'message'), [
+    ('liif', [[8], [12, 8]], 1, 'first widths agree'), ('liif', [[8, 6], [8, 5]], 2, 'first widths agree'),
+    ('liif', [[8], []], 1, 'one hidden layer in each LIIF expert'), ('liif', [[], []], 1, 'one hidden layer in each'),
+    ('lte', [[8], [12, 8]], 1, 'first widths agree'), ('liif', [[8]], -1, 'must not be negative')])
+def test_shared_layers_need_equal_widths(family, experts, count, message):
+    with pytest.raises(ValueError, match=f'shared_layers.*{message}'):
+        MoEDecoder(4, 3, family, experts, shared_layers=count)
 
 
 @pytest.mark.parametrize(('options', 'message'), [

@@ -24,12 +24,14 @@ def sharpen(mapper):
 @pytest.mark.parametrize(('family', 'experts'), [
     ('liif', [[64], [64] * 2, [64] * 3, [64] * 4]), ('liif', [[20], [7, 100]]), ('liif', [[33, 5]]),
     ('shared', [[64], [64] * 2, [64, 20, 7]]), ('shared', [[20], [20, 100]]),
+    ('nested', [[64], [64, 20], [64, 20, 7]]), ('nested-lte', [[], [20], [20, 100]]),
     ('lte', [[], [64], [64] * 3]), ('lte', [[20], [7, 100]])])
 @pytest.mark.parametrize('size', [(39, 45), (27, 91), (14, 31)])
 def test_fused_equals_torch(family, experts, size, precision):
     torch.manual_seed(0)
-    options = {'lte': {'hidden_dim': 40}, 'shared': {'share_first_layer': True}}.get(family, {})
-    decoder = MoEDecoder(16, 3, 'liif' if family == 'shared' else family, experts, **options).eval()
+    options = {'lte': {'hidden_dim': 40}, 'shared': {'shared_layers': 1}, 'nested': {'shared_layers': 3},
+               'nested-lte': {'hidden_dim': 40, 'shared_layers': 2}}.get(family, {})
+    decoder = MoEDecoder(16, 3, 'lte' if 'lte' in family else 'liif', experts, **options).eval()
     if decoder.mapper is not None:
         sharpen(decoder.mapper)
     feat = torch.randn(2, 16, 13, 15)

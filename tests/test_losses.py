@@ -1,4 +1,4 @@
-"""The balance loss: its value by hand, its gradient's path, and one process against two."""
+"""The balance loss: its value by hand, its gradient's path, one process against two. The experts' loss by hand."""
 from datetime import timedelta
 
 import moeisr_basicsr  # noqa: F401, I001  before BasicSR, which needs its shims
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moeisr_basicsr.core.routing import gumbel_noise, route_gumbel
 from moeisr_basicsr.losses.balance_loss import MoEBalanceLoss
+from moeisr_basicsr.losses.expert_loss import MoEExpertLoss
 
 COSTS = torch.tensor([0.1, 0.4, 0.6, 1.0])
 
@@ -173,3 +174,43 @@ def test_two_processes_equal_one(tmp_path):
     for name, values in whole.items():  # the case tells a global loss from the mean of two local ones
         assert abs(float(values[0] - (halves[0][name][0] + halves[1][name][0]) / 2)) > 1e-3
         assert not torch.allclose(values[1], (halves[0][name][1] + halves[1][name][1]) / 2, atol=1e-4)
+
+
+def expert_case():
+    """Two queries, two experts, one channel: answers, truth and gates that took expert 0, then expert 1."""
+    answers = torch.tensor([[[[0.5], [0.2]], [[0.9], [0.4]]]], requires_grad=True)  # (1, 2, 2, 1)
+    gt = torch.tensor([[[0.3], [0.3]]])
+    gates = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], requires_grad=True)
+    return answers, gt, gates
+
+
+def test_experts_loss_by_hand():
+    answers, gt, gates = expert_case()  # errors .2 .1 of query 0, .6 .1 of query 1
+    scale = torch.tensor([[2.0, 4.0]])
+    loss = MoEExpertLoss(0.5, routing_weight=3.0)(answers, gt, gates, COSTS[:2], scale)
+    assert float(loss) == pytest.approx(0.5 * (0.2 + 0.1 + 0.6 + 0.1) / 4)
+    loss.backward()
+    torch.testing.assert_close(gates.grad, 3.0 / 2 * torch.tensor([[[0.2, 0.1], [0.6, 0.1]]]) / scale[..., None])
+    torch.testing.assert_close(answers.grad.flatten(), torch.tensor([1.0, -1, 1, 1]) * 0.5 / 4)  # all of them learn
+
+
+def test_depth_emphasis_weighs_experts_by_cost():
+    answers, gt, gates = expert_case()  # costs .1 and .4
+    loss = MoEExpertLoss(1.0, depth_emphasis=1.0)(answers, gt, gates, COSTS[:2], torch.ones(1, 2))
+    assert float(loss) == pytest.approx((0.2 * (0.2 + 0.6) + 0.8 * (0.1 + 0.1)) / 2)
+
+
+@pytest.mark.parametrize('routing_weight', [0.0, 1.0])
+def test_with_a_routing_weight_the_pixel_loss_leaves_the_mapper_alone(routing_weight):
+    answers, _, gates = expert_case()
+    routed = MoEExpertLoss(1.0, routing_weight).routed(answers, gates)
+    assert routed.flatten().tolist() == pytest.approx([0.5, 0.4])
+    routed.sum().backward()
+    assert (gates.grad is None) == (routing_weight > 0)
+    assert answers.grad.flatten().tolist() == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize('weights', [(-1.0, 0.0), (1.0, -0.1), (1.0, 0.0, -1.0)])
+def test_experts_loss_weights_are_not_negative(weights):
+    with pytest.raises(ValueError, match='must not be negative'):
+        MoEExpertLoss(*weights)

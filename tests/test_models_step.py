@@ -31,7 +31,7 @@ def test_step_follows_the_written_loss():
 
     noise = torch.stack([gumbel_noise((40, 2), 3, 6, slot) for slot in range(4)])
     net = other.net_g
-    output, routing = net(batch['lq'], batch['coord'], batch['cell'], noise=noise, tau=2.0, with_routing=True)
+    output, routing, _ = net(batch['lq'], batch['coord'], batch['cell'], noise=noise, tau=2.0, with_routing=True)
     load = routing.gates.mean(dim=(0, 1))
     l1 = (output - batch['gt']).abs().mean()
     balance = 0.5 * 2 * (load - 0.5).square().sum()
@@ -46,11 +46,48 @@ def test_step_follows_the_written_loss():
     assert log['mean_cost'] == pytest.approx((load * net.expert_costs).sum().item())
 
 
+NESTED = {'network_g:experts': [[8], [8, 8]], 'network_g:shared_layers': 2,
+          'train:experts_opt': {'type': 'MoEExpertLoss', 'loss_weight': 0.3}}
+
+
+@pytest.mark.parametrize('skip', ['none', 'bicubic'])
+def test_the_loss_of_all_experts_follows_the_written_one(skip):
+    """It sees each expert's answer as that expert alone would give it, the skip included."""
+    options = model_options(**NESTED, **{'network_g:skip': skip, 'network_g:zero_init_last': False})
+    batch = query_batch()
+    first, other = build_twice(options, options)
+    for model in (first, other):
+        model.mapper_spread = 0
+    first.feed_data(batch)
+    first.optimize_parameters(1)
+
+    net = other.net_g
+    noise = torch.stack([gumbel_noise((40, 2), 3, 1, slot) for slot in range(4)])
+    routed = net(batch['lq'], batch['coord'], batch['cell'], noise=noise, with_routing=True)
+    alone = []
+    for j in range(2):  # noise that leaves no choice
+        forced = torch.full((4, 40, 2), -1e6)
+        forced[..., j] = 1e6
+        alone.append((net(batch['lq'], batch['coord'], batch['cell'], noise=forced) - batch['gt']).abs().mean())
+    load = routed.routing.gates.mean(dim=(0, 1))
+    experts = 0.3 * sum(alone) / 2
+    loss = (routed.output - batch['gt']).abs().mean() + 0.5 * 2 * (load - 0.5).square().sum() + experts
+    loss.backward()
+    assert first.get_current_log()['l_experts'] == pytest.approx(experts.item(), rel=1e-5)
+    for name, gradient in gradients_of(first).items():
+        torch.testing.assert_close(gradient, dict(net.named_parameters())[name].grad, msg=name)
+
+
+def test_the_loss_of_all_experts_needs_all_answers():
+    with pytest.raises(UserError, match='experts_opt needs training that runs every expert on every query'):
+        build_model(model_options(**NESTED, **{'network_g:expert_grad': 'sampled'}))
+
+
 @pytest.mark.parametrize('parts', [2, 3, 4])
 @pytest.mark.parametrize('target', ['uniform', 0.9])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(parts, target):
     """Also of the balance loss, which is no mean over images, and with parts of unequal size."""
-    options = model_options(**{'train:balance_opt:target': target, 'train:balance_opt:loss_weight': 5.0})
+    options = model_options(**NESTED, **{'train:balance_opt:target': target, 'train:balance_opt:loss_weight': 5.0})
     whole, cut = build_twice(options, change(options, {'train:accumulate': parts}))
     for model in (whole, cut):
         model.feed_data(query_batch())

@@ -22,12 +22,12 @@ TOLERANCE = {'fp32': 1e-5, 'tf32': 4e-3, 'fp16': 4e-3, 'bf16': 4e-3}
 FACTORS = [(2, 2), (3, 3), (5, 1), (1.3, 2.7), (7, 7)]
 
 
-def make_decoder(family='liif', experts=None, out_channels=3, hidden_dim=12, share_first_layer=False,
-                 **mapper):
+def make_decoder(family='liif', experts=None, out_channels=3, hidden_dim=12, shared_layers=0, **mapper):
     torch.manual_seed(0)
-    extra = {'hidden_dim': hidden_dim} if family == 'lte' else {'share_first_layer': share_first_layer}
+    extra = {'hidden_dim': hidden_dim} if family == 'lte' else {}
     options = {'num_layers': 1, 'num_feat': 8, 'hidden': 6, **mapper}
-    decoder = MoEDecoder(6, out_channels, family, experts or EXPERTS[family], mapper=options, **extra)
+    decoder = MoEDecoder(6, out_channels, family, experts or EXPERTS[family], mapper=options,
+                         shared_layers=shared_layers, **extra)
     if decoder.mapper is not None:  # an even mixture, so that all experts are in use
         with torch.no_grad():
             decoder.mapper.query_in.weight.mul_(8)
@@ -103,7 +103,7 @@ def test_tiny_images(family, lr_size):
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_shared_first_layer(precision):
-    rendered, _ = check(make_decoder(experts=[[12], [12, 20], [12, 4, 8]], share_first_layer=True), precision=precision)
+    rendered, _ = check(make_decoder(experts=[[12], [12, 20], [12, 4, 8]], shared_layers=1), precision=precision)
     assert len(rendered.expert_map.unique()) > 1
 
 

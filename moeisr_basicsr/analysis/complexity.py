@@ -59,7 +59,7 @@ class Parameters(NamedTuple):
     """Number of parameters."""
     encoder: int
     mapper: int
-    shared: int  # what all experts share: LTE's convolutions and phase; LIIF's first layer with share_first_layer
+    shared: int  # what experts share: LTE's convolutions and phase, hidden layers with shared_layers
     experts: list[int]  # J
     total: int
 

@@ -100,12 +100,13 @@ class PartClock:
 def watch_network(net: nn.Module, clock: PartClock) -> Iterator[None]:
     """The parts of a network's forward.
 
-    Experts that run without autograd are the unchosen ones of 'exact' and 'sampled'. 'naive' runs every expert on every
-    query under autograd: all its time is that of chosen experts.
+    Experts that run without autograd are the unchosen ones of 'exact' and 'sampled'. 'naive', and 'exact' where all
+    hidden layers are shared, run every expert on every query under autograd: all their time is that of chosen experts.
     """
     decoder = net.decoder
     with clock.watching(net.encoder, 'forward', lambda: 'encoder'), \
             clock.watching(decoder.pool, 'tables', lambda: 'tables'), \
+            clock.watching(decoder.pool, 'evaluate_all', lambda: 'chosen_experts'), \
             clock.watching(decoder.pool, 'evaluate',
                            lambda: 'chosen_experts' if torch.is_grad_enabled() else 'unchosen_experts'):
         if decoder.mapper is None:

@@ -56,8 +56,9 @@ class MoEISR(nn.Module):
             with LTE (its official test code) and no limit with LIIF; 0 for no limit.
         expert_grad: How training gets its gradients: 'exact', 'naive', 'sampled'; see `core.MoEDecoder`.
         sample_rate: rho of 'sampled'.
-        share_first_layer: One first layer, and so one LR table, for all experts, which must have a common first
-            width; 'liif' only.
+        shared_layers: How many leading hidden layers the experts have in common, whose widths must agree; 0 for none.
+            With 'liif' one LR table then serves all. As many as the deepest expert has make the experts exits of one
+            network at different depths.
     """
 
     def __init__(self, encoder: dict, decoder: str = 'liif',
@@ -65,7 +66,7 @@ class MoEISR(nn.Module):
                  mapper: dict | None = None, tau: float = 1.0, skip: str = 'none', in_channels: int = 3,
                  out_channels: int = 3, scale: float | Sequence[float] | None = None, hidden_dim: int | None = None,
                  zero_init_last: bool | None = None, cell_scale_max: float | None = None, expert_grad: str = 'exact',
-                 sample_rate: float = 0.125, share_first_layer: bool = False):
+                 sample_rate: float = 0.125, shared_layers: int = 0):
         super().__init__()
         if skip not in SKIPS:
             raise ValueError(f'skip must be one of {SKIPS}; got {skip!r}.')
@@ -73,20 +74,15 @@ class MoEISR(nn.Module):
             raise ValueError(f"skip '{skip}' needs in_channels = out_channels; got {in_channels} and {out_channels}.")
         if hidden_dim is not None and decoder != 'lte':
             raise ValueError(f"hidden_dim belongs to the decoder 'lte'; the decoder is {decoder!r}.")
-        if share_first_layer and decoder != 'liif':
-            raise ValueError("share_first_layer belongs to the decoder 'liif': LTE's experts always share their "
-                             f'convolutions; the decoder is {decoder!r}.')
         self.skip = skip
         self.scale = scale
         self.cell_scale_max = (LTE_SCALE_MAX if decoder == 'lte' else 0) if cell_scale_max is None else cell_scale_max
         self.encoder = build_encoder(encoder, in_channels)
         family = {} if hidden_dim is None else {'hidden_dim': hidden_dim}
-        if share_first_layer:
-            family['share_first_layer'] = True
         self.decoder = MoEDecoder(
             self.encoder.num_feat, out_channels, decoder, experts, mapper, tau=tau, expert_grad=expert_grad,
             sample_rate=sample_rate, zero_init_last=skip == 'bicubic' if zero_init_last is None else zero_init_last,
-            **family)
+            shared_layers=shared_layers, **family)
 
     @property
     def num_experts(self) -> int:
@@ -126,11 +122,15 @@ class MoEISR(nn.Module):
         """
         if coord is None:
             return self.upscale(lq)
-        output, routing = self.decoder(self.encode(lq), coord, cell, noise, tau, keep)
-        base = 0.5 if self.skip == 'none' else skip_at(lq, coord, self.skip)
+        output, routing, answers = self.decoder(self.encode(lq), coord, cell, noise, tau, keep)
+        base = lq.new_tensor(0.5) if self.skip == 'none' else skip_at(lq, coord, self.skip)
         # The decoder works in [-1, 1], the image lies in [0, 1]; under autocast the image keeps the input's precision.
         output = output.to(lq.dtype) * 0.5 + base
-        return Decoded(output, routing) if with_routing else output
+        if not with_routing:
+            return output
+        if answers is not None:
+            answers = answers.to(lq.dtype) * 0.5 + (base if base.dim() == 0 else base.unsqueeze(2))
+        return Decoded(output, routing, answers)
 
     def upscale(self, lq: Tensor) -> Tensor:
         """The whole image at the network's `scale`, with gradients in training: (B, C_out, R, S)."""

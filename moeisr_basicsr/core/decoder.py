@@ -28,6 +28,7 @@ class Decoded(NamedTuple):
     """Answers and the routing that produced them."""
     output: Tensor  # (B, Q, C_out)
     routing: Routing
+    answers: Tensor | None = None  # (B, Q, J, C_out) of every expert, where training ran them all under autograd
 
 
 class MoEDecoder(nn.Module):
@@ -41,10 +42,11 @@ class MoEDecoder(nn.Module):
         mapper: Options of `Mapper` (num_layers, num_feat, hidden, granularity); ignored with one expert.
         tau: Gumbel temperature where `forward` is given none.
         expert_grad: 'exact' runs unchosen experts without autograd, 'naive' is the plain sum, 'sampled' the unbiased
-            estimate at `sample_rate`.
+            estimate at `sample_rate`. Where the experts share all hidden layers the plain sum costs one pass through
+            the deepest, and 'exact' is the same as 'naive'.
         sample_rate: rho of 'sampled'.
         zero_init_last: See `Expert`.
-        **family_options: Options of the family (liif: share_first_layer; lte: hidden_dim).
+        **family_options: Options of the family (both: shared_layers; lte: hidden_dim).
     """
 
     def __init__(self, in_channels: int, out_channels: int = 3, family: str = 'liif',
@@ -111,9 +113,9 @@ class MoEDecoder(nn.Module):
         tables = zip(*(table.unbind() for table in self.pool.tables(feat)))
         # Image by image: a batch's activations would fall out of the cache, and above 32 MiB each temporary is mapped
         # anew by the C library.
-        output = [self.decode(make_queries(corners, cell[image], image), list(of_image), routing, image, keep)
-                  for image, of_image in enumerate(tables)]
-        return Decoded(torch.stack(output), routing)
+        outputs, answers = zip(*(self.decode(make_queries(corners, cell[image], image), list(of_image), routing, image,
+                                             keep) for image, of_image in enumerate(tables)))
+        return Decoded(torch.stack(outputs), routing, None if answers[0] is None else torch.stack(answers))
 
     def logits(self, feat: Tensor, coord: Tensor, cell: Tensor) -> Tensor | None:
         """The mapper's logits (B, Q, J), arguments as for `forward`; None where there is one expert."""
@@ -134,21 +136,28 @@ class MoEDecoder(nn.Module):
         return route_gumbel(logits, noise.to(logits), self.tau if tau is None else tau)
 
     def decode(self, queries: Queries, tables: list[Tensor], routing: Routing, image: int,
-               keep: Tensor | None = None) -> Tensor:
-        """The queries of one image of the batch: (Q, C_out)."""
+               keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The queries of one image of the batch: (Q, C_out); and every expert's answers (Q, J, C_out) if they all ran."""
         evaluate = partial(self._evaluate, tables)
         if self.num_experts == 1:
-            return evaluate(0, queries)
+            return evaluate(0, queries), None
         expert = routing.expert[image]
         if routing.gates is None:
-            return dispatch.dispatch(evaluate, queries, expert, self.num_experts)
+            return dispatch.dispatch(evaluate, queries, expert, self.num_experts), None
         gates = routing.gates[image]
-        if self.expert_grad == 'naive':
-            return dispatch.mixture_naive(evaluate, queries, gates, expert)
+        if self.runs_all_experts:
+            answers = self.pool.evaluate_all(tables, queries)
+            return dispatch.mixture_naive(answers, gates), answers
         if self.expert_grad == 'exact':
-            return dispatch.mixture_exact(evaluate, queries, gates, expert)
+            return dispatch.mixture_exact(evaluate, queries, gates, expert), None
         keep = torch.rand_like(gates) < self.sample_rate if keep is None else keep[image]
-        return dispatch.mixture_sampled(evaluate, queries, gates, expert, keep, self.sample_rate)
+        return dispatch.mixture_sampled(evaluate, queries, gates, expert, keep, self.sample_rate), None
+
+    @property
+    def runs_all_experts(self) -> bool:
+        """Whether training runs every expert on every query under autograd, and `forward` gives their answers."""
+        return self.num_experts > 1 and (self.expert_grad == 'naive'
+                                         or (self.expert_grad == 'exact' and self.pool.is_nested))
 
     def _evaluate(self, tables: list[Tensor], j: int, queries: Queries) -> Tensor:
         return self.pool.evaluate(j, tables, queries)

@@ -39,14 +39,14 @@ def dispatch(decode: Decode, queries: Queries, expert: Tensor, num_experts: int,
     return torch.zeros_like(answers).index_copy(0, order, answers)
 
 
-def mixture_naive(decode: Decode, queries: Queries, gates: Tensor, expert: Tensor) -> Tensor:
-    """sum_j g_j f_j with every expert on every query under autograd: the definition, kept as the reference.
+def mixture_naive(answers: Tensor, gates: Tensor) -> Tensor:
+    """sum_j g_j f_j with every expert on every query under autograd: the definition.
 
     Args:
+        answers: (N, J, C) of all experts.
         gates: (N, J).
-        expert: (N,), not used.
     """
-    return sum(gates[:, j, None] * decode(j, queries) for j in range(gates.shape[1]))
+    return (gates.unsqueeze(-1) * answers).sum(dim=1)
 
 
 def mixture_exact(decode: Decode, queries: Queries, gates: Tensor, expert: Tensor) -> Tensor:

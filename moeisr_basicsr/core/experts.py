@@ -1,10 +1,14 @@
-"""Experts: the MLPs of different depth among which the mapper chooses.
+"""Experts: the MLPs of different depth among which the mapper chooses, and the pool of them that a family builds on.
 
-Shapes: N query-corner pairs, D_in input features, D hidden width, C output channels.
+Shapes: N queries, 4 corners each, D_in input features, D hidden width, J experts, C output channels.
 """
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .queries import Queries
 
 
 class Expert(nn.Module):
@@ -36,8 +40,80 @@ class Expert(nn.Module):
         return list(self.layers[::2])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, D_in) -> (N, C)."""
+        """(..., D_in) -> (..., C)."""
         return self.layers(x)
+
+
+class ExpertPool(nn.Module):
+    """The MLPs of a decoder family, which may have leading hidden layers in common.
+
+    With all hidden layers in common the experts are exits of one network at different depths: each trains the layers of
+    all that are deeper, and one pass through the deepest answers for all. What runs at test does not change.
+
+    Args:
+        in_features: D_in of the MLPs.
+        out_channels: C.
+        experts: Hidden widths of each expert.
+        shared_layers: How many leading hidden layers the experts have in common; one with fewer shares all it has.
+        zero_init_last: See `Expert`.
+
+    Raises:
+        ValueError: Shared layers differ in width.
+    """
+
+    def __init__(self, in_features: int, out_channels: int, experts: Sequence[Sequence[int]], shared_layers: int = 0,
+                 zero_init_last: bool = False):
+        super().__init__()
+        if shared_layers < 0:
+            raise ValueError(f'shared_layers must not be negative; got {shared_layers}.')
+        common = list(max(experts, key=len)[:shared_layers])
+        if any(list(hidden[:shared_layers]) != common[:len(hidden)] for hidden in experts):
+            raise ValueError(f'shared_layers: {shared_layers} needs experts whose first widths agree, for example '
+                             f'[[256], [256, 128]]; got {[list(hidden) for hidden in experts]}.')
+        widths = [in_features, *common]
+        self.shared = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths[:-1], widths[1:]))
+        self.num_shared = [min(len(hidden), len(common)) for hidden in experts]  # layers of each expert
+        self.experts = nn.ModuleList(Expert(widths[count], out_channels, hidden[count:], zero_init_last)
+                                     for hidden, count in zip(experts, self.num_shared))
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the experts share all hidden layers and only have output layers of their own."""
+        return all(len(expert.linears) == 1 for expert in self.experts) and len(self.shared) > 0
+
+    def linears(self, j: int) -> list[nn.Linear]:
+        """Expert j's linear layers from first to last."""
+        return [*self.shared[:self.num_shared[j]], *self.experts[j].linears]
+
+    def evaluate(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
+        """Expert j's answers to N queries of one image: (N, C); `tables` as the family makes them."""
+        raise NotImplementedError
+
+    def enter(self, tables: list[Tensor], queries: Queries) -> tuple[int, Tensor]:
+        """What every expert computes first: how many shared layers that is, and their activations (4 N, D)."""
+        raise NotImplementedError
+
+    def evaluate_all(self, tables: list[Tensor], queries: Queries) -> Tensor:
+        """Every expert's answers, shared layers computed once: (N, J, C)."""
+        answers: dict[int, Tensor] = {}
+        for depth, x in self.trunk(tables, queries):
+            answers |= {j: self.leave(j, x, queries) for j, count in enumerate(self.num_shared) if count == depth}
+        return torch.stack([answers[j] for j in range(len(self.experts))], dim=1)
+
+    def trunk(self, tables: list[Tensor], queries: Queries) -> Iterator[tuple[int, Tensor]]:
+        """The number of shared layers done and their activations (4 N, D), deeper and deeper."""
+        depth, x = self.enter(tables, queries)
+        yield depth, x
+        for depth, layer in enumerate(self.shared[depth:], start=depth + 1):
+            x = F.relu_(layer(x))
+            yield depth, x
+
+    def leave(self, j: int, x: Tensor, queries: Queries) -> Tensor:
+        """Expert j from the last activations that it shares: (4 N, D) -> (N, C)."""
+        *hidden, last = self.experts[j].linears
+        for layer in hidden:
+            x = F.relu_(layer(x))
+        return last(queries.blend(x))  # the last layer is linear: blended before it, the four corners need one pass
 
 
 def check_experts(experts: Sequence[Sequence[int]]) -> list[list[int]]:

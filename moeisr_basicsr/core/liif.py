@@ -11,49 +11,38 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .experts import Expert
+from .experts import ExpertPool
 from .queries import Queries
 
 
-class LIIFExperts(nn.Module):
-    """A pool of LIIF decoders over one feature map.
+class LIIFExperts(ExpertPool):
+    """A pool of LIIF decoders over one feature map. `tables` is a list of one per expert.
 
     Args:
         in_channels: C.
         out_channels: Channels of the signal.
         experts: Hidden widths of each expert.
+        shared_layers: See `ExpertPool`; from 1 on there is one LR table for all experts.
         zero_init_last: See `Expert`.
-        share_first_layer: One first layer, and so one LR table, for all experts; `experts` then holds what lies
-            behind it.
 
     Raises:
-        ValueError: A first layer is to be shared and the experts' first widths differ.
+        ValueError: Shared layers differ in width, or an expert has no hidden layer to share.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, experts: Sequence[Sequence[int]],
-                 zero_init_last: bool = False, share_first_layer: bool = False):
-        super().__init__()
+    def __init__(self, in_channels: int, out_channels: int, experts: Sequence[Sequence[int]], shared_layers: int = 0,
+                 zero_init_last: bool = False):
+        if shared_layers > 0 and not all(experts):
+            raise ValueError(f'shared_layers: {shared_layers} needs at least one hidden layer in each LIIF expert; got '
+                             f'{[list(hidden) for hidden in experts]}.')
+        super().__init__(in_channels * 9 + 4, out_channels, experts, shared_layers, zero_init_last)
         self.in_channels = in_channels
-        self.first = None
-        inputs = in_channels * 9 + 4
-        if share_first_layer:
-            if len({tuple(hidden[:1]) for hidden in experts}) > 1 or not experts[0]:
-                raise ValueError('share_first_layer needs experts with one common first width, for example '
-                                 f'[[256], [256, 128]]; got {list(experts)}.')
-            self.first = nn.Linear(inputs, experts[0][0])
-            inputs, experts = experts[0][0], [hidden[1:] for hidden in experts]
-        self.experts = nn.ModuleList(Expert(inputs, out_channels, hidden, zero_init_last) for hidden in experts)
 
     @property
     def num_tables(self) -> int:
         """Number of different LR tables: one per expert, or one in all."""
-        return len(self.experts) if self.first is None else 1
-
-    def linears(self, j: int) -> list[nn.Linear]:
-        """Expert j's linear layers from first to last."""
-        return self.experts[j].linears if self.first is None else [self.first, *self.experts[j].linears]
+        return 1 if len(self.shared) else len(self.experts)
 
     def split_first(self, j: int) -> tuple[Tensor, Tensor]:
         """Expert j's first weight cut apart: for the features (D1, C, 3, 3), for coordinate and cell (D1, 4)."""
@@ -76,7 +65,12 @@ class LIIFExperts(nn.Module):
         table = F.conv2d(feat, torch.cat(kernels), torch.cat(biases), padding=padding)  # (B, sum of D1, H, W)
         table = table.permute(0, 2, 3, 1).flatten(1, 2)  # (B, T, sum of D1)
         tables = list(table.split([bias.shape[0] for bias in biases], dim=-1))
-        return tables if self.first is None else tables * len(self.experts)
+        return tables if self.num_tables > 1 else tables * len(self.experts)
+
+    def first(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
+        """Expert j's first layer before its ReLU: (4 N, D1)."""
+        x = queries.gather(tables[j])
+        return x.addmm_(queries.local().to(x), self.split_first(j)[1].t().to(x))
 
     def evaluate(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
         """Expert j's answers to N queries of one image: (N, out_channels).
@@ -86,14 +80,23 @@ class LIIFExperts(nn.Module):
             tables: One (T, D1) per expert.
         """
         hidden = self.linears(j)[1:]
-        x = queries.gather(tables[j])  # (4 N, D1)
-        x = x.addmm_(queries.local().to(x), self.split_first(j)[1].t().to(x))
+        x = self.first(j, tables, queries)
         for linear in hidden[:-1]:
             x = linear(F.relu_(x))
         if not hidden:
             return queries.blend(x)
         # The last layer is linear: blended before it, the four corners need one pass.
         return hidden[-1](queries.blend(F.relu_(x)))
+
+    def evaluate_all(self, tables: list[Tensor], queries: Queries) -> Tensor:
+        """Every expert's answers: (N, J, out_channels)."""
+        if len(self.shared):
+            return super().evaluate_all(tables, queries)
+        return torch.stack([self.evaluate(j, tables, queries) for j in range(len(self.experts))], dim=1)
+
+    def enter(self, tables: list[Tensor], queries: Queries) -> tuple[int, Tensor]:
+        """The first layer: 1, (4 N, D1)."""
+        return 1, F.relu_(self.first(0, tables, queries))
 
     def macs(self, j: int) -> int:
         """Multiply-adds of expert j's linear layers for one query, LR tables not counted."""

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .experts import Expert
+from .experts import ExpertPool
 from .queries import Queries
 
 
-class LTEExperts(nn.Module):
+class LTEExperts(ExpertPool):
     """A pool of LTE decoders over one feature map. `tables` is a list of two: coefficient and frequency.
 
     Args:
@@ -24,24 +24,20 @@ class LTEExperts(nn.Module):
         out_channels: Channels of the signal.
         experts: Hidden widths of each expert; an empty list is one linear layer on the Fourier basis.
         hidden_dim: 2 K, width of the Fourier basis; even.
+        shared_layers: See `ExpertPool`; convolutions and phase are always shared.
         zero_init_last: See `Expert`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, experts: Sequence[Sequence[int]], hidden_dim: int = 256,
-                 zero_init_last: bool = False):
-        super().__init__()
+                 shared_layers: int = 0, zero_init_last: bool = False):
         if hidden_dim < 2 or hidden_dim % 2:
             raise ValueError(f'hidden_dim must be a positive even number; got {hidden_dim}.')
+        super().__init__(hidden_dim, out_channels, experts, shared_layers, zero_init_last)
         self.in_channels = in_channels
         self.hidden_dim = hidden_dim
         self.coef = nn.Conv2d(in_channels, hidden_dim, 3, padding=1)
         self.freq = nn.Conv2d(in_channels, hidden_dim, 3, padding=1)
         self.phase = nn.Linear(2, hidden_dim // 2, bias=False)
-        self.experts = nn.ModuleList(Expert(hidden_dim, out_channels, hidden, zero_init_last) for hidden in experts)
-
-    def linears(self, j: int) -> list[nn.Linear]:
-        """Expert j's linear layers from first to last."""
-        return self.experts[j].linears
 
     def tables(self, feat: Tensor, padding: int = 1) -> list[Tensor]:
         """Coefficient and frequency at LR resolution.
@@ -72,7 +68,11 @@ class LTEExperts(nn.Module):
         *hidden, last = self.linears(j)
         for linear in hidden:
             x = nn.functional.relu_(linear(x))
-        return last(queries.blend(x))  # the last layer is linear: blended before it, the four corners need one pass
+        return last(queries.blend(x))  # as in `leave`
+
+    def enter(self, tables: list[Tensor], queries: Queries) -> tuple[int, Tensor]:
+        """The Fourier basis, before any layer: 0, (4 N, 2 K)."""
+        return 0, self.basis(tables, queries)
 
     def macs(self, j: int) -> int:
         """Multiply-adds of expert j for one query, LR tables not counted: angles, MLP."""

@@ -32,8 +32,9 @@ class PartDraws(NamedTuple):
 class MoEISRModel(ArbitraryScaleModel):
     """ArbitraryScaleModel for `MoEISR`.
 
-    Reads from `train` also: `balance_opt` (a loss of the gates, MoEBalanceLoss), `temperature`, and `mapper_spread`
-    (the deviation of the mapper's logits at the start, 1 by default; 0 leaves them as initialised).
+    Reads from `train` also: `balance_opt` (a loss of the gates, MoEBalanceLoss), `experts_opt` (a loss of every
+    expert on every query, MoEExpertLoss), `temperature`, and
+    `mapper_spread` (the deviation of the mapper's logits at the start, 1 by default; 0 leaves them as initialised).
     """
 
     whole_batch_losses = ('l_balance',)
@@ -53,6 +54,12 @@ class MoEISRModel(ArbitraryScaleModel):
         self.cri_balance = None
         if train_opt.get('balance_opt') and self.num_experts > 1:
             self.cri_balance = build_loss(train_opt['balance_opt']).to(self.device)
+        self.cri_experts = None
+        if train_opt.get('experts_opt') and self.num_experts > 1:
+            if not net.decoder.runs_all_experts:
+                raise UserError('train: experts_opt needs training that runs every expert on every query: expert_grad '
+                                'naive, or exact with shared_layers as many as the deepest expert has.')
+            self.cri_experts = build_loss(train_opt['experts_opt']).to(self.device)
         # A pretrained mapper keeps its scale; a resumed run does not come by the first iteration.
         fresh = self.opt['path'].get('pretrain_network_g') is None
         self.mapper_spread = float(train_opt.get('mapper_spread', 1.0)) if fresh else 0.0
@@ -112,12 +119,17 @@ class MoEISRModel(ArbitraryScaleModel):
 
     def part_losses(self, part: Batch, draws: PartDraws) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Reconstruction and balance losses; load of each expert, mean cost and temperature."""
-        output, routing = self.decode(part, draws)
+        output, routing, answers = self.decode(part, draws)
+        if self.cri_experts is not None:
+            output = self.cri_experts.routed(answers, routing.gates)
         if part.coord is None:
             output = output.transpose(1, 2).reshape(part.gt.shape)  # (B, C, R, S)
         losses = self.reconstruction_losses(output, part)
         if routing.gates is None:
             return losses, {}
+        if self.cri_experts is not None:
+            gt = part.gt if part.coord is not None else part.gt.flatten(2).transpose(1, 2)  # (B, Q, C)
+            losses['l_experts'] = self.cri_experts(answers, gt, routing.gates, self.expert_costs, scale_of(part))
         if self.cri_balance is not None:
             gates = torch.cat([*draws.before, routing.gates, *draws.after])
             losses['l_balance'] = self.cri_balance(gates, self.expert_costs)
@@ -141,3 +153,9 @@ def queries_of(part: Batch) -> tuple[Tensor, Tensor]:
     size = tuple(part.gt.shape[-2:])
     coord = make_coord(size, part.lq.device).expand(part.lq.shape[0], -1, -1)
     return coord, make_cell(size, part.lq.device).expand_as(coord)
+
+
+def scale_of(part: Batch) -> Tensor:
+    """The scale factor of each query, (B, Q): the geometric mean of both axes."""
+    cell = queries_of(part)[1]  # 2 / output size
+    return (2 / (cell * cell.new_tensor(part.lq.shape[-2:]))).prod(dim=-1).sqrt()

@@ -107,8 +107,8 @@ def network(options: Mapping, at: KeyPath) -> Problems:
         return
     if options['type'] == 'MoEISR' and options.get('hidden_dim') is not None and options.get('decoder') != 'lte':
         yield (*at, 'hidden_dim'), "belongs to the decoder 'lte'."
-    if options['type'] == 'MoEISR' and options.get('share_first_layer') is True:
-        yield from shared_layer(options, at)
+    if options['type'] == 'MoEISR':
+        yield from shared_layers(options, at)
     if isinstance(options.get('hidden_dim'), int) and options['hidden_dim'] % 2:
         yield (*at, 'hidden_dim'), f'must be even; got {options["hidden_dim"]}.'
     channels = [options.get(key, 3) for key in ('in_channels', 'out_channels')]
@@ -126,15 +126,31 @@ def network(options: Mapping, at: KeyPath) -> Problems:
             yield (*at, 'encoder', 'embed_dim'), f'must be even and divisible by every num_heads; got {width}.'
 
 
-def shared_layer(options: Mapping, at: KeyPath) -> Problems:
-    """`share_first_layer` fits the decoder and the experts."""
-    if options.get('decoder', 'liif') != 'liif':
-        yield (*at, 'share_first_layer'), ("belongs to the decoder 'liif'; LTE's experts always share their "
-                                           'convolutions.')
-    experts = options.get('experts')
-    if isinstance(experts, list) and experts and all(map(numbers, experts)) and (
-            not experts[0] or any(hidden[:1] != experts[0][:1] for hidden in experts)):
-        yield (*at, 'share_first_layer'), f'needs experts with one common first width; got {experts}.'
+def shared_layers(options: Mapping, at: KeyPath) -> Problems:
+    """`shared_layers` fits the decoder and the experts."""
+    count, experts = options.get('shared_layers', 0), options.get('experts')
+    if not isinstance(count, int) or count <= 0 or not isinstance(experts, list) or not all(map(numbers, experts)):
+        return
+    common = max(experts, key=len, default=[])[:count]
+    if any(hidden[:count] != common[:len(hidden)] for hidden in experts):
+        yield (*at, 'shared_layers'), f'{count} needs experts whose first widths agree; got {experts}.'
+    elif options.get('decoder', 'liif') == 'liif' and not all(experts):
+        yield (*at, 'shared_layers'), f'{count} needs at least one hidden layer in each LIIF expert; got {experts}.'
+
+
+def experts_loss(data: dict) -> Problems:
+    """`experts_opt` is a loss of experts, and gets the answers of all of them."""
+    loss, network = section(data, 'train', 'experts_opt'), section(data, 'network_g')
+    if not loss:
+        return
+    entry = registered('LOSS', loss['type']) if isinstance(loss.get('type'), str) else None
+    if entry is not None and is_known(entry) and loss['type'] != 'MoEExpertLoss':
+        yield ('train', 'experts_opt', 'type'), f'must be MoEExpertLoss, or a loss of your own; got {loss["type"]}.'
+    kind, experts, shared = (network.get(key) for key in ('expert_grad', 'experts', 'shared_layers'))
+    deepest = max(map(len, experts), default=0) if isinstance(experts, list) and all(map(numbers, experts)) else 4
+    if kind != 'naive' and (kind == 'sampled' or not isinstance(shared, int) or shared < deepest):
+        yield ('train', 'experts_opt'), ('needs training that runs every expert on every query: network_g: expert_grad '
+                                         f'naive, or exact with shared_layers: {deepest}.')
 
 
 def training(data: dict, is_train: bool) -> Problems:
@@ -149,6 +165,7 @@ def training(data: dict, is_train: bool) -> Problems:
         for name in ('end', 'total_iter'):
             if name not in temperature:
                 yield ('train', 'temperature'), f"the key '{name}' is missing; {temperature['type']} needs it."
+    yield from experts_loss(data)
     target = section(train, 'balance_opt').get('target')
     experts = section(data, 'network_g').get('experts')
     if numbers(target):

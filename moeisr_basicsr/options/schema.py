@@ -136,6 +136,7 @@ TRAIN_OURS: Table = {
 
 TRAIN_MOEISR: Table = {
     'balance_opt': Key(Typed('loss'), 'loss that balances the experts', null=True),
+    'experts_opt': Key(Typed('loss'), 'loss of every expert on every query', null=True),
     'temperature': Key(Section({
         'type': Key(Choice(('constant', 'linear', 'exponential', 'cosine')), 'course over the iterations'),
         'start': Key(Number(above=0), 'temperature at the first iteration', required=True),

@@ -37,7 +37,10 @@ LIMITS: dict[str, Kind] = {
     'sample_rate': Number(above=0, most=1),
     'cell_scale_max': Number(least=0),
     'hidden_dim': Int(least=2),
+    'shared_layers': Int(least=0),
     'loss_weight': Number(least=0),
+    'routing_weight': Number(least=0),
+    'depth_emphasis': Number(least=0),
     'target': AnyOf((Choice(('uniform', )), Number(above=0, most=1), ListOf(Number(least=0, most=1)))),
     'protocol': Choice(('benchmark', 'div2k')),
 }
