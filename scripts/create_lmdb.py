@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -286,17 +286,22 @@ def report(output: str, images: int, jobs: list[Job], notes: dict[str, dict]) ->
         print(f'{len(damaged)} files cannot be read and were left out:', *damaged, sep='\n  ')
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0: done; 2: something that the user can mend, in one line; 130: interrupted."""
+def exit_code(name: str, work: Callable[[], None]) -> int:
+    """Of a script that builds an LMDB. 0: done; 2: something that the user can mend, in one line; 130: interrupted."""
     try:
-        run(parse_arguments(argv))
+        work()
     except (UserError, OSError, lmdb.Error) as error:
-        print(f'create_lmdb: {error}', file=sys.stderr)
+        print(f'{name}: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('create_lmdb: interrupted; the same command with --resume goes on.', file=sys.stderr)
+        print(f'{name}: interrupted; the same command with --resume goes on.', file=sys.stderr)
         return 130
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code."""
+    return exit_code('create_lmdb', lambda: run(parse_arguments(argv)))
 
 
 if __name__ == '__main__':

@@ -135,21 +135,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: done; 2: something that the user can mend, in one line; 130: interrupted."""
+    """The exit code, as create_lmdb's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('root', help='the folder of the image folders')
     parser.add_argument('-o', '--output', required=True, help='the LMDB to make; its name ends in .lmdb')
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)')
     parser.add_argument('--resume', action='store_true', help='go on with an interrupted run')
-    try:
-        run(parser.parse_args(argv))
-    except (UserError, OSError, lmdb.Error) as error:
-        print(f'make_training_set: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('make_training_set: interrupted; the same command with --resume goes on.', file=sys.stderr)
-        return 130
-    return 0
+    return create_lmdb.exit_code('make_training_set', lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == '__main__':

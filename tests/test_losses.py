@@ -88,6 +88,17 @@ def test_gradient_pulls_towards_the_target(target):
         assert float((load - torch.tensor([0.25] * 4 if target == 'uniform' else target)).abs().max()) < 0.05
 
 
+def test_groups_of_scales_by_hand():
+    """Three queries below x2.5 went to experts 0 0 1, one at x2.5 to expert 3: each group against the target."""
+    gates = one_hot_gates([2, 1, 0, 1])
+    scale = torch.tensor([[1.0, 2.0, 2.4, 2.5]])
+    below, above = 4 * ((2 / 3 - 0.25)**2 + (1 / 3 - 0.25)**2 + 2 * 0.25**2), 4 * (0.75**2 + 3 * 0.25**2)
+    loss = MoEBalanceLoss(2.0, 'uniform', scale_bounds=[2.5])
+    assert float(loss(gates, COSTS, scale)) == pytest.approx(2.0 * (0.75 * below + 0.25 * above), rel=1e-5)
+    assert float(loss(gates, COSTS, torch.ones(1, 4))) == pytest.approx(
+        float(MoEBalanceLoss(2.0)(gates, COSTS)), rel=1e-5)  # one group is empty
+
+
 def test_built_from_yaml_options():
     options = {'type': 'MoEBalanceLoss', 'loss_weight': 0.1, 'target': 0.4}
     loss = build_loss(options)
@@ -98,7 +109,7 @@ def test_built_from_yaml_options():
 @pytest.mark.parametrize(('options', 'message'), [
     ({'loss_weight': -1}, 'loss_weight must not be negative; got -1'), ({'target': 'equal'}, "got 'equal'"),
     ({'target': [0.5, 0.6]}, 'fractions that add up to 1'), ({'target': [1.5, -0.5]}, 'fractions that add up to 1'),
-    ({'target': 0}, 'mean cost'), ({'target': 1.2}, 'mean cost')])
+    ({'target': 0}, 'mean cost'), ({'target': 1.2}, 'mean cost'), ({'scale_bounds': [3, 2]}, 'scale_bounds must rise')])
 def test_bad_options_say_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         MoEBalanceLoss(**options)
@@ -135,9 +146,11 @@ def batch_of_four():
 
 def losses_and_gradients(router, x, noise):
     result = {}
-    for name, target in (('uniform', 'uniform'), ('loads', [0.4, 0.3, 0.2, 0.1]), ('cost', 0.3)):
+    scale = 1 + 3 * x[..., 0].sigmoid()
+    for name, target, bounds in (('uniform', 'uniform', []), ('loads', [0.4, 0.3, 0.2, 0.1], []), ('cost', 0.3, []),
+                                 ('groups', [0.4, 0.3, 0.2, 0.1], [2.0, 3.0, 4.5])):  # nothing above 4.5
         router.zero_grad()
-        loss = MoEBalanceLoss(1.0, target)(router(x, noise), COSTS)
+        loss = MoEBalanceLoss(1.0, target, bounds)(router(x, noise), COSTS, scale)
         loss.backward()
         result[name] = [loss.detach().clone(), *(parameter.grad.clone() for parameter in router.parameters())]
     return result

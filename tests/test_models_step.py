@@ -87,10 +87,13 @@ def test_the_loss_of_all_experts_needs_all_answers():
 @pytest.mark.parametrize('target', ['uniform', 0.9])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(parts, target):
     """Also of the balance loss, which is no mean over images, and with parts of unequal size."""
-    options = model_options(**NESTED, **{'train:balance_opt:target': target, 'train:balance_opt:loss_weight': 5.0})
+    options = model_options(**NESTED, **{'train:balance_opt:target': target, 'train:balance_opt:loss_weight': 5.0,
+                                         'train:balance_opt:scale_bounds': [2.5]})
     whole, cut = build_twice(options, change(options, {'train:accumulate': parts}))
+    batch = query_batch()
+    batch['cell'][1::2] *= 0.8  # scale factors on both sides of 2.5
     for model in (whole, cut):
-        model.feed_data(query_batch())
+        model.feed_data(batch)
         model.optimize_parameters(1)
     for name, gradient in gradients_of(whole).items():
         torch.testing.assert_close(gradients_of(cut)[name], gradient, rtol=1e-4, atol=1e-7, msg=name)

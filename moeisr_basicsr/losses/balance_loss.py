@@ -35,10 +35,15 @@ class MoEBalanceLoss(nn.Module):
         loss_weight: lambda. The paper's value is not known to us; 0.01 to 1 are sensible beside an L1 of about 0.02.
         target: 'uniform'; or the load of each expert, J fractions that add up to 1; or one number, the mean relative
             cost (1 = always the heaviest expert), a budget of multiply-adds.
+        scale_bounds: Rising scale factors between groups of queries that meet the target each by itself, for example
+            [2.5]. LR images of large factors are rich in detail, and without groups they take most of the depth.
     """
 
-    def __init__(self, loss_weight: float = 1.0, target: str | float | Sequence[float] = 'uniform'):
+    def __init__(self, loss_weight: float = 1.0, target: str | float | Sequence[float] = 'uniform',
+                 scale_bounds: Sequence[float] = ()):
         super().__init__()
+        if list(scale_bounds) != sorted(set(scale_bounds)):
+            raise ValueError(f'MoEBalanceLoss scale_bounds must rise; got {list(scale_bounds)}.')
         if loss_weight < 0:
             raise ValueError(f'MoEBalanceLoss loss_weight must not be negative; got {loss_weight}.')
         if isinstance(target, str):
@@ -52,19 +57,33 @@ class MoEBalanceLoss(nn.Module):
                              f'(0, 1]; got {target!r}.')
         self.loss_weight = loss_weight
         self.target = target
+        self.scale_bounds = list(scale_bounds)
 
-    def forward(self, gates: Tensor, costs: Tensor) -> Tensor:
-        """The weighted loss, a scalar.
+    def forward(self, gates: Tensor, costs: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The weighted loss, a scalar: the mean over all groups, each counting by its queries.
 
         Args:
             gates: (B, Q, J), one-hot forward.
             costs: (J,) relative costs of the experts.
+            scale: (B, Q) scale factor of each query, for `scale_bounds`.
 
         Raises:
             ValueError: The target lists another number of experts, or a mean cost that no mixture reaches.
         """
-        num_experts = gates.shape[-1]
-        load = average_over_ranks(gates.float().mean(dim=(0, 1)))  # (J,)
+        if not self.scale_bounds:
+            return self.loss_weight * self.distance(average_over_ranks(gates.float().mean(dim=(0, 1))), costs)
+        group = torch.bucketize(scale, scale.new_tensor(self.scale_bounds), right=True)  # a bound opens its group
+        member = nn.functional.one_hot(group, len(self.scale_bounds) + 1).to(gates)  # (B, Q, G)
+        loads = torch.einsum('bqj,bqg->gj', gates.float(), member.float()) / group.numel()
+        loads, shares = average_over_ranks(torch.cat([loads, member.float().mean(dim=(0, 1))[:, None]], dim=1)).split(
+            [gates.shape[-1], 1], dim=1)  # (G, J) of all queries, (G, 1)
+        loads = loads / shares.clamp(min=torch.finfo(shares.dtype).tiny)
+        return self.loss_weight * sum(share * self.distance(load, costs)
+                                      for share, load in zip(shares.detach().squeeze(1), loads) if share > 0)
+
+    def distance(self, load: Tensor, costs: Tensor) -> Tensor:
+        """Of a load (J,) from the target; arguments as for `forward`."""
+        num_experts = len(load)
         if isinstance(self.target, str):
             gap = load - 1 / num_experts
         elif isinstance(self.target, Sequence):
@@ -77,6 +96,6 @@ class MoEBalanceLoss(nn.Module):
             if self.target < least * (1 - 1e-6):  # fp32 costs: the cheapest expert's own cost is a valid target
                 raise ValueError(f'MoEBalanceLoss target {self.target} is below the cheapest expert; at least '
                                  f'{math.ceil(least * 1e4) / 1e4:.4f} is possible.')
-            return self.loss_weight * ((load * costs.to(load)).sum() - self.target).square()
+            return ((load * costs.to(load)).sum() - self.target).square()
         # times J: the same pull per expert whatever their number
-        return self.loss_weight * num_experts * torch.sum(gap.square())
+        return num_experts * torch.sum(gap.square())

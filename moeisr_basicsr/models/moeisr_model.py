@@ -26,6 +26,7 @@ class PartDraws(NamedTuple):
     tau: float | None = None  # None for the network's own
     before: tuple[Tensor, ...] = ()  # gates of the parts before this one, as constants
     after: tuple[Tensor, ...] = ()
+    scale: Tensor | None = None  # (B, Q) of the whole batch
 
 
 @MODEL_REGISTRY.register()
@@ -80,7 +81,8 @@ class MoEISRModel(ArbitraryScaleModel):
         whole = self.draw(key, shape, self.sample_rate)
         noise, keep = ([None] * len(parts) if entry is None else entry.to(self.device, non_blocking=True).split(sizes)
                        for entry in whole)
-        draws = [PartDraws(*of_part, tau) for of_part in zip(noise, keep)]
+        scale = torch.cat([scale_of(part) for part in parts])
+        draws = [PartDraws(*of_part, tau, scale=scale) for of_part in zip(noise, keep)]
         if self.cri_balance is None or len(parts) == 1:
             return draws
         # The balance loss is not a mean over images: each part needs the gates of the others.
@@ -132,7 +134,7 @@ class MoEISRModel(ArbitraryScaleModel):
             losses['l_experts'] = self.cri_experts(answers, gt, routing.gates, self.expert_costs, scale_of(part))
         if self.cri_balance is not None:
             gates = torch.cat([*draws.before, routing.gates, *draws.after])
-            losses['l_balance'] = self.cri_balance(gates, self.expert_costs)
+            losses['l_balance'] = self.cri_balance(gates, self.expert_costs, draws.scale)
         return losses, self.statistics(routing.gates, draws.tau)
 
     @torch.no_grad()
