@@ -26,7 +26,7 @@ from moeisr_basicsr.options import force  # noqa: E402
 
 OPTIONS = Path(__file__).resolve().parents[1] / 'options'
 TEST_OPTIONS = OPTIONS / 'test_small.yml'
-MAIN_ITERATIONS, ABLATION_ITERATIONS, ENCODER_ITERATIONS = 3000, 400, 300
+MAIN_ITERATIONS, ABLATION_ITERATIONS, ENCODER_ITERATIONS = 3000, 300, 200
 SHORT = 'train:ema_decay=0.98'  # over the last 50 steps: a short run has no time for the main rows' 250
 
 RDN = '{type: RDNEncoder, num_feat: 32, num_block: 4, num_conv: 4, growth: 16}'

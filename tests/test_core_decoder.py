@@ -4,6 +4,7 @@ import torch
 from reference import FAMILIES, grid, mixture
 
 from moeisr_basicsr.core import MoEDecoder, render
+from moeisr_basicsr.core.experts import apply_linear
 from moeisr_basicsr.core.routing import Routing, gumbel_noise, route_gumbel
 
 EXPERTS = {'liif': [[12], [8, 20], [16, 4, 8]], 'lte': [[], [12], [8, 20]], 'shared': [[12], [12, 20], [12, 4, 8]],
@@ -252,6 +253,20 @@ def test_all_answers_are_those_of_each_expert(family):
     close(fast, plain, 1e-9)
     for name, grad in plain_grads.items():
         close(fast_grads[name], grad, 2e-6 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize('rows', [0, 1, 7, 5000])
+@pytest.mark.parametrize('widths', [(12, 20), (256, 3), (1, 1)])
+def test_linear_layers_as_convolutions(rows, widths):
+    layer = torch.nn.Linear(*widths)
+    x = torch.randn(rows, widths[0])
+    expected = x.double() @ layer.weight.double().t() + layer.bias.double()
+    with torch.no_grad():
+        fast = apply_linear(layer, x)
+    assert fast.shape == expected.shape
+    close(fast, expected.float(), 1e-5)
+    apply_linear(layer, x).sum().backward()  # with gradients it is the layer itself
+    assert layer.weight.grad is not None
 
 
 @pytest.mark.parametrize(('family', 'experts', 'count', 'message'), [

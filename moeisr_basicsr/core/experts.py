@@ -11,6 +11,18 @@ from torch import Tensor, nn
 from .queries import Queries
 
 
+def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """(N, D_in) -> (N, D_out).
+
+    On a CPU and without gradients as a 1x1 convolution over N rows: oneDNN multiplies in its blocked layout, where
+    F.linear calls the BLAS; measured 1.1 to 1.9 times as fast in fp32 on 4,096 to 16,384 rows of 256.
+    """
+    if x.device.type != 'cpu' or x.dtype != torch.float32 or torch.is_grad_enabled() or x.shape[0] == 0:
+        return layer(x)
+    image = x.view(1, -1, 1, x.shape[1]).permute(0, 3, 1, 2)  # (1, D_in, N, 1), channels-last
+    return F.conv2d(image, layer.weight[:, :, None, None], layer.bias).permute(0, 2, 3, 1).reshape(x.shape[0], -1)
+
+
 class Expert(nn.Module):
     """One decoder f_j: an MLP with ReLU between its linear layers (LIIF, section 3.1; MoEISR, section 3).
 
@@ -105,14 +117,14 @@ class ExpertPool(nn.Module):
         depth, x = self.enter(tables, queries)
         yield depth, x
         for depth, layer in enumerate(self.shared[depth:], start=depth + 1):
-            x = F.relu_(layer(x))
+            x = F.relu_(apply_linear(layer, x))
             yield depth, x
 
     def leave(self, j: int, x: Tensor, queries: Queries) -> Tensor:
         """Expert j from the last activations that it shares: (4 N, D) -> (N, C)."""
         *hidden, last = self.experts[j].linears
         for layer in hidden:
-            x = F.relu_(layer(x))
+            x = F.relu_(apply_linear(layer, x))
         return last(queries.blend(x))  # the last layer is linear: blended before it, the four corners need one pass
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .experts import ExpertPool
+from .experts import ExpertPool, apply_linear
 from .queries import Queries
 
 
@@ -82,7 +82,7 @@ class LIIFExperts(ExpertPool):
         hidden = self.linears(j)[1:]
         x = self.first(j, tables, queries)
         for linear in hidden[:-1]:
-            x = linear(F.relu_(x))
+            x = apply_linear(linear, F.relu_(x))
         if not hidden:
             return queries.blend(x)
         # The last layer is linear: blended before it, the four corners need one pass.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertPool
+from .experts import ExpertPool, apply_linear
 from .queries import Queries
 
 
@@ -67,7 +67,7 @@ class LTEExperts(ExpertPool):
         x = self.basis(tables, queries)
         *hidden, last = self.linears(j)
         for linear in hidden:
-            x = nn.functional.relu_(linear(x))
+            x = nn.functional.relu_(apply_linear(linear, x))
         return last(queries.blend(x))  # as in `leave`
 
     def enter(self, tables: list[Tensor], queries: Queries) -> tuple[int, Tensor]:
