@@ -3,6 +3,7 @@
 Official layout: {'model': {'name', 'args', 'sd'}}, where `args` has the options of the encoder and of the MLP. The
 encoder's names become ours; `sub_mean` and `add_mean`, which the official code never uses, are dropped.
 """
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeisr_basicsr.checkpoint import FORMAT, RESERVED, build, read_model, read_safetensors, save_model
 from moeisr_basicsr.compat import load_torch_file
@@ -41,8 +42,8 @@ EDSR_NAMES = (
 
 
 def convert(checkpoint: str | PathLike, out: str | PathLike, network_opt: Mapping[str, Any] | None = None,
-            param_key: str | None = None, store: str = 'fp32', notes: Mapping[str, str] | None = None
-            ) -> dict[str, Any]:
+            param_key: str | None = None, store: str = 'fp32', notes: Mapping[str, str] | None = None,
+            cost_weight: float = 0.0) -> dict[str, Any]:
     """Write the model file of a checkpoint.
 
     Args:
@@ -52,6 +53,7 @@ def convert(checkpoint: str | PathLike, out: str | PathLike, network_opt: Mappin
         param_key: `params` or `params_ema` of a BasicSR checkpoint; the averaged ones if there are any.
         store: 'fp32' or 'fp16', the number format of the weights in the file. A network always gets fp32.
         notes: Further metadata, beside or in place of what a model file that is converted again has.
+        cost_weight: Moves the routing that the file calls its own, as `upscale --cost-weight` moves it for one run.
 
     Returns:
         The network's options.
@@ -76,10 +78,28 @@ def convert(checkpoint: str | PathLike, out: str | PathLike, network_opt: Mappin
         except UserError as error:
             problems.append(str(error))
             continue
+        if cost_weight:
+            move_routing(net, cost_weight, str(checkpoint))
+            own_notes['cost_weight'] = str(float(own_notes.get('cost_weight', 0)) + cost_weight)
         save_model(out, stored(net.state_dict(), store, str(checkpoint)), options, **{**own_notes, **(notes or {})})
         return dict(options)
     raise UserError(f'{problems[0]} Name the options file that the network was trained with by -opt, and what '
                     '--force_yml changed.')
+
+
+@torch.no_grad()
+def move_routing(net: nn.Module, cost_weight: float, source: str) -> None:
+    """Take `cost_weight` times each expert's relative cost off the mapper's logits.
+
+    Raises:
+        UserError: The weight is no finite number, or the network has no experts to choose from.
+    """
+    if not math.isfinite(cost_weight):
+        raise UserError(f'--cost-weight must be a finite number; got {cost_weight}.')
+    mapper = getattr(getattr(net, 'decoder', None), 'mapper', None)
+    if mapper is None:
+        raise UserError(f'{source}: the network has no experts to choose from; --cost-weight does not fit it.')
+    mapper.query_out.bias.sub_(cost_weight * net.expert_costs)
 
 
 def read_checkpoint(checkpoint: Path, param_key: str | None

@@ -1,6 +1,6 @@
 """Put a trained model into the package: `moeisr_basicsr/weights/NAME.safetensors` and its card `NAME.md`.
 
-    basicsr convert experiments/NAME/models/net_g_latest.pth -o NAME.safetensors --store fp16
+    basicsr convert experiments/NAME/models/net_g_latest.pth -o NAME.safetensors --store fp16 --cost-weight 4
     basicsr test -opt options/test_NAME.yml --force_yml path:pretrain_network_g=NAME.safetensors
     python scripts/ship_model.py NAME.safetensors --name NAME --recipe options/NAME.yml \\
         --results results/test_NAME/results.json
@@ -120,6 +120,8 @@ def card(summary: dict[str, Any], store: str) -> str:
         'network': f'{summary["network_g"]["type"]} with {summary["encoder"]}, decoder {summary["decoder"]}, '
                    f'{summary["experts"]} expert{"s" * (summary["experts"] > 1)}',
         'macs': f'{routed}{macs["dense"] / 1e3:.1f} with the heaviest expert everywhere',
+        'routing': f' Its routing is the trained one at cost weight {float(notes["cost_weight"]):g}.'
+                   if 'cost_weight' in notes else '',
         'scales': 'x{:g} to x{:g}'.format(*summary['scale_range']), 'iterations': f'{int(notes["iterations"]):,}',
         'results': results_table(summary['results'])}
     return TEMPLATE.read_text(encoding='utf-8').format_map(fields)

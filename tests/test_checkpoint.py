@@ -14,6 +14,7 @@ from moeisr_basicsr import atomic_file
 from moeisr_basicsr.checkpoint import FORMAT, load_model, read_model, save_model
 from moeisr_basicsr.convert import convert
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.inference import upscale
 
 ENCODER = {'type': 'EDSREncoder', 'num_feat': 6, 'num_block': 1}
 NETWORK = {'type': 'MoEISR', 'encoder': ENCODER, 'experts': [[4], [4, 4]],
@@ -145,6 +146,31 @@ def test_half_precision_files_and_metadata():
     with pytest.raises(UserError, match='large.safetensors: encoder.conv_first.bias has a value of 1e.05; fp16 goes'):
         convert('large.safetensors', 'l.safetensors', store='fp16')
     assert not os.path.exists('l.safetensors')
+
+
+def test_a_cost_weight_becomes_the_routing_of_the_file():
+    net = make_net()
+    with torch.no_grad():  # logits that differ from pixel to pixel
+        net.decoder.mapper.query_in.weight.mul_(8)
+    save_model('m.safetensors', net, NETWORK)
+    lq = torch.rand(1, 3, 9, 8)
+    routed = [upscale(net, lq, scale=3, cost_weight=weight).expert_map for weight in (0.0, 0.05, 0.1)]
+    assert len({tuple(expert_map.flatten().tolist()) for expert_map in routed}) == 3, 'the weights must matter'
+    convert('m.safetensors', 'k.safetensors', cost_weight=0.05)
+    assert torch.equal(upscale(load_model('k.safetensors'), lq, scale=3).expert_map, routed[1])
+    assert read_model('k.safetensors').metadata['cost_weight'] == '0.05'
+    convert('k.safetensors', 'kk.safetensors', cost_weight=0.05)  # they add up
+    assert torch.equal(upscale(load_model('kk.safetensors'), lq, scale=3).expert_map, routed[2])
+    assert read_model('kk.safetensors').metadata['cost_weight'] == '0.1'
+    with pytest.raises(UserError, match='cost-weight must be a finite number; got inf'):
+        convert('m.safetensors', 'x.safetensors', cost_weight=float('inf'))
+
+
+def test_a_cost_weight_needs_experts():
+    dense = {'type': 'LIIF', 'encoder': NETWORK['encoder'], 'hidden_list': [8]}
+    save_model('dense.safetensors', make_net(options=dense), dense)
+    with pytest.raises(UserError, match='dense.safetensors: the network has no experts to choose from'):
+        convert('dense.safetensors', 'x.safetensors', cost_weight=1.0)
 
 
 def test_convert_finds_the_options_by_itself(folder):

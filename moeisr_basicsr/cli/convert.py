@@ -32,6 +32,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--store', choices=('fp32', 'fp16'), default='fp32',
                         help='number format of the weights in the file; fp16 takes half the room, computing stays as '
                              'it is (default fp32)')
+    parser.add_argument('--cost-weight', type=float, default=0.0, metavar='K',
+                        help='make the routing that --cost-weight K gives the one that the file has by itself')
     parser.add_argument('--metadata', nargs='+', default=[], metavar='KEY=VALUE',
                         help='what else the file shall say of itself; `basicsr models OUT.safetensors --json` reads it')
     parser.add_argument('--overwrite', action='store_true', help='replace the output file if it exists')
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         if network_opt is None:
             raise UserError(f"{args.opt}: the key 'network_g' is missing.")
     notes = dict(parse_note(entry) for entry in args.metadata)
-    options = convert(args.checkpoint, out, network_opt, args.param_key, args.store, notes)
+    options = convert(args.checkpoint, out, network_opt, args.param_key, args.store, notes, args.cost_weight)
     encoder = options.get('encoder', {}).get('type', 'no encoder')
     print(f'{out}: {options["type"]} with {encoder}, {out.stat().st_size / 2**20:.1f} MiB')
     return 0
