@@ -98,8 +98,10 @@ class ExpertPool(nn.Module):
         return [*self.shared[:self.num_shared[j]], *self.experts[j].linears]
 
     def evaluate(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
-        """Expert j's answers to N queries of one image: (N, C); `tables` as the family makes them."""
-        raise NotImplementedError
+        """Expert j's answers to N queries of one image: (N, C); `tables` as the family makes them, without a batch."""
+        steps = self.trunk(tables, queries)
+        x = next(x for depth, x in steps if depth == self.num_shared[j])
+        return self.leave(j, x, queries)
 
     def enter(self, tables: list[Tensor], queries: Queries) -> tuple[int, Tensor]:
         """What every expert computes first: how many shared layers that is, and their activations (4 N, D)."""

@@ -73,12 +73,9 @@ class LIIFExperts(ExpertPool):
         return x.addmm_(queries.local().to(x), self.split_first(j)[1].t().to(x))
 
     def evaluate(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
-        """Expert j's answers to N queries of one image: (N, out_channels).
-
-        Args:
-            j: Expert.
-            tables: One (T, D1) per expert.
-        """
+        """Expert j's answers to N queries of one image: (N, out_channels); `tables` are one (T, D1) per expert."""
+        if len(self.shared):
+            return super().evaluate(j, tables, queries)
         hidden = self.linears(j)[1:]
         x = self.first(j, tables, queries)
         for linear in hidden[:-1]:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertPool, apply_linear
+from .experts import ExpertPool
 from .queries import Queries
 
 
 class LTEExperts(ExpertPool):
-    """A pool of LTE decoders over one feature map. `tables` is a list of two: coefficient and frequency.
+    """A pool of LTE decoders over one feature map. `tables` is a list of two, (T, 2 K): coefficient and frequency.
 
     Args:
         in_channels: C.
@@ -61,14 +61,6 @@ class LTEExperts(ExpertPool):
         angle = freq[..., 0] * rel[:, :1] + freq[..., 1] * rel[:, 1:]  # (4 N, K)
         angle = math.pi * (angle.unflatten(0, (-1, 4)) + phase.unsqueeze(1)).flatten(0, 1)
         return coef * torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-    def evaluate(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
-        """Expert j's answers to N queries of one image: (N, out_channels); `tables` are two of (T, 2 K)."""
-        x = self.basis(tables, queries)
-        *hidden, last = self.linears(j)
-        for linear in hidden:
-            x = nn.functional.relu_(apply_linear(linear, x))
-        return last(queries.blend(x))  # as in `leave`
 
     def enter(self, tables: list[Tensor], queries: Queries) -> tuple[int, Tensor]:
         """The Fourier basis, before any layer: 0, (4 N, 2 K)."""

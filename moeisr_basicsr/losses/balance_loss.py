@@ -78,8 +78,8 @@ class MoEBalanceLoss(nn.Module):
         loads, shares = average_over_ranks(torch.cat([loads, member.float().mean(dim=(0, 1))[:, None]], dim=1)).split(
             [gates.shape[-1], 1], dim=1)  # (G, J) of all queries, (G, 1)
         loads = loads / shares.clamp(min=torch.finfo(shares.dtype).tiny)
-        return self.loss_weight * sum(share * self.distance(load, costs)
-                                      for share, load in zip(shares.detach().squeeze(1), loads) if share > 0)
+        return self.loss_weight * sum(share * self.distance(load, costs)  # an empty group's share is 0
+                                      for share, load in zip(shares.detach().squeeze(1), loads))
 
     def distance(self, load: Tensor, costs: Tensor) -> Tensor:
         """Of a load (J,) from the target; arguments as for `forward`."""
