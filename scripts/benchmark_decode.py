@@ -101,10 +101,11 @@ class Benchmark:
         self.device = torch.device(args.device)
         self.clock = Clock(QUICK_SECONDS if args.quick else math.inf)
         torch.manual_seed(0)
-        self.net = MoEISR({'type': 'EDSREncoder'}).to(self.device).eval()
+        self.net = MoEISR({'type': 'EDSREncoder'}, shared_layers=args.shared_layers).to(self.device).eval()
         self.moe = self.net.decoder
         self.dense = MoEDecoder(64, 3, 'liif', [[256] * 4]).to(self.device).eval()
-        self.dense.pool.experts[0].load_state_dict(self.moe.pool.experts[3].state_dict())
+        for own, theirs in zip(self.dense.pool.linears(0), self.moe.pool.linears(3)):
+            own.load_state_dict(theirs.state_dict())
         self.lq_size = (args.lq_size, args.lq_size)
         self.lq = torch.rand(1, 3, *self.lq_size, device=self.device)
         with torch.no_grad():
@@ -156,7 +157,8 @@ class Benchmark:
     def whole(self, size: tuple[int, int], backend: Backend, precision: str, expert_map: Tensor) -> Tensor:
         """Encoder, mapper (its routing is thrown away) and decoder."""
         with evaluation(self.net, self.device.type, precision):
-            feat = self.net.encode(self.lq)
+            lq = self.lq.contiguous(memory_format=torch.channels_last) if self.device.type == 'cpu' else self.lq
+            feat = self.net.encode(lq)  # as `upscale` does
         return self.render(feat, size, backend, precision, expert_map, with_mapper=True)
 
     def plain_cases(self, size: tuple[int, int]) -> list[Case]:
@@ -366,6 +368,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--lq-size', type=int, default=128, metavar='N', help='input pixels per side (default 128)')
     parser.add_argument('--precisions', nargs='+', choices=tuple(LIMITS), default=list(LIMITS))
     parser.add_argument('--repeats', type=int, default=3, metavar='N', help='rounds (default 3)')
+    parser.add_argument('--shared-layers', type=int, choices=range(5), default=0,
+                        help="leading hidden layers that the experts have in common: 0 as in the paper (default), 4 as in "
+                             "this package's recipes")
     parser.add_argument('--peer', metavar='DIR', help='a checkout of yinboc/liif: the ratios are against its own code')
     parser.add_argument('--train', action='store_true', help='training steps too')
     parser.add_argument('--memory', action='store_true', help='peak memory too (always without --quick)')

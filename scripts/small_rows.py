@@ -3,7 +3,7 @@
     python scripts/small_rows.py list
     python scripts/small_rows.py train moeisr_liif_seed0 liif_seed0
     python scripts/small_rows.py test moeisr_liif_seed0 liif_seed0
-    python scripts/small_rows.py test moeisr_liif_seed0 --budget 0.15 --sets Set5 B100
+    python scripts/small_rows.py test moeisr_liif_seed0 --cost-weight 30 --sets Set5 B100 --suffix _cost_weight_30
 
 Run from the folder that holds `datasets` (see options/test_small.yml and scripts/make_training_set.py). A row is an
 options file with a few changes; all rows share data, iterations and seeds. Each command is printed as the `basicsr`
@@ -134,7 +134,9 @@ def wanted(dataset: str, sets: list[str] | None) -> bool:
 
 def control(row: Row, args: argparse.Namespace) -> dict:
     """Keys of `val`. A model file has its routing in itself, a budget is another routing."""
-    cost_weight = None if args.budget is not None or args.weights else row.cost_weight or None
+    cost_weight = args.cost_weight
+    if cost_weight is None and args.budget is None and not args.weights:
+        cost_weight = row.cost_weight or None
     keys = {'budget': args.budget, 'cost_weight': cost_weight, 'precision': args.precision,
             'shuffle_experts': args.shuffle or None}
     return {key: value for key, value in keys.items() if value is not None}
@@ -159,6 +161,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument('--weights', help='a model file of the row in place of its checkpoint')
     sub.add_argument('--sets', nargs='+', help='only these, for example Set5 B100_x4 x2')
     sub.add_argument('--budget', type=float, help='decoder cost in fractions of the dearest expert everywhere')
+    sub.add_argument('--cost-weight', type=float, help="in place of the row's own; above 0 cheaper")
     sub.add_argument('--precision', choices=('fp32', 'bf16'))
     sub.add_argument('--shuffle', action='store_true', help='the chosen experts in random places: a control')
     sub.add_argument('--pictures', action='store_true', help='save images and expert maps')
