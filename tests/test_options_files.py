@@ -35,7 +35,10 @@ def small_network(data):
     """--force_yml entries that shrink `network_g`."""
     network = data['network_g']
     entries = [f'network_g:encoder:{entry}' for entry in SMALL_ENCODER[network['encoder']['type']]]
-    entries += ['network_g:hidden_list=[8]'] if 'hidden_list' in network else ['network_g:experts=[[8], [8, 8]]']
+    if 'hidden_list' in network:
+        entries += ['network_g:hidden_list=[8]']
+    else:
+        entries += [f'network_g:experts={[[8] * len(hidden) for hidden in network["experts"]]}']
     return entries + (['network_g:hidden_dim=8'] if 'hidden_dim' in network else [])
 
 
