@@ -149,6 +149,7 @@ def test_no_value_in_any_place_ends_in_anything_but_a_message(text):
     ({'train:balance_opt:target': 'equal'}, 'balance_opt: target: must be one of uniform'),
     ({'train:balance_opt:target': 1.5}, 'balance_opt: target: must be one of uniform'),
     ({'train:balance_opt:target': [0.5, 0.2, 0.3]}, 'must have a share for each of the 2 experts; got 3'),
+    ({'train:balance_opt:scale_bounds': [3, 2]}, 'balance_opt: scale_bounds: must rise; got [3, 2]'),
     ({'train:balance_opt:target': [0.5, 0.2]}, 'must be shares that add up to 1'),
     ({'train:pixel_opt': None}, "a loss is missing: the key 'pixel_opt'"),
     ({'datasets:val_2': {'name': 'val', 'type': 'ArbitraryScaleImageDataset', 'dataroot_gt': 'images', 'scale': 3}},

@@ -166,6 +166,9 @@ def training(data: dict, is_train: bool) -> Problems:
             if name not in temperature:
                 yield ('train', 'temperature'), f"the key '{name}' is missing; {temperature['type']} needs it."
     yield from experts_loss(data)
+    bounds = section(train, 'balance_opt').get('scale_bounds')
+    if numbers(bounds) and bounds != sorted(set(bounds)):
+        yield ('train', 'balance_opt', 'scale_bounds'), f'must rise; got {bounds}.'
     target = section(train, 'balance_opt').get('target')
     experts = section(data, 'network_g').get('experts')
     if numbers(target):
