@@ -1,4 +1,6 @@
 """The mapper: folded against unfolded, one decision per cell, grid against scattered, fp32 under autocast."""
+import sys  # core.render is also a function's name
+
 import pytest
 import torch
 from reference import centres, grid, sample_nearest
@@ -6,7 +8,7 @@ from reference import centres, grid, sample_nearest
 from moeisr_basicsr.core import MoEDecoder, render
 from moeisr_basicsr.core.coords import pixel_centres
 from moeisr_basicsr.core.mapper import Mapper, nearest_axis
-from moeisr_basicsr.core.render import TORCH, Near
+from moeisr_basicsr.core.render import TORCH, FeatureWindow, Near, Renderer
 
 
 def make_mapper(granularity='pixel', num_layers=3):
@@ -128,6 +130,21 @@ def test_render_makes_the_same_map_under_autocast():
         mixed = render(decoder, feat, (36, 36)).expert_map
     assert plain.unique().numel() == 2
     assert torch.equal(plain, mixed)
+
+
+@pytest.mark.parametrize('cells', [1, 40, 200])
+def test_the_table_of_a_large_window_is_made_in_bands(cells, monkeypatch):
+    torch.manual_seed(1)
+    decoder = MoEDecoder(6, 3, experts=[[8], [8, 8]], mapper={'num_layers': 3, 'num_feat': 8, 'hidden': 8})
+    feat = torch.randn(1, 6, 23, 17)
+    renderer = Renderer(decoder, (46, 34), (23, 17))
+    whole = decoder.mapper.table(feat).view(23, 17, 8)
+    heights = []
+    convolve = decoder.mapper.table
+    monkeypatch.setattr(sys.modules[Renderer.__module__], 'MAPPER_CELLS', cells)
+    monkeypatch.setattr(decoder.mapper, 'table', lambda band: (heights.append(band.shape[-2]), convolve(band))[1])
+    torch.testing.assert_close(renderer.mapper_table(FeatureWindow(feat, 0, 0, (23, 17))), whole, rtol=0, atol=1e-6)
+    assert len(heights) > 1 and max(heights) <= cells / 17 + 1 + 2 * 3  # rows of a band and a halo on each side
 
 
 def test_table_macs_by_hand():

@@ -99,6 +99,16 @@ def test_groups_of_scales_by_hand():
         float(MoEBalanceLoss(2.0)(gates, COSTS)), rel=1e-5)  # one group is empty
 
 
+def test_a_target_for_each_group():
+    gates = one_hot_gates([2, 1, 0, 1])
+    scale = torch.tensor([[1.0, 2.0, 2.4, 2.5]])  # loads 2/3 1/3 0 0 below x2.5, 0 0 0 1 from there on
+    loss = MoEBalanceLoss(2.0, [[0.5, 0.5, 0, 0], [0.2, 0, 0, 0.8]], [2.5])
+    below, above = 4 * 2 * (1 / 6)**2, 4 * 2 * 0.2**2
+    assert float(loss(gates, COSTS, scale)) == pytest.approx(2.0 * (0.75 * below + 0.25 * above), rel=1e-5)
+    assert float(MoEBalanceLoss(1.0, [[0, 1, 0, 0], [1, 0, 0, 0]], [2.5])(
+        one_hot_gates([2, 2, 0, 0]), COSTS, torch.tensor([[3.0, 3.0, 2.0, 2.0]]))) == 0
+
+
 def test_built_from_yaml_options():
     options = {'type': 'MoEBalanceLoss', 'loss_weight': 0.1, 'target': 0.4}
     loss = build_loss(options)
@@ -109,7 +119,11 @@ def test_built_from_yaml_options():
 @pytest.mark.parametrize(('options', 'message'), [
     ({'loss_weight': -1}, 'loss_weight must not be negative; got -1'), ({'target': 'equal'}, "got 'equal'"),
     ({'target': [0.5, 0.6]}, 'fractions that add up to 1'), ({'target': [1.5, -0.5]}, 'fractions that add up to 1'),
-    ({'target': 0}, 'mean cost'), ({'target': 1.2}, 'mean cost'), ({'scale_bounds': [3, 2]}, 'scale_bounds must rise')])
+    ({'target': 0}, 'mean cost'), ({'target': 1.2}, 'mean cost'), ({'scale_bounds': [3, 2]}, 'scale_bounds must rise'),
+    ({'target': [[1, 0], [0, 1]]}, r'lists 2 groups; scale_bounds \[\] make 1'),
+    ({'target': [[1, 0]], 'scale_bounds': [2]}, r'lists 1 groups; scale_bounds \[2\] make 2'),
+    ({'target': [[1, 0], [0.5, 0.6]], 'scale_bounds': [2]}, 'fractions that add up to 1'),
+    ({'target': [[1, 0], 1.5], 'scale_bounds': [2]}, 'mean cost')])
 def test_bad_options_say_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         MoEBalanceLoss(**options)
@@ -148,7 +162,8 @@ def losses_and_gradients(router, x, noise):
     result = {}
     scale = 1 + 3 * x[..., 0].sigmoid()
     for name, target, bounds in (('uniform', 'uniform', []), ('loads', [0.4, 0.3, 0.2, 0.1], []), ('cost', 0.3, []),
-                                 ('groups', [0.4, 0.3, 0.2, 0.1], [2.0, 3.0, 4.5])):  # nothing above 4.5
+                                 ('groups', [0.4, 0.3, 0.2, 0.1], [2.0, 3.0, 4.5]),  # nothing above 4.5
+                                 ('targets', [[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]], [2.5])):
         router.zero_grad()
         loss = MoEBalanceLoss(1.0, target, bounds)(router(x, noise), COSTS, scale)
         loss.backward()

@@ -84,7 +84,7 @@ def test_the_loss_of_all_experts_needs_all_answers():
 
 
 @pytest.mark.parametrize('parts', [2, 3, 4])
-@pytest.mark.parametrize('target', ['uniform', 0.9])
+@pytest.mark.parametrize('target', ['uniform', 0.9, [[0.2, 0.8], [0.9, 0.1]]])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(parts, target):
     """Also of the balance loss, which is no mean over images, and with parts of unequal size."""
     options = model_options(**NESTED, **{'train:balance_opt:target': target, 'train:balance_opt:loss_weight': 5.0,

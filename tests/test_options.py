@@ -151,6 +151,11 @@ def test_no_value_in_any_place_ends_in_anything_but_a_message(text):
     ({'train:balance_opt:target': [0.5, 0.2, 0.3]}, 'must have a share for each of the 2 experts; got 3'),
     ({'train:balance_opt:scale_bounds': [3, 2]}, 'balance_opt: scale_bounds: must rise; got [3, 2]'),
     ({'train:balance_opt:target': [0.5, 0.2]}, 'must be shares that add up to 1'),
+    ({'train:balance_opt:target': [[0.5, 0.5], [0.5, 0.2]], 'train:balance_opt:scale_bounds': [2]},
+     'must be shares that add up to 1; got [0.5, 0.2]'),
+    ({'train:balance_opt:target': [[0.5, 0.5], [1, 0]]}, 'must be shares for each of the 1 groups of scale_bounds; got 2'),
+    ({'train:balance_opt:target': [[0.5, 0.3, 0.2]], 'train:balance_opt:scale_bounds': []},
+     'must have a share for each of the 2 experts; got 3'),
     ({'train:pixel_opt': None}, "a loss is missing: the key 'pixel_opt'"),
     ({'datasets:val_2': {'name': 'val', 'type': 'ArbitraryScaleImageDataset', 'dataroot_gt': 'images', 'scale': 3}},
      "'val' is also the name of val"),
@@ -173,6 +178,12 @@ def test_keys_that_do_not_fit_together(changes, words):
 def test_targets_of_the_balance_loss(target):
     opt = load_options(write(swap('type: MoEBalanceLoss', f'type: MoEBalanceLoss\n    target: {target}')))
     assert opt['train']['balance_opt']['target'] == target
+
+
+def test_a_target_of_the_balance_loss_for_each_group_of_scale_factors():
+    groups = 'scale_bounds: [2.5]\n    target: [[0.75, 0.25], [1, 0]]'
+    opt = load_options(write(swap('type: MoEBalanceLoss', f'type: MoEBalanceLoss\n    {groups}')))
+    assert opt['train']['balance_opt']['target'] == [[0.75, 0.25], [1, 0]]
 
 
 def test_lmdb_folders_of_basicsr_need_their_suffix():

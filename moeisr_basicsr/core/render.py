@@ -22,6 +22,7 @@ from .mapper import Mapper, nearest_axis
 from .queries import Queries, make_queries
 
 LOGITS = 1 << 18  # pixels whose logits are held at once
+MAPPER_CELLS = 1 << 16  # LR cells whose mapper activations are held at once: 8 MiB for 32 channels
 CHUNK = 4096  # queries: four corners of 256 values are 16 MiB, below the size at which malloc maps memory anew
 
 
@@ -162,8 +163,17 @@ class Renderer:
         return tuple(bounds)
 
     def mapper_table(self, window: FeatureWindow) -> Tensor:
-        """The mapper's LR table of a window: (h, w, D)."""
-        return self.decoder.mapper.table(window.feat)[0].unflatten(0, window.feat.shape[-2:])
+        """The mapper's LR table of a window: (h, w, D). Its convolutions see bands of rows, with the halo they need."""
+        mapper = self.decoder.mapper
+        height, width = window.feat.shape[-2:]
+        bands = spans(0, height, math.ceil(height * width / MAPPER_CELLS))
+        weight = mapper.query_in.weight
+        table = weight.new_empty(height, width, weight.shape[0])
+        for top, bottom in bands:
+            first, last = max(top - mapper.num_layers, 0), min(bottom + mapper.num_layers, height)
+            band = mapper.table(window.feat[..., first:last, :])[0].unflatten(0, (last - first, width))
+            table[top:bottom] = band[top - first:bottom - first]
+        return table
 
     def near(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]) -> tuple[Near, Near]:
         """The LR cells under an output region, relative to the window."""
@@ -233,16 +243,17 @@ class Renderer:
         """
         count = math.ceil((cols[1] - cols[0]) * self.lr_size[1] / self.size[1] / self.tile)
         for top, bottom, expert_map in self.strips(window, rows, cols):
-            pieces = []
+            output = torch.empty(1, self.decoder.out_channels, bottom - top, cols[1] - cols[0], device=window.feat.device)
             for left, right in spans(*cols, count):
                 piece = None if expert_map is None else expert_map[:, left - cols[0]:right - cols[0]]
                 tile_rows = GridAxis(self.rows.index[:, top:bottom] - window.top, self.rows.rel[:, top:bottom])
                 tile_cols = GridAxis(self.cols.index[:, left:right] - window.left, self.cols.rel[:, left:right])
                 with self.clock('decode'):
                     crop, tile_rows, tile_cols = crop_window(window.feat, tile_rows, tile_cols)
-                    pieces.append(self.backend.decode(self.decoder, Tile(crop, tile_rows, tile_cols, self.cell, piece)))
-            experts = None if expert_map is None else expert_map[None]
-            yield top, bottom, Rendered(torch.cat(pieces, dim=-1)[None], experts)
+                    output[0, :, :, left - cols[0]:right - cols[0]] = self.backend.decode(
+                        self.decoder, Tile(crop, tile_rows, tile_cols, self.cell, piece))
+            yield top, bottom, Rendered(output, None if expert_map is None else expert_map[None])
+            del output  # before the next one is made
 
 
 def crop_window(feat: Tensor, rows: GridAxis, cols: GridAxis) -> tuple[Tensor, GridAxis, GridAxis]:

@@ -153,6 +153,25 @@ def experts_loss(data: dict) -> Problems:
                                          f'naive, or exact with shared_layers: {deepest}.')
 
 
+def balance_loss(data: dict) -> Problems:
+    """Groups of scale factors, and a target that fits them and the experts."""
+    options = section(section(data, 'train'), 'balance_opt')
+    bounds, target = options.get('scale_bounds') or [], options.get('target')
+    if numbers(bounds) and bounds != sorted(set(bounds)):
+        yield ('train', 'balance_opt', 'scale_bounds'), f'must rise; got {bounds}.'
+    experts = section(data, 'network_g').get('experts')
+    key = ('train', 'balance_opt', 'target')
+    by_group = isinstance(target, list) and bool(target) and all(map(numbers, target))
+    if by_group and len(target) != len(bounds) + 1:
+        yield key, f'must be shares for each of the {len(bounds) + 1} groups of scale_bounds; got {len(target)} lists.'
+        return
+    for shares in target if by_group else [target] if numbers(target) else []:
+        if isinstance(experts, list) and len(shares) != len(experts):
+            yield key, f'must have a share for each of the {len(experts)} experts; got {len(shares)}.'
+        elif abs(sum(shares) - 1) > SUM_TOLERANCE:
+            yield key, f'must be shares that add up to 1; got {shares}.'
+
+
 def training(data: dict, is_train: bool) -> Problems:
     """Losses and schedules that fit the network."""
     train = section(data, 'train')
@@ -166,14 +185,4 @@ def training(data: dict, is_train: bool) -> Problems:
             if name not in temperature:
                 yield ('train', 'temperature'), f"the key '{name}' is missing; {temperature['type']} needs it."
     yield from experts_loss(data)
-    bounds = section(train, 'balance_opt').get('scale_bounds')
-    if numbers(bounds) and bounds != sorted(set(bounds)):
-        yield ('train', 'balance_opt', 'scale_bounds'), f'must rise; got {bounds}.'
-    target = section(train, 'balance_opt').get('target')
-    experts = section(data, 'network_g').get('experts')
-    if numbers(target):
-        if isinstance(experts, list) and len(target) != len(experts):
-            yield ('train', 'balance_opt', 'target'), (f'must have a share for each of the {len(experts)} experts; got '
-                                                       f'{len(target)}.')
-        elif abs(sum(target) - 1) > SUM_TOLERANCE:
-            yield ('train', 'balance_opt', 'target'), f'must be shares that add up to 1; got {target}.'
+    yield from balance_loss(data)

@@ -17,6 +17,7 @@ from .schema import (BASICSR_DATASET, BASICSR_TOP, BASICSR_TRAIN, BASICSR_VAL, C
 
 KNOWN_PACKAGES = ('basicsr', 'moeisr_basicsr')
 WIDTHS = ListOf(POSITIVE)
+SHARE = Number(least=0, most=1)
 
 # Limits of this package's constructors that an annotation cannot say; they hold in `moeisr_basicsr` only.
 LIMITS: dict[str, Kind] = {
@@ -42,7 +43,7 @@ LIMITS: dict[str, Kind] = {
     'routing_weight': Number(least=0),
     'depth_emphasis': Number(least=0),
     'scale_bounds': ListOf(Number(above=1)),
-    'target': AnyOf((Choice(('uniform', )), Number(above=0, most=1), ListOf(Number(least=0, most=1)))),
+    'target': AnyOf((Choice(('uniform', )), Number(above=0, most=1), ListOf(SHARE), ListOf(ListOf(SHARE)))),
     'protocol': Choice(('benchmark', 'div2k')),
 }
 
