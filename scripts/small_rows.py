@@ -26,7 +26,7 @@ from moeisr_basicsr.options import force  # noqa: E402
 
 OPTIONS = Path(__file__).resolve().parents[1] / 'options'
 TEST_OPTIONS = OPTIONS / 'test_small.yml'
-MAIN_ITERATIONS, ABLATION_ITERATIONS, ENCODER_ITERATIONS = 3000, 300, 200
+MAIN_ITERATIONS, LTE_ITERATIONS, ABLATION_ITERATIONS, ENCODER_ITERATIONS = 6000, 3000, 300, 200
 COST_WEIGHT = 4.0  # keeps x4 below 22 % of plain LIIF's multiply-adds; the shipped file has it in its mapper
 SHORT = 'train:ema_decay=0.98'  # over the last 50 steps: a short run has no time for the main rows' 250
 
@@ -42,8 +42,9 @@ class Row(NamedTuple):
     cost_weight: float = 0.0  # of the test's routing
 
 
-def seeds(options: str, *changes: str, numbers: tuple[int, ...] = (0, 1)) -> dict[str, Row]:
-    return {f'_seed{seed}': Row(options, MAIN_ITERATIONS, (f'manual_seed={seed}', *changes)) for seed in numbers}
+def seeds(options: str, *changes: str, iterations: int = MAIN_ITERATIONS, numbers: tuple[int, ...] = (0, 1)
+          ) -> dict[str, Row]:
+    return {f'_seed{seed}': Row(options, iterations, (f'manual_seed={seed}', *changes)) for seed in numbers}
 
 
 def main_rows() -> dict[str, Row]:
@@ -51,8 +52,8 @@ def main_rows() -> dict[str, Row]:
     kinds = {
         'liif': seeds('small_liif'),
         'moeisr_liif': seeds('small_moeisr_liif'),
-        'lte': seeds('small_lte', numbers=(0, )),
-        'moeisr_lte': seeds('small_moeisr_lte', numbers=(0, )),
+        'lte': seeds('small_lte', iterations=LTE_ITERATIONS, numbers=(0, )),
+        'moeisr_lte': seeds('small_moeisr_lte', iterations=LTE_ITERATIONS, numbers=(0, )),
         'liif_equal_macs': seeds('small_liif', 'network_g:hidden_list=[256, 256]'),
     }
     rows = {kind + seed: row for kind, by_seed in kinds.items() for seed, row in by_seed.items()}
@@ -69,8 +70,9 @@ def ablation_rows() -> dict[str, Row]:
         'mapper_1_layer': ('network_g:mapper:num_layers=1', ),
         'tau_5': ('network_g:tau=5.0', ),
         'tau_annealed': (f'train:temperature={annealed}', ),
-        'balance_0.001': ('train:balance_opt:loss_weight=0.001', ),
-        'balance_0.1': ('train:balance_opt:loss_weight=0.1', ),
+        'balance_0.0005': ('train:balance_opt:loss_weight=0.0005', ),
+        'balance_0.05': ('train:balance_opt:loss_weight=0.05', ),
+        'routing_2': ('train:experts_opt:routing_weight=2', ),
         'pixel': ('network_g:mapper:granularity=pixel', ),
         'straight_through': ('train:experts_opt:routing_weight=0', ),
         'shared_first_layer': ('network_g:shared_layers=1', *straight_through),
