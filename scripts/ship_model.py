@@ -1,6 +1,6 @@
 """Put a trained model into the package: `moeisr_basicsr/weights/NAME.safetensors` and its card `NAME.md`.
 
-    basicsr convert experiments/NAME/models/net_g_latest.pth -o NAME.safetensors --store fp16 --cost-weight 4
+    basicsr convert experiments/NAME/models/net_g_latest.pth -o NAME.safetensors --store fp16
     basicsr test -opt options/test_NAME.yml --force_yml path:pretrain_network_g=NAME.safetensors
     python scripts/ship_model.py NAME.safetensors --name NAME --recipe options/NAME.yml \\
         --results results/test_NAME/results.json
@@ -54,6 +54,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--results', required=True, metavar='JSON', help="results.json of `basicsr test` on this model")
     parser.add_argument('--force_yml', nargs='+', default=[], metavar='KEY:KEY=VALUE',
                         help='the changes of the recipe that the training had')
+    parser.add_argument('--then', metavar='YAML', help='options file of the training that went on from the first')
     parser.add_argument('--store', choices=STORES, default='fp16', help='number format in the file (default fp16)')
     parser.add_argument('--data', default=DATA, help='one line about the training images')
     parser.add_argument('--license', default=LICENSE, help='one line about the terms of the weights')
@@ -71,7 +72,7 @@ def ship(args: argparse.Namespace) -> Path:
     if not re.fullmatch(r'[a-z][a-z0-9_]*', args.name):
         raise UserError(f"--name must be small letters, digits and '_', beginning with a letter; got '{args.name}'.")
     document = schema.load(args.results)
-    notes = {**recipe_notes(args.recipe, args.force_yml), 'results': json.dumps(results_of(document)),
+    notes = {**recipe_notes(args.recipe, args.force_yml), **second_recipe_notes(args.then), 'results': json.dumps(results_of(document)),
              'training_data': args.data, 'license': args.license, 'summary': args.summary}
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / f'{args.name}.safetensors'
@@ -103,6 +104,21 @@ def recipe_notes(recipe: str, changes: list[str]) -> dict[str, str]:
     return {'recipe': name, 'iterations': str(int(iterations)), 'scale_range': json.dumps(scale_range)}
 
 
+def second_recipe_notes(recipe: str | None) -> dict[str, str]:
+    """What the metadata says of a second training; nothing where there was none.
+
+    Raises:
+        UserError: The recipe cannot be read, or does not say the iterations.
+    """
+    if recipe is None:
+        return {}
+    train = read_yaml(recipe).data.get('train') or {}
+    if 'total_iter' not in train:
+        raise UserError(f'{recipe} needs train: total_iter.')
+    parts = ', '.join(train.get('trainable') or ['the whole network'])
+    return {'then': f'{Path(recipe).name}, {int(train["total_iter"]):,} iterations of {parts}'}
+
+
 def card(summary: dict[str, Any], store: str) -> str:
     """The model card's text.
 
@@ -120,7 +136,8 @@ def card(summary: dict[str, Any], store: str) -> str:
         'network': f'{summary["network_g"]["type"]} with {summary["encoder"]}, decoder {summary["decoder"]}, '
                    f'{summary["experts"]} expert{"s" * (summary["experts"] > 1)}',
         'macs': f'{routed}{macs["dense"] / 1e3:.1f} with the heaviest expert everywhere',
-        'routing': f' Its routing is the trained one at cost weight {float(notes["cost_weight"]):g}.'
+        'then': f'\nThen {notes["then"]}.' if 'then' in notes else '',
+        'routing': f'\nIts routing is the trained one at cost weight {float(notes["cost_weight"]):g}.'
                    if 'cost_weight' in notes else '',
         'scales': 'x{:g} to x{:g}'.format(*summary['scale_range']), 'iterations': f'{int(notes["iterations"]):,}',
         'results': results_table(summary['results'])}

@@ -1,9 +1,9 @@
 """The comparison behind the shipped weights: every row under one recipe, trained and evaluated by name.
 
     python scripts/small_rows.py list
-    python scripts/small_rows.py train moeisr_liif_seed0 liif_seed0
-    python scripts/small_rows.py test moeisr_liif_seed0 liif_seed0
-    python scripts/small_rows.py test moeisr_liif_seed0 --cost-weight 30 --sets Set5 B100 --suffix _cost_weight_30
+    python scripts/small_rows.py train liif_seed0 moeisr_liif_seed0 moeisr_liif_routed_seed0
+    python scripts/small_rows.py test liif_seed0 moeisr_liif_routed_seed0
+    python scripts/small_rows.py test moeisr_liif_routed_seed0 --cost-weight 30 --sets Set5 B100 --suffix _cost_weight_30
 
 Run from the folder that holds `datasets` (see options/test_small.yml and scripts/make_training_set.py). A row is an
 options file with a few changes; all rows share data, iterations and seeds. Each command is printed as the `basicsr`
@@ -26,8 +26,8 @@ from moeisr_basicsr.options import force  # noqa: E402
 
 OPTIONS = Path(__file__).resolve().parents[1] / 'options'
 TEST_OPTIONS = OPTIONS / 'test_small.yml'
-MAIN_ITERATIONS, LTE_ITERATIONS, ABLATION_ITERATIONS, ENCODER_ITERATIONS = 6000, 3000, 300, 200
-COST_WEIGHT = 4.0  # keeps x4 below 22 % of plain LIIF's multiply-adds; the shipped file has it in its mapper
+MAIN_ITERATIONS, ROUTING_ITERATIONS, LTE_ITERATIONS = 6000, 300, 3000
+ABLATION_ITERATIONS, ENCODER_ITERATIONS = 300, 200
 SHORT = 'train:ema_decay=0.98'  # over the last 50 steps: a short run has no time for the main rows' 250
 
 RDN = '{type: RDNEncoder, num_feat: 32, num_block: 4, num_conv: 4, growth: 16}'
@@ -39,7 +39,6 @@ class Row(NamedTuple):
     options: str  # options/<this>.yml
     iterations: int
     changes: tuple[str, ...] = ()  # as for --force_yml
-    cost_weight: float = 0.0  # of the test's routing
 
 
 def seeds(options: str, *changes: str, iterations: int = MAIN_ITERATIONS, numbers: tuple[int, ...] = (0, 1)
@@ -56,9 +55,14 @@ def main_rows() -> dict[str, Row]:
         'moeisr_lte': seeds('small_moeisr_lte', iterations=LTE_ITERATIONS, numbers=(0, )),
         'liif_equal_macs': seeds('small_liif', 'network_g:hidden_list=[256, 256]'),
     }
-    rows = {kind + seed: row for kind, by_seed in kinds.items() for seed, row in by_seed.items()}
-    return {name: row._replace(cost_weight=COST_WEIGHT) if name.startswith('moeisr_liif') else row
-            for name, row in rows.items()}
+    return {kind + seed: row for kind, by_seed in kinds.items() for seed, row in by_seed.items()}
+
+
+def routing_rows() -> dict[str, Row]:
+    """The trained MoEISR-LIIF rows with their mapper trained further: what is evaluated and shipped."""
+    return {f'moeisr_liif_routed_seed{seed}': Row('small_moeisr_liif_routing', ROUTING_ITERATIONS, (
+        f'manual_seed={seed}', f'path:pretrain_network_g=experiments/moeisr_liif_seed{seed}/models/net_g_latest.pth'))
+        for seed in (0, 1)}
 
 
 def ablation_rows() -> dict[str, Row]:
@@ -88,7 +92,7 @@ def encoder_rows() -> dict[str, Row]:
             for encoder, options in (('rdn', RDN), ('swinir', SWINIR)) for kind in ('liif', 'moeisr_liif')}
 
 
-ROWS = {**main_rows(), **ablation_rows(), **encoder_rows()}
+ROWS = {**main_rows(), **routing_rows(), **ablation_rows(), **encoder_rows()}
 
 
 def forced(row: Row, name: str) -> list[str]:
@@ -124,7 +128,7 @@ def test_options(name: str, args: argparse.Namespace) -> dict:
             'datasets': datasets,
             'path': {'pretrain_network_g': str(weights), 'strict_load_g': True,
                      'param_key_g': 'params_ema' if weights.suffix == '.pth' else 'params'},
-            'val': {**opt['val'], **control(row, args), 'save_img': args.pictures, 'save_expert_map': args.pictures,
+            'val': {**opt['val'], **control(args), 'save_img': args.pictures, 'save_expert_map': args.pictures,
                     'save_references': args.pictures}}
 
 
@@ -134,12 +138,9 @@ def wanted(dataset: str, sets: list[str] | None) -> bool:
                            for entry in sets)
 
 
-def control(row: Row, args: argparse.Namespace) -> dict:
-    """Keys of `val`. A model file has its routing in itself, a budget is another routing."""
-    cost_weight = args.cost_weight
-    if cost_weight is None and args.budget is None and not args.weights:
-        cost_weight = row.cost_weight or None
-    keys = {'budget': args.budget, 'cost_weight': cost_weight, 'precision': args.precision,
+def control(args: argparse.Namespace) -> dict:
+    """Keys of `val`."""
+    keys = {'budget': args.budget, 'cost_weight': args.cost_weight, 'precision': args.precision,
             'shuffle_experts': args.shuffle or None}
     return {key: value for key, value in keys.items() if value is not None}
 
@@ -163,7 +164,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument('--weights', help='a model file of the row in place of its checkpoint')
     sub.add_argument('--sets', nargs='+', help='only these, for example Set5 B100_x4 x2')
     sub.add_argument('--budget', type=float, help='decoder cost in fractions of the dearest expert everywhere')
-    sub.add_argument('--cost-weight', type=float, help="in place of the row's own; above 0 cheaper")
+    sub.add_argument('--cost-weight', type=float, help='above 0 cheaper than trained')
     sub.add_argument('--precision', choices=('fp32', 'bf16'))
     sub.add_argument('--shuffle', action='store_true', help='the chosen experts in random places: a control')
     sub.add_argument('--pictures', action='store_true', help='save images and expert maps')

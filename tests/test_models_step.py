@@ -1,5 +1,6 @@
 """One training step of the models: gradients, accumulation, EMA, draws, temperature, non-finite losses, precision."""
 import math
+import re
 
 import pytest
 import torch
@@ -110,6 +111,22 @@ def test_every_parameter_has_a_gradient_with_an_idle_expert():
         model.optimize_parameters(1)
         assert model.get_current_log()['load/expert_1'] == 0
         assert all(gradient is not None for gradient in gradients_of(model).values()), grad
+
+
+def test_only_the_parts_that_are_named_train():
+    model = build_model(model_options(**NESTED, **{
+        'train:trainable': ['decoder.mapper.query_out', 'encoder.conv_first.weight'], 'train:mapper_spread': 0}))
+    before = weights_of(model)
+    model.feed_data(query_batch())
+    model.optimize_parameters(1)
+    changed = {name for name, value in weights_of(model).items() if not torch.equal(value, before[name])}
+    assert changed == {'decoder.mapper.query_out.weight', 'decoder.mapper.query_out.bias', 'encoder.conv_first.weight'}
+
+
+def test_a_part_without_parameters_is_a_mistake():
+    words = "train: trainable: MoEISR has no parameters in 'decoder.maper'. Did you mean 'decoder.mapper'?"
+    with pytest.raises(UserError, match=re.escape(words)):
+        build_model(model_options(**{'train:trainable': ['decoder.mapper', 'decoder.maper']}))
 
 
 def test_draws_do_not_depend_on_the_number_of_ranks():

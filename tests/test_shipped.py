@@ -219,6 +219,17 @@ def test_a_checkpoint_becomes_a_shipped_model(script, weights, capsys):
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in tuned.state_dict().items())
 
 
+def test_the_card_tells_of_a_second_training(script, weights, capsys):
+    checkpoint_and_results()
+    Path('more.yml').write_text('train: {total_iter: 1500, trainable: [decoder.mapper]}\n')
+    assert script.main([*SHIP, '--then', 'more.yml']) == 0, capsys.readouterr().err
+    text = (weights / 'general.md').read_text()
+    assert '900 iterations' in text and '\nThen more.yml, 1,500 iterations of decoder.mapper.\n' in text
+    Path('more.yml').write_text('train: {}\n')
+    assert script.main([*SHIP, '--then', 'more.yml']) == 2
+    assert 'more.yml needs train: total_iter' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(('change', 'words'), [
     (lambda: checkpoint_and_results(results_of={**NETWORK, 'experts': [[4]]}), 'the results of another network'),
     (lambda: Path('tiny.yml').write_text('train: {total_iter: 5}'), 'tiny.yml needs datasets: train: scale_range'),

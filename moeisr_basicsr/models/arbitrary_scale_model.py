@@ -24,7 +24,7 @@ from .batch import Batch
 from .evaluation import Evaluated
 from .image_evaluation import ImageEvaluator
 from .non_finite import NonFiniteGuard
-from .optimizers import build_optimizer, build_scheduler, step_schedulers
+from .optimizers import build_optimizer, build_scheduler, keep_trainable, step_schedulers
 from .precision import Precision, compile_network
 from .validator import report, run_validation
 from .weights import bare_weights, load_weights
@@ -35,8 +35,8 @@ class ArbitraryScaleModel(SRModel):
     """SRModel for networks that answer queries at any position.
 
     Training items with `coord` and `cell` go through `net(lq, coord, cell)`, items without through `net(lq)`.
-    Beyond SRModel it reads from `train`: amp, tf32, channels_last, compile, accumulate, grad_clip, non_finite,
-    non_finite_limit, every torch.optim class and scheduler; from `val`: bicubic_baseline, protocols per metric.
+    Beyond SRModel it reads from `train`: trainable, amp, tf32, channels_last, compile, accumulate, grad_clip,
+    non_finite, non_finite_limit, every torch.optim class and scheduler; from `val`: bicubic_baseline, protocols per metric.
     """
 
     whole_batch_losses: tuple[str, ...] = ()  # losses of a part that already stand for the whole batch
@@ -53,6 +53,8 @@ class ArbitraryScaleModel(SRModel):
         net = self.precision.network(net.to(self.device))
         if not self.is_train:
             return net
+        if train_opt.get('trainable'):
+            keep_trainable(net, train_opt['trainable'])  # before DDP, which waits for every trainable gradient
         if train_opt.get('compile'):
             compile_network(net, train_opt['compile'])
         if self.opt['dist']:
@@ -83,12 +85,7 @@ class ArbitraryScaleModel(SRModel):
 
     def setup_optimizers(self) -> None:
         """The optimizer of `train: optim_g`."""
-        parameters = []
-        for name, parameter in self.net_g.named_parameters():
-            if parameter.requires_grad:
-                parameters.append(parameter)
-            else:
-                get_root_logger().warning(f'Parameter {name} will not be optimized.')
+        parameters = [parameter for parameter in self.net_g.parameters() if parameter.requires_grad]
         self.optimizer_g = build_optimizer(self.opt['train']['optim_g'], parameters)
         self.optimizers.append(self.optimizer_g)
 

@@ -56,6 +56,27 @@ def check_options(where: str, options: dict, classes: dict[str, type]) -> tuple[
     return classes[name], arguments
 
 
+def keep_trainable(net: nn.Module, parts: list[str]) -> None:
+    """Freeze all parameters but those of some parts, for example ['decoder.mapper'].
+
+    Raises:
+        UserError: A part has no parameters.
+    """
+    names = [name for name, _ in net.named_parameters()]
+    for part in parts:
+        if not any(is_in(name, part) for name in names):
+            modules = [name for name, module in net.named_modules() if name and next(module.parameters(), None) is not None]
+            raise UserError(f'train: trainable: {type(net).__name__} has no parameters in {part!r}.'
+                            f'{did_you_mean(part, modules)}')
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(any(is_in(name, part) for part in parts))
+
+
+def is_in(name: str, part: str) -> bool:
+    """Whether `part` is a parameter's name or that of a module that holds it."""
+    return name == part or name.startswith(f'{part}.')
+
+
 def build_optimizer(options: dict, params: Iterable[nn.Parameter]) -> Optimizer:
     """An optimizer from `{'type': 'AdamW', 'lr': 1e-4, ...}`.
 
