@@ -11,9 +11,10 @@ from moeisr_basicsr import shipped
 from moeisr_basicsr.analysis.baseline import bicubic
 from moeisr_basicsr.analysis.routing_stats import expert_loads
 from moeisr_basicsr.checkpoint import load_model, read_model
+from moeisr_basicsr.core import output_size
 from moeisr_basicsr.data.image_io import read_image, to_float
 from moeisr_basicsr.data.resize import imresize
-from moeisr_basicsr.inference import upscale
+from moeisr_basicsr.inference import evaluation, upscale
 from moeisr_basicsr.metrics.psnr_ssim_sr_metric import calculate_psnr_sr
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,14 +88,29 @@ def test_every_expert_works_and_none_does_everything(net):
 
 @pytest.mark.parametrize('factor', FACTORS)
 def test_bf16_gives_the_same_picture(net, factor):
-    """Where the routing agrees: rounded features let near ties of the mapper fall the other way, for few pixels."""
+    """To two levels of 8 bits, where the routing agrees: rounded features let near ties of the mapper fall the other way.
+
+    Most of the difference comes from the encoder in bf16.
+    """
     for path in PHOTOGRAPHS[:3]:
         lq = shrunk(middle(path), factor)
         exact, fast = (upscale(net, lq, scale=factor, precision=precision) for precision in ('fp32', 'bf16'))
         same = exact.expert_map == fast.expert_map
         assert same.float().mean() > 0.98
         difference = (exact.image.clamp(0, 1) - fast.image.clamp(0, 1)).abs().amax(dim=1)  # (1, R, S)
-        assert difference[same].max() < 4e-3 and difference.mean() < 1e-3
+        assert difference[same].max() < 2 / 255 and difference.mean() < 1e-3
+
+
+@pytest.mark.parametrize('factor', FACTORS)
+def test_the_decoder_in_bf16_from_the_same_features(net, factor):
+    with torch.no_grad():
+        lq = shrunk(middle(PHOTOGRAPHS[1]), factor)
+        feat, size = net.encode(lq), output_size(tuple(lq.shape[-2:]), factor)
+        exact = net.render(lq, feat, size)
+    with evaluation(net, 'cpu', 'bf16'):
+        fast = net.render(lq, feat, size)
+    assert (exact.expert_map == fast.expert_map).float().mean() >= 0.999  # the mapper is fp32 in both
+    assert (exact.output - fast.output).abs().max() < 4e-3
 
 
 def test_the_figures_of_the_metadata_are_true(net):
