@@ -127,6 +127,8 @@ def test_a_part_without_parameters_is_a_mistake():
     words = "train: trainable: MoEISR has no parameters in 'decoder.maper'. Did you mean 'decoder.mapper'?"
     with pytest.raises(UserError, match=re.escape(words)):
         build_model(model_options(**{'train:trainable': ['decoder.mapper', 'decoder.maper']}))
+    with pytest.raises(UserError, match='train: trainable: names no part'):
+        build_model(model_options(**{'train:trainable': []}))
 
 
 def test_draws_do_not_depend_on_the_number_of_ranks():

@@ -154,6 +154,8 @@ def test_no_value_in_any_place_ends_in_anything_but_a_message(text):
     ({'train:balance_opt:target': [[0.5, 0.5], [0.5, 0.2]], 'train:balance_opt:scale_bounds': [2]},
      'must be shares that add up to 1; got [0.5, 0.2]'),
     ({'train:balance_opt:target': [[0.5, 0.5], [1, 0]]}, 'must be shares for each of the 1 groups of scale_bounds; got 2'),
+    ({'train:balance_opt:target': [[0.5, 0.5], [1, 0]], 'train:balance_opt:scale_bounds': 2.5},
+     'scale_bounds: must be a list'),
     ({'train:balance_opt:target': [[0.5, 0.3, 0.2]], 'train:balance_opt:scale_bounds': []},
      'must have a share for each of the 2 experts; got 3'),
     ({'train:pixel_opt': None}, "a loss is missing: the key 'pixel_opt'"),

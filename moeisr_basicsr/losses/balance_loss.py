@@ -34,8 +34,8 @@ class MoEBalanceLoss(nn.Module):
     the real load, and the gradient reaches the mapper through the gates only.
 
     Args:
-        loss_weight: lambda. The paper's value is not known to us; 0.005 (the recipes in options) to 1 are sensible beside an L1 of
-            about 0.02.
+        loss_weight: lambda. The paper's value is not known to us; 0.005 (the recipes in options) to 1 are
+            sensible beside an L1 of about 0.02.
         target: 'uniform'; or the load of each expert, J fractions that add up to 1; or one number, the mean relative
             cost (1 = always the heaviest expert), a budget of multiply-adds. With scale_bounds also a list with the
             loads of each group.

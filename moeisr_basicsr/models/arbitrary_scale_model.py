@@ -36,7 +36,8 @@ class ArbitraryScaleModel(SRModel):
 
     Training items with `coord` and `cell` go through `net(lq, coord, cell)`, items without through `net(lq)`.
     Beyond SRModel it reads from `train`: trainable, amp, tf32, channels_last, compile, accumulate, grad_clip,
-    non_finite, non_finite_limit, every torch.optim class and scheduler; from `val`: bicubic_baseline, protocols per metric.
+    non_finite, non_finite_limit, every torch.optim class and scheduler; from `val`: bicubic_baseline, protocols per
+    metric.
     """
 
     whole_batch_losses: tuple[str, ...] = ()  # losses of a part that already stand for the whole batch
@@ -53,7 +54,7 @@ class ArbitraryScaleModel(SRModel):
         net = self.precision.network(net.to(self.device))
         if not self.is_train:
             return net
-        if train_opt.get('trainable'):
+        if train_opt.get('trainable') is not None:
             keep_trainable(net, train_opt['trainable'])  # before DDP, which waits for every trainable gradient
         if train_opt.get('compile'):
             compile_network(net, train_opt['compile'])

@@ -162,7 +162,7 @@ def balance_loss(data: dict) -> Problems:
     experts = section(data, 'network_g').get('experts')
     key = ('train', 'balance_opt', 'target')
     by_group = isinstance(target, list) and bool(target) and all(map(numbers, target))
-    if by_group and len(target) != len(bounds) + 1:
+    if by_group and numbers(bounds) and len(target) != len(bounds) + 1:
         yield key, f'must be shares for each of the {len(bounds) + 1} groups of scale_bounds; got {len(target)} lists.'
         return
     for shares in target if by_group else [target] if numbers(target) else []:
