@@ -26,8 +26,9 @@ from moeisr_basicsr.options import force  # noqa: E402
 
 OPTIONS = Path(__file__).resolve().parents[1] / 'options'
 TEST_OPTIONS = OPTIONS / 'test_small.yml'
-MAIN_ITERATIONS, ROUTING_ITERATIONS, LTE_ITERATIONS = 6000, 300, 3000
+MAIN_ITERATIONS, ROUTING_ITERATIONS, LTE_ITERATIONS = 6000, 600, 3000
 ABLATION_ITERATIONS, ENCODER_ITERATIONS = 300, 200
+CONTROL_WIDTHS = (64, 128, 176, 256)  # of two hidden layers; 128 takes the multiply-adds of MoEISR-LIIF
 SHORT = 'train:ema_decay=0.98'  # over the last 50 steps: a short run has no time for the main rows' 250
 
 RDN = '{type: RDNEncoder, num_feat: 32, num_block: 4, num_conv: 4, growth: 16}'
@@ -47,14 +48,15 @@ def seeds(options: str, *changes: str, iterations: int = MAIN_ITERATIONS, number
 
 
 def main_rows() -> dict[str, Row]:
-    """Dense and MoE decoders of both families, and the control: one dense decoder of MoEISR-LIIF's MACs."""
+    """Dense and MoE decoders of both families, and the controls: smaller dense decoders, one of MoEISR-LIIF's MACs."""
     kinds = {
         'liif': seeds('small_liif'),
         'moeisr_liif': seeds('small_moeisr_liif'),
-        'lte': seeds('small_lte', iterations=LTE_ITERATIONS, numbers=(0, )),
-        'moeisr_lte': seeds('small_moeisr_lte', iterations=LTE_ITERATIONS, numbers=(0, )),
-        'liif_equal_macs': seeds('small_liif', 'network_g:hidden_list=[256, 256]'),
+        'lte': seeds('small_lte', iterations=LTE_ITERATIONS),
+        'moeisr_lte': seeds('small_moeisr_lte', iterations=LTE_ITERATIONS),
     }
+    kinds |= {f'liif_2x{width}': seeds('small_liif', f'network_g:hidden_list=[{width}, {width}]')
+              for width in CONTROL_WIDTHS}
     return {kind + seed: row for kind, by_seed in kinds.items() for seed, row in by_seed.items()}
 
 

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moeisr_basicsr.core.control import route_by_cost
-from moeisr_basicsr.core.routing import gumbel_noise, route_gumbel
+from moeisr_basicsr.core.routing import gumbel_noise, route_fitted, route_gumbel
 
 KEY = {'seed': 7, 'iteration': 11, 'slot': 2}
 
@@ -142,3 +142,18 @@ def test_cost_never_rises_with_kappa(logits, costs, steps):
     for dearer, cheaper in zip(chosen[:-1], chosen[1:]):
         assert (cheaper <= dearer).all()
     assert (chosen[0] == costs.max()).all() and (chosen[-1] == costs.min()).all()
+
+
+def test_a_fitted_routing_teaches_the_offsets_only():
+    """The choice is the test's; the gates' gradient is that of the softmax, and ends at the offsets."""
+    scores = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    offset = torch.tensor([0.3, 0.0, -0.2], requires_grad=True)
+    routing = route_fitted(scores + offset, offset)
+    assert torch.equal(routing.expert, (scores + offset).argmax(dim=-1))
+    torch.testing.assert_close(routing.gates, F.one_hot(routing.expert, 3).float())
+    weight = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(1))
+    (routing.gates * weight).sum().backward()
+    assert scores.grad is None
+    prob = (scores + offset).detach().softmax(dim=-1)
+    by_hand = prob * (weight - (weight * prob).sum(dim=-1, keepdim=True))
+    torch.testing.assert_close(offset.grad, by_hand.sum(dim=(0, 1)))

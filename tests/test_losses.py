@@ -242,3 +242,24 @@ def test_with_a_routing_weight_the_pixel_loss_leaves_the_mapper_alone(routing_we
 def test_experts_loss_weights_are_not_negative(weights):
     with pytest.raises(ValueError, match='must not be negative'):
         MoEExpertLoss(*weights)
+
+
+def test_fit_by_hand():
+    """Score by score, up to what is the same for all experts: half the gap of both relative losses in units of .01."""
+    answers, gt, gates = expert_case()
+    scale = torch.tensor([[2.0, 4.0]])  # relative errors .1 .05 of query 0, .15 .025 of query 1
+    loss = MoEExpertLoss(0.0, routing_weight=3.0, fit_temperature=0.01)
+    scores = torch.zeros(1, 2, 2, requires_grad=True)
+    value = loss(answers, gt, gates, COSTS[:2], scale, scores)
+    assert float(value.detach()) == pytest.approx(3.0 * (2.5**2 + 6.25**2) / 2)
+    value.backward()
+    torch.testing.assert_close(scores.grad, torch.tensor([[[2.5, -2.5], [6.25, -6.25]]]) * 3.0 * 2 / 4)
+    assert gates.grad is None and not answers.grad.any()  # the fit teaches the mapper only
+    best = torch.tensor([[[7.0, 12.0], [-15.0, -2.5]]])  # -relative / .01, plus 17 and 0
+    assert float(loss(answers, gt, gates, COSTS[:2], scale, best)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize('temperature, weight', [(0.0, 1.0), (-1e-4, 1.0), (1e-4, 0.0)])
+def test_a_fit_needs_a_temperature_and_a_weight(temperature, weight):
+    with pytest.raises(ValueError, match='fit_temperature must be above 0 and needs a routing_weight above 0'):
+        MoEExpertLoss(1.0, routing_weight=weight, fit_temperature=temperature)

@@ -79,6 +79,52 @@ def test_the_loss_of_all_experts_follows_the_written_one(skip):
         torch.testing.assert_close(gradient, dict(net.named_parameters())[name].grad, msg=name)
 
 
+FITTED = {'type': 'MoEExpertLoss', 'loss_weight': 0.3, 'routing_weight': 1e-3, 'fit_temperature': 1e-2}
+
+
+def test_a_fitted_mapper_follows_the_written_one():
+    """Scores by least squares, offsets by the balance loss at the routing of the test, and no noise."""
+    options = change(model_options(**NESTED), {'train:experts_opt': FITTED})
+    batch = query_batch()
+    first, other = build_twice(options, options)
+    for net in (first.net_g, other.net_g):
+        with torch.no_grad():  # both experts are in use
+            logits = net.decoder.logits(net.encode(batch['lq']), batch['coord'], batch['cell'])  # (4, 40, 2)
+            net.decoder.mapper.query_out.bias[1] += (logits[..., 0] - logits[..., 1]).median()
+    first.feed_data(batch)
+    first.optimize_parameters(1)
+
+    net = other.net_g
+    mapper = net.decoder.mapper
+    logits = net.decoder.logits(net.encode(batch['lq']), batch['coord'], batch['cell'])
+    chosen = torch.nn.functional.one_hot(logits.argmax(dim=-1), 2)
+    assert 0 < chosen[..., 0].float().mean() < 1
+    alone, offset = [], mapper.query_out.bias.detach().clone()
+    net.eval()
+    for j in range(2):  # an offset that leaves no choice
+        with torch.no_grad():
+            mapper.query_out.bias[j] += 1e6
+        alone.append(net(batch['lq'], batch['coord'], batch['cell']) - batch['gt'])
+        with torch.no_grad():
+            mapper.query_out.bias.copy_(offset)
+    net.train()
+    error = torch.stack([gap.abs().mean(dim=-1) for gap in alone], dim=-1)  # (4, 40, 2)
+    routed = (torch.stack(alone, dim=2) * chosen[..., None]).sum(dim=2)
+    scale = (2 / (batch['cell'] * torch.tensor(batch['lq'].shape[-2:]))).prod(dim=-1).sqrt()
+    target = -error.detach() / scale[..., None] / 1e-2
+    scores = logits - mapper.query_out.bias
+    fit = ((scores - scores.mean(-1, keepdim=True)) - (target - target.mean(-1, keepdim=True))).square().mean()
+    share = torch.softmax(logits.detach() + mapper.query_out.bias - mapper.query_out.bias.detach(), dim=-1)
+    load = (chosen + share - share.detach()).mean(dim=(0, 1))
+    loss = routed.abs().mean() + 0.3 * error.mean() + 1e-3 * fit + 0.5 * 2 * (load - 0.5).square().sum()
+    loss.backward()
+    log = first.get_current_log()
+    assert log['load/expert_0'] == pytest.approx(chosen[..., 0].float().mean().item())
+    assert log['l_experts'] == pytest.approx((0.3 * error.mean() + 1e-3 * fit).item(), rel=1e-4)
+    for name, gradient in gradients_of(first).items():
+        torch.testing.assert_close(gradient, dict(net.named_parameters())[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_the_loss_of_all_experts_needs_all_answers():
     with pytest.raises(UserError, match='experts_opt needs training that runs every expert on every query'):
         build_model(model_options(**NESTED, **{'network_g:expert_grad': 'sampled'}))
@@ -121,6 +167,25 @@ def test_only_the_parts_that_are_named_train():
     model.optimize_parameters(1)
     changed = {name for name, value in weights_of(model).items() if not torch.equal(value, before[name])}
     assert changed == {'decoder.mapper.query_out.weight', 'decoder.mapper.query_out.bias', 'encoder.conv_first.weight'}
+
+
+def test_a_part_that_restarts_does_not_start_from_the_pretrained_weights(tmp_path):
+    trained = build_model(model_options(**NESTED))
+    torch.save({'params': trained.net_g.state_dict(), 'params_ema': trained.net_g.state_dict()}, tmp_path / 'net_g.pth')
+    start = {'path:pretrain_network_g': str(tmp_path / 'net_g.pth'), 'train:ema_decay': 0.9, 'manual_seed': 8}
+    torch.manual_seed(8)
+    model = build_model(model_options(**NESTED, **start, **{'train:restart': ['decoder.mapper']}))
+    own, averaged, old = (net.state_dict() for net in (model.net_g, model.net_g_ema, trained.net_g))
+    fresh = {name for name, value in own.items() if not torch.equal(value, old[name])}
+    assert 'decoder.mapper.query_in.weight' in fresh and all(name.startswith('decoder.mapper.') for name in fresh)
+    assert all(torch.equal(value, averaged[name]) for name, value in own.items())
+
+    with pytest.raises(UserError, match="train: restart: MoEISR has no parameters in 'mapper'"):
+        build_model(model_options(**NESTED, **start, **{'train:restart': ['mapper']}))
+    # A resumed run goes on with the weights that it had.
+    resumed = build_model(model_options(**NESTED, **start, **{'train:restart': ['decoder.mapper'],
+                                                              'path:resume_state': 'some.state'}))
+    assert all(torch.equal(value, old[name]) for name, value in resumed.net_g.state_dict().items())
 
 
 def test_a_part_without_parameters_is_a_mistake():

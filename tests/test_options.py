@@ -145,6 +145,8 @@ def test_no_value_in_any_place_ends_in_anything_but_a_message(text):
      'experts_opt: needs training that runs every expert on every query'),
     ({'train:experts_opt': {'type': 'MoEExpertLoss'}, 'network_g:experts': [[8], [8, 8]], 'network_g:shared_layers': 1},
      'naive, or exact with shared_layers: 2'),
+    ({'train:experts_opt': {'type': 'MoEExpertLoss', 'fit_temperature': 1e-4}, 'network_g:expert_grad': 'naive'},
+     'fit_temperature: needs a routing_weight above 0'),
     ({'train:experts_opt': {'type': 'L1Loss'}, 'network_g:expert_grad': 'naive'}, 'must be MoEExpertLoss, or a loss of'),
     ({'train:balance_opt:target': 'equal'}, 'balance_opt: target: must be one of uniform'),
     ({'train:balance_opt:target': 1.5}, 'balance_opt: target: must be one of uniform'),

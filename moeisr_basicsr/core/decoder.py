@@ -18,7 +18,7 @@ from .liif import LIIFExperts
 from .lte import LTEExperts
 from .mapper import Mapper
 from .queries import Queries, make_queries
-from .routing import SMALLEST, Routing, route_gumbel
+from .routing import SMALLEST, Routing, route_fitted, route_gumbel
 
 FAMILIES = {'liif': LIIFExperts, 'lte': LTEExperts}
 EXPERT_GRADS = ('exact', 'naive', 'sampled')
@@ -47,6 +47,10 @@ class MoEDecoder(nn.Module):
         sample_rate: rho of 'sampled'.
         zero_init_last: See `Expert`.
         **family_options: Options of the family (both: shared_layers; lte: hidden_dim).
+
+    Attributes:
+        scores_are_fitted: Whether a loss fits the mapper's scores to the experts' losses. Training then routes as the test
+            does, and the gates' gradient ends at the mapper's offsets.
     """
 
     def __init__(self, in_channels: int, out_channels: int = 3, family: str = 'liif',
@@ -68,6 +72,7 @@ class MoEDecoder(nn.Module):
         self.tau = tau
         self.expert_grad = expert_grad
         self.sample_rate = sample_rate
+        self.scores_are_fitted = False
         self.pool = FAMILIES[family](in_channels, out_channels, experts, zero_init_last=zero_init_last,
                                      **family_options)
         self.mapper = Mapper(in_channels, len(experts), **(mapper or {})) if len(experts) > 1 else None
@@ -131,6 +136,8 @@ class MoEDecoder(nn.Module):
             return Routing(torch.zeros(tuple(shape), dtype=torch.long, device=device), None, None)
         if not self.training:
             return Routing(logits.argmax(dim=-1), None, logits)
+        if self.scores_are_fitted:
+            return route_fitted(logits, self.mapper.offset)
         if noise is None:
             noise = -torch.empty_like(logits).exponential_().clamp_(min=SMALLEST).log()
         return route_gumbel(logits, noise.to(logits), self.tau if tau is None else tau)

@@ -66,6 +66,11 @@ class Mapper(nn.Module):
         """Number of convolutions, which is also the halo in LR cells."""
         return len(self.convs) // 2
 
+    @property
+    def offset(self) -> Tensor:
+        """(J,) what is added to an expert's score everywhere."""
+        return self.query_out.bias
+
     def table(self, feat: Tensor) -> Tensor:
         """The part of the query layer that depends on the features only: (B, T, D), bias included."""
         with torch.autocast(feat.device.type, enabled=False), full_fp32(feat.device):

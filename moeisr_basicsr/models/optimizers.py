@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import torch
 from basicsr.models import lr_scheduler as basicsr_schedulers
-from basicsr.utils import get_root_logger
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -55,31 +54,6 @@ def check_options(where: str, options: dict, classes: dict[str, type]) -> tuple[
             raise UserError(f'{where}: {name} has no option {key!r}; it has {", ".join(known)}.'
                             f'{did_you_mean(key, known)}')
     return classes[name], arguments
-
-
-def keep_trainable(net: nn.Module, parts: list[str]) -> None:
-    """Freeze all parameters but those of some parts, for example ['decoder.mapper'].
-
-    Raises:
-        UserError: A part has no parameters, or no part is named.
-    """
-    if not parts:
-        raise UserError('train: trainable: names no part; leave it out to train the whole network.')
-    names = [name for name, _ in net.named_parameters()]
-    for part in parts:
-        if not any(is_in(name, part) for name in names):
-            modules = [name for name, module in net.named_modules() if name and any(True for _ in module.parameters())]
-            raise UserError(f'train: trainable: {type(net).__name__} has no parameters in {part!r}.'
-                            f'{did_you_mean(part, modules)}')
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(any(is_in(name, part) for part in parts))
-    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
-    get_root_logger().info(f'Only {", ".join(parts)} will train: {trained:,} parameters.')
-
-
-def is_in(name: str, part: str) -> bool:
-    """Whether `part` is a parameter's name or that of a module that holds it."""
-    return name == part or name.startswith(f'{part}.')
 
 
 def build_optimizer(options: dict, params: Iterable[nn.Parameter]) -> Optimizer:

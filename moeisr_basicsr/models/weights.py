@@ -1,5 +1,6 @@
 """Weights in and out of files, without ever running code from a file."""
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from basicsr.utils import get_root_logger
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from moeisr_basicsr.checkpoint import read_safetensors
 from moeisr_basicsr.compat import load_torch_file
 from moeisr_basicsr.errors import UserError
+
+from .parts import is_in
 
 
 def bare_weights(net: nn.Module) -> dict[str, Tensor]:
@@ -43,17 +46,18 @@ def read_weights(path: str | os.PathLike, param_key: str | None = 'params') -> d
 
 
 def load_weights(net: nn.Module, path: str | os.PathLike, strict: bool = True,
-                 param_key: str | None = 'params') -> None:
+                 param_key: str | None = 'params', leave_out: Sequence[str] = ()) -> None:
     """Fill `net` from a file.
 
     Args:
         strict: Every parameter must be there with its shape; otherwise what does not fit is named and left out.
+        leave_out: Parts of the network that keep the weights they have.
 
     Raises:
         UserError: See `read_weights`; or names or shapes differ under `strict`.
     """
-    weights = read_weights(path, param_key)
-    own = net.state_dict()
+    weights = {name: value for name, value in read_weights(path, param_key).items() if not is_in(name, leave_out)}
+    own = {name: value for name, value in net.state_dict().items() if not is_in(name, leave_out)}
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     other = sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
     if strict and (missing or extra or other):

@@ -146,6 +146,8 @@ def experts_loss(data: dict) -> Problems:
     entry = registered('LOSS', loss['type']) if isinstance(loss.get('type'), str) else None
     if entry is not None and is_known(entry) and loss['type'] != 'MoEExpertLoss':
         yield ('train', 'experts_opt', 'type'), f'must be MoEExpertLoss, or a loss of your own; got {loss["type"]}.'
+    if loss.get('fit_temperature') is not None and not loss.get('routing_weight'):
+        yield ('train', 'experts_opt', 'fit_temperature'), 'needs a routing_weight above 0, the weight of the fit.'
     kind, experts, shared = (network.get(key) for key in ('expert_grad', 'experts', 'shared_layers'))
     deepest = max(map(len, experts), default=0) if isinstance(experts, list) and all(map(numbers, experts)) else 4
     if kind != 'naive' and (kind == 'sampled' or not isinstance(shared, int) or shared < deepest):

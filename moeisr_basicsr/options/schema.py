@@ -125,6 +125,7 @@ TRAIN: Table = {
 
 TRAIN_OURS: Table = {
     'trainable': Key(ListOf(Text()), 'parts of the network that train, such as decoder.mapper', null=True),
+    'restart': Key(ListOf(Text()), 'parts of the network that do not start from path: pretrain_network_g', null=True),
     'amp': Key(Choice(('none', 'bf16', 'fp16')), 'number format of the network in training', null=True),
     'accumulate': Key(POSITIVE, 'parts that a batch is cut into, to save memory; the gradient stays the same'),
     'grad_clip': Key(Number(above=0), 'largest norm of the gradient', null=True),

@@ -42,6 +42,7 @@ LIMITS: dict[str, Kind] = {
     'loss_weight': Number(least=0),
     'routing_weight': Number(least=0),
     'depth_emphasis': Number(least=0),
+    'fit_temperature': Number(above=0),
     'scale_bounds': ListOf(Number(above=1)),
     'target': AnyOf((Choice(('uniform', )), Number(above=0, most=1), ListOf(SHARE), ListOf(ListOf(SHARE)))),
     'protocol': Choice(('benchmark', 'div2k')),
