@@ -29,6 +29,10 @@ TEST_OPTIONS = OPTIONS / 'test_small.yml'
 MAIN_ITERATIONS, ROUTING_ITERATIONS, LTE_ITERATIONS = 6000, 600, 3000
 ABLATION_ITERATIONS, ENCODER_ITERATIONS = 300, 200
 CONTROL_WIDTHS = (64, 128, 176, 256)  # of two hidden layers; 128 takes the multiply-adds of MoEISR-LIIF
+# Experts of one to four hidden layers as exits of one network.
+NESTED = ('network_g:experts=[[256], [256, 256], [256, 256, 256], [256, 256, 256, 256]]', 'network_g:shared_layers=4',
+          'network_g:expert_grad=exact')
+NESTED_SHARES = 'train:balance_opt:target=[[.28, .54, .10, .08], [.34, .45, .12, .09], [.44, .36, .11, .09]]'
 SHORT = 'train:ema_decay=0.98'  # over the last 50 steps: a short run has no time for the main rows' 250
 
 RDN = '{type: RDNEncoder, num_feat: 32, num_block: 4, num_conv: 4, growth: 16}'
@@ -52,8 +56,9 @@ def main_rows() -> dict[str, Row]:
     kinds = {
         'liif': seeds('small_liif'),
         'moeisr_liif': seeds('small_moeisr_liif'),
-        'lte': seeds('small_lte', iterations=LTE_ITERATIONS),
-        'moeisr_lte': seeds('small_moeisr_lte', iterations=LTE_ITERATIONS),
+        'nested_liif': seeds('small_moeisr_liif', *NESTED, NESTED_SHARES),
+        'lte': seeds('small_lte', iterations=LTE_ITERATIONS, numbers=(0, )),
+        'moeisr_lte': seeds('small_moeisr_lte', iterations=LTE_ITERATIONS, numbers=(0, )),
     }
     kinds |= {f'liif_2x{width}': seeds('small_liif', f'network_g:hidden_list=[{width}, {width}]')
               for width in CONTROL_WIDTHS}
@@ -61,14 +66,18 @@ def main_rows() -> dict[str, Row]:
 
 
 def routing_rows() -> dict[str, Row]:
-    """The trained MoEISR-LIIF rows with their mapper trained further: what is evaluated and shipped."""
-    return {f'moeisr_liif_routed_seed{seed}': Row('small_moeisr_liif_routing', ROUTING_ITERATIONS, (
-        f'manual_seed={seed}', f'path:pretrain_network_g=experiments/moeisr_liif_seed{seed}/models/net_g_latest.pth'))
-        for seed in (0, 1)}
+    """The trained MoEISR-LIIF rows with a mapper fitted to them: what is evaluated and shipped."""
+    def fitted(kind: str, seed: int, *changes: str) -> Row:
+        weights = f'path:pretrain_network_g=experiments/{kind}_seed{seed}/models/net_g_latest.pth'
+        return Row('small_moeisr_liif_routing', ROUTING_ITERATIONS, (f'manual_seed={seed}', weights, *changes))
+
+    return {f'{kind}_routed_seed{seed}': fitted(kind, seed, *changes)
+            for kind, changes in (('moeisr_liif', ()), ('nested_liif', NESTED)) for seed in (0, 1)}
 
 
 def ablation_rows() -> dict[str, Row]:
-    """One choice changed at a time. Experts that share less run the paper's routing, by straight-through gradients."""
+    """One choice of the nested row changed at a time. Experts that share less run the paper's routing, by straight-through
+    gradients."""
     straight_through = ('network_g:expert_grad=sampled', 'train:experts_opt=~')
     annealed = f'{{type: linear, start: 5.0, end: 0.5, total_iter: {ABLATION_ITERATIONS}}}'
     changes = {
@@ -84,14 +93,15 @@ def ablation_rows() -> dict[str, Row]:
         'shared_first_layer': ('network_g:shared_layers=1', *straight_through),
         'own_layers': ('network_g:shared_layers=0', *straight_through),
     }
-    return {f'ablation_{name}': Row('small_moeisr_liif', ABLATION_ITERATIONS, (SHORT, *change))
+    return {f'ablation_{name}': Row('small_moeisr_liif', ABLATION_ITERATIONS, (SHORT, *NESTED, NESTED_SHARES, *change))
             for name, change in changes.items()}
 
 
 def encoder_rows() -> dict[str, Row]:
     """Few iterations on other encoders: that the method works there, not how well."""
-    return {f'{encoder}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, (SHORT, f'network_g:encoder={options}'))
-            for encoder, options in (('rdn', RDN), ('swinir', SWINIR)) for kind in ('liif', 'moeisr_liif')}
+    return {f'{encoder}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, (SHORT, f'network_g:encoder={options}', *changes))
+            for encoder, options in (('rdn', RDN), ('swinir', SWINIR))
+            for kind, changes in (('liif', ()), ('moeisr_liif', (*NESTED, NESTED_SHARES)))}
 
 
 ROWS = {**main_rows(), **routing_rows(), **ablation_rows(), **encoder_rows()}
