@@ -108,7 +108,8 @@ def test_rows_are_complete_options_for_evaluation(tmp_path, monkeypatch):
         assert opt['val']['budget'] == 0.2 and 'precision' not in opt['val']
         assert yaml.safe_load(json.dumps(opt)) == opt
     networks = {name: small_rows.test_options(name, args)['network_g'] for name in small_rows.ROWS}
-    assert networks['liif_seed0'] == networks['liif_seed1'] != networks['liif_equal_macs_seed0']
+    assert networks['liif_seed0'] == networks['liif_seed1'] != networks['liif_2x128_seed0']
+    assert networks['nested_liif_routed_seed0'] == networks['nested_liif_seed1'] != networks['moeisr_liif_seed1']
     assert networks['ablation_mapper_1_layer']['mapper']['num_layers'] == 1
     assert networks['swinir_liif']['encoder']['type'] == 'SwinIREncoder'
 
