@@ -3,7 +3,7 @@
     python scripts/small_rows.py list
     python scripts/small_rows.py train liif_seed0 moeisr_liif_seed0 moeisr_liif_routed_seed0
     python scripts/small_rows.py test liif_seed0 moeisr_liif_routed_seed0
-    python scripts/small_rows.py test moeisr_liif_routed_seed0 --cost-weight 30 --sets Set5 B100 --suffix _cost_weight_30
+    python scripts/small_rows.py test moeisr_liif_routed_seed0 --cost-weight 2 --sets Set5 B100 --suffix _cost_weight_2
 
 Run from the folder that holds `datasets` (see options/test_small.yml and scripts/make_training_set.py). A row is an
 options file with a few changes; all rows share data, iterations and seeds. Each command is printed as the `basicsr`
@@ -76,8 +76,10 @@ def routing_rows() -> dict[str, Row]:
 
 
 def ablation_rows() -> dict[str, Row]:
-    """One choice of the nested row changed at a time. Experts that share less run the paper's routing, by straight-through
-    gradients."""
+    """One choice of the nested row changed at a time.
+
+    Experts that share less run the paper's routing, by straight-through gradients.
+    """
     straight_through = ('network_g:expert_grad=sampled', 'train:experts_opt=~')
     annealed = f'{{type: linear, start: 5.0, end: 0.5, total_iter: {ABLATION_ITERATIONS}}}'
     changes = {
@@ -99,8 +101,8 @@ def ablation_rows() -> dict[str, Row]:
 
 def encoder_rows() -> dict[str, Row]:
     """Few iterations on other encoders: that the method works there, not how well."""
-    return {f'{encoder}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, (SHORT, f'network_g:encoder={options}', *changes))
-            for encoder, options in (('rdn', RDN), ('swinir', SWINIR))
+    return {f'{name}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, (SHORT, f'network_g:encoder={encoder}', *changes))
+            for name, encoder in (('rdn', RDN), ('swinir', SWINIR))
             for kind, changes in (('liif', ()), ('moeisr_liif', (*NESTED, NESTED_SHARES)))}
 
 

@@ -62,7 +62,7 @@ class MoEISRModel(ArbitraryScaleModel):
                                 'naive, or exact with shared_layers as many as the deepest expert has.')
             self.cri_experts = build_loss(train_opt['experts_opt']).to(self.device)
             net.decoder.scores_are_fitted = getattr(self.cri_experts, 'fit_temperature', None) is not None
-        # A pretrained mapper keeps its scale, a fitted one has its own; a resumed run does not come by the first iteration.
+        # A pretrained mapper keeps its scale, a fitted one has its own; a resumed run never sees the first iteration.
         fresh = self.opt['path'].get('pretrain_network_g') is None and not net.decoder.scores_are_fitted
         self.mapper_spread = float(train_opt.get('mapper_spread', 1.0)) if fresh else 0.0
         self.temperature = train_opt.get('temperature')
@@ -133,8 +133,8 @@ class MoEISRModel(ArbitraryScaleModel):
         if self.cri_experts is not None:
             gt = part.gt if part.coord is not None else part.gt.flatten(2).transpose(1, 2)  # (B, Q, C)
             decoder = self.get_bare_model(self.net_g).decoder
-            fitted = {'scores': routing.logits - decoder.mapper.offset} if decoder.scores_are_fitted else {}
-            losses['l_experts'] = self.cri_experts(answers, gt, routing.gates, self.expert_costs, scale_of(part), **fitted)
+            fit = {'scores': routing.logits - decoder.mapper.offset} if decoder.scores_are_fitted else {}
+            losses['l_experts'] = self.cri_experts(answers, gt, routing.gates, self.expert_costs, scale_of(part), **fit)
         if self.cri_balance is not None:
             gates = torch.cat([*draws.before, routing.gates, *draws.after])
             losses['l_balance'] = self.cri_balance(gates, self.expert_costs, draws.scale)
