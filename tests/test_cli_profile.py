@@ -5,8 +5,9 @@ import pytest
 import torch
 import yaml
 from moeisr_basicsr.analysis import schema
-from moeisr_basicsr.analysis.complexity import decoder_macs, dense_plain_macs, encoder_macs, parameters
-from moeisr_basicsr.archs.moeisr_arch import MoEISR
+from moeisr_basicsr.analysis.complexity import (decoder_macs, dense_folded_macs, dense_plain_macs, encoder_macs,
+                                                parameters)
+from moeisr_basicsr.archs.moeisr_arch import LIIF, MoEISR
 from moeisr_basicsr.checkpoint import save_model
 from moeisr_basicsr.cli import main
 from moeisr_basicsr.inference import upscale
@@ -79,6 +80,21 @@ def test_model_file_image_and_budget(tmp_path):
     assert abs(row['routing']['mean_cost'] - 0.6) < 0.01
     assert row['lq_size'] == [8, 10] and row['budget'] == 0.6 and 'dense_plain' not in row['time_ms']
     assert results['model']['file'].endswith('net.safetensors')
+
+
+def test_dense_decoder_of_other_widths(options, tmp_path, capsys):
+    """The baseline is the dense network of those widths: its multiply-adds, and times of its own."""
+    target = tmp_path / 'out.json'
+    assert main(['profile', '-opt', options(MOEISR), '--lq-size', '6x9', '--scale', '2', '--repeats', '1', '--device',
+                 'cpu', '--dense-hidden', '24', '16', '--json', str(target)]) == 0
+    row, = schema.load(target)['rows']
+    liif = LIIF(MOEISR['encoder'], hidden_list=[24, 16])
+    assert row['macs']['dense_plain'] == dense_plain_macs(liif.decoder, (6, 9), (12, 18))
+    assert row['macs']['dense_folded'] == dense_folded_macs(liif.decoder, (6, 9), (12, 18))
+    assert row['macs']['each_expert'] == build(MOEISR).expert_macs
+    assert row['time_ms']['dense_plain'] > 0 and row['time_ms']['dense_folded'] > 0
+    assert main(['profile', '-opt', options(MOEISR), '--train', '--dense-hidden', '8']) == 2
+    assert '--dense-hidden belongs to the profile of upscaling' in capsys.readouterr().err
 
 
 def test_dense_network_has_no_mapper(options, tmp_path, capsys):

@@ -179,6 +179,18 @@ def test_costs_and_routing(page_of):
     assert {'Quality', 'Cost', 'Quality against cost', 'Routing'} == set(page.headings)  # no pictures, no section
 
 
+def test_shares_of_the_dense_cost_are_of_the_baseline(page_of):
+    """Whose own dense decoder is smaller or unknown says nothing of what it costs beside the baseline."""
+    dense = results('dense', image_row(macs=MACS))
+    small = results('moe', image_row(macs={**MACS, 'dense_plain': 600.0, 'dense_folded': 300.0}))
+    rows = page_of(small, dense, baseline='dense').table('Set: thousand multiply-adds')
+    assert [row[6:8] for row in rows[2:]] == [['25.0', '50.0'], ['25.0', '50.0']]
+    rows = page_of(small, dense).table('Set: thousand multiply-adds')
+    assert [row[6:8] for row in rows[2:]] == [['100.0', '200.0'], ['100.0', '200.0']]
+    rows = page_of(results('foreign', image_row()), dense).table('Set: thousand multiply-adds')
+    assert rows[2][6:8] == ['–', '–']  # the baseline's multiply-adds are not known
+
+
 def test_profiles(page_of):
     row = {'case': 'profile', 'scale': [4, 4], 'lq_size': [8, 9], 'size': [32, 36], 'budget': 0.3, 'macs': MACS,
            'time_ms': {'encode': 1.0, 'total': 4.0}, 'peak_mib': {'total': None}}

@@ -94,6 +94,20 @@ def heaviest(decoder: MoEDecoder) -> int:
     return max(range(decoder.num_experts), key=lambda j: decoder.expert_macs[j])
 
 
+def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int] | None = None) -> MoEDecoder:
+    """A decoder of the same family and features with one expert of random weights, to measure against.
+
+    Args:
+        decoder: Of any number of experts.
+        hidden: Hidden widths of that expert; None for those of the heaviest.
+    """
+    pool = decoder.pool
+    if hidden is None:
+        hidden = [layer.out_features for layer in pool.linears(heaviest(decoder))[:-1]]
+    family_options = {'hidden_dim': pool.hidden_dim} if decoder.family == 'lte' else {}
+    return MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [hidden], **family_options).eval()
+
+
 def dense_folded_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[int, int]) -> float:
     """MACs per output pixel of the heaviest expert alone, folded as here: its LR tables and its queries."""
     j = heaviest(decoder)
@@ -137,13 +151,18 @@ def encoder_macs_of(encoder: nn.Module, lq_size: tuple[int, int]) -> int:
     return encoder_macs(encoder, lq_size, in_channels)
 
 
-def macs_per_pixel(net: nn.Module, lq_size: tuple[int, int], size: tuple[int, int], loads: Sequence[float]) -> dict:
-    """The `macs` of a results row (see `schema`): per output pixel by part, as routed; `loads` as in `DecoderMacs`."""
+def macs_per_pixel(net: nn.Module, lq_size: tuple[int, int], size: tuple[int, int], loads: Sequence[float],
+                   dense: MoEDecoder | None = None) -> dict:
+    """The `macs` of a results row (see `schema`): per output pixel by part, as routed; `loads` as in `DecoderMacs`.
+
+    The heaviest expert of `dense` is the baseline, of the network's own decoder where it is not given.
+    """
+    dense = dense or net.decoder
     parts = decoder_macs(net.decoder, lq_size, size)
     encoder = encoder_macs_of(net.encoder, lq_size) / (size[0] * size[1])
     return {'encoder': encoder, 'mapper': parts.mapper, 'tables': parts.tables, 'experts': parts.experts_at(loads),
-            'total': encoder + parts.total(loads), 'dense_folded': dense_folded_macs(net.decoder, lq_size, size),
-            'dense_plain': dense_plain_macs(net.decoder, lq_size, size), 'each_expert': parts.experts}
+            'total': encoder + parts.total(loads), 'dense_folded': dense_folded_macs(dense, lq_size, size),
+            'dense_plain': dense_plain_macs(dense, lq_size, size), 'each_expert': parts.experts}
 
 
 def parameters(net: nn.Module) -> Parameters:

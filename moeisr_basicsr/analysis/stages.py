@@ -12,7 +12,7 @@ from moeisr_basicsr.core.render import TORCH, Backend, FeatureWindow, Renderer
 from moeisr_basicsr.inference import evaluation, make_control, upscale_strips
 from moeisr_basicsr.kernels import fused_backend
 
-from .complexity import heaviest, macs_per_pixel
+from .complexity import dense_decoder, macs_per_pixel
 from .measure import interleaved_ms, peak_mib
 from .plain import CHUNK, plain_image
 from .rendering import render_fixed
@@ -28,6 +28,7 @@ class Setting(NamedTuple):
     budget: float | None = None
     fused: bool = True  # use the fused kernels where they run
     plain: bool = True  # measure the plain dense decoder too
+    dense_hidden: tuple[int, ...] | None = None  # hidden widths of the dense decoder; None for the heaviest expert's
     repeats: int = 5
 
 
@@ -50,6 +51,8 @@ class Stages:
         fused = fused_backend(self.decoder, self.device, setting.precision) if setting.fused else None
         self.backend = fused or TORCH
         self.kernel = 'torch' if fused is None else type(fused).__name__
+        self.dense = dense_decoder(self.decoder, setting.dense_hidden).to(self.device)
+        self.dense_backend = (fused_backend(self.dense, self.device, setting.precision) if setting.fused else None) or TORCH
         self.feat = self.encode()
         self.expert_map = self.map()
 
@@ -71,11 +74,10 @@ class Stages:
                 renderer.observe(window, *everything)
             return torch.cat([strip for _, _, strip in renderer.strips(window, *everything)])
 
-    def decode(self, expert_map: Tensor | None = None) -> Tensor:
-        """LR tables and experts: (C_out, R, S); `expert_map` in place of the mapper's own."""
-        chosen = self.expert_map if expert_map is None else expert_map
+    def decode(self) -> Tensor:
+        """LR tables and experts: (C_out, R, S)."""
         with evaluation(self.net, self.device.type, self.setting.precision):
-            return render_fixed(self.decoder, self.feat, self.size, chosen, self.cell, self.backend)
+            return render_fixed(self.decoder, self.feat, self.size, self.expert_map, self.cell, self.backend)
 
     def total(self) -> None:
         """The whole upscale as the `upscale` command does it, without files."""
@@ -84,16 +86,14 @@ class Stages:
             pass
 
     def dense_folded(self) -> None:
-        """The heaviest expert on every pixel, by the same code."""
-        if self.expert_map is None:
-            self.decode()
-        else:
-            self.decode(torch.full_like(self.expert_map, heaviest(self.decoder)))
+        """The dense decoder on every pixel, by the same code."""
+        with evaluation(self.dense, self.device.type, self.setting.precision):
+            render_fixed(self.dense, self.feat, self.size, None, self.cell, self.dense_backend)
 
     def dense_plain_chunk(self) -> None:
-        """One chunk of the plain algorithm with the heaviest expert, fp32."""
-        with evaluation(self.net, self.device.type, 'fp32'):
-            plain_image(self.decoder, heaviest(self.decoder), self.feat.float(), self.size, self.cell, max_chunks=1)
+        """One chunk of the plain algorithm with the dense decoder, fp32."""
+        with evaluation(self.dense, self.device.type, 'fp32'):
+            plain_image(self.dense, 0, self.feat.float(), self.size, self.cell, max_chunks=1)
 
     def times(self) -> dict[str, float]:
         """Median milliseconds of every stage and of the dense baselines."""
@@ -120,5 +120,5 @@ class Stages:
         return {'case': 'profile', 'lq_size': list(self.lq_size), 'size': list(self.size), 'scale': list(scale),
                 'precision': self.setting.precision, 'budget': self.setting.budget,
                 'cost_weight': self.setting.cost_weight, 'time_ms': self.times(), 'repeats': self.setting.repeats,
-                'peak_mib': self.memory(), 'macs': macs_per_pixel(self.net, self.lq_size, self.size, loads),
+                'peak_mib': self.memory(), 'macs': macs_per_pixel(self.net, self.lq_size, self.size, loads, self.dense),
                 'routing': {'loads': loads, 'mean_cost': mean_cost(loads, self.decoder.expert_costs)}}

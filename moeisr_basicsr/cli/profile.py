@@ -15,8 +15,10 @@ examples:
   basicsr profile --data -opt options/moeisr_edsr.yml --workers 0 2 4 8 --step-ms 120
 
 Multiply-adds are those of linear layers, convolutions and attention, one per multiply-add, per output pixel. Times are
-medians of runs that take turns; memory is the peak beyond what was in use before the stage. 'dense' is the decoder's
-heaviest expert on every pixel: folded by this package's code, plain as published (one chunk timed, times their number).
+medians of runs that take turns; memory is the peak beyond what was in use before the stage. 'dense' is a decoder as
+large as the heaviest expert, or as --dense-hidden says, on every pixel: folded by this package's code, plain as
+published (one chunk timed, times their number). The published LIIF decoder is --dense-hidden 256 256 256 256, LTE's
+256 256 256.
 With -opt the weights are random, and so is the routing; the input is noise unless --image names one.
 
 --data measures the loader that training would build, on the CPU. One batch is not timed, nor what workers load ahead;
@@ -46,6 +48,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
                         help='number format of encoder and experts (default fp32)')
     parser.add_argument('--repeats', type=parse_count, metavar='N',
                         help='timed runs behind each median (default 5, with --train 3)')
+    parser.add_argument('--dense-hidden', type=parse_count, nargs='+', metavar='N',
+                        help="hidden widths of the dense decoder to compare with (default: the heaviest expert's)")
     parser.add_argument('--no-plain', action='store_true', help='do not time the plain dense decoder')
     parser.add_argument('--json', metavar='FILE', help='write the results to a file')
     parser.add_argument('--plot', metavar='FILE.png', help='draw the results')
@@ -119,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
     for name in DATA_ONLY:
         if getattr(args, name) is not None:
             raise UserError(f'--{name.replace("step_ms", "step-ms")} needs --data.')
+    if args.train and args.dense_hidden:
+        raise UserError('--dense-hidden belongs to the profile of upscaling; with --train there is no dense decoder.')
     from moeisr_basicsr.shipped import find_model
 
     from .profile_run import Profiler

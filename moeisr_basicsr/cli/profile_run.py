@@ -84,7 +84,7 @@ class Profiler:
         sizes = [target_size(tuple(lq.shape[-2:]), scale, None) for scale in args.scale]
         make_control(self.net, args.cost_weight, args.budget)  # a wrong budget shows before anything is measured
         setting = Setting(args.precision, args.cost_weight, args.budget, plain=not args.no_plain,
-                          repeats=args.repeats or 5)
+                          dense_hidden=args.dense_hidden and tuple(args.dense_hidden), repeats=args.repeats or 5)
         self.show_parameters()
         rows, kernel = [], 'torch'
         for scale, size in zip(args.scale, sizes):

@@ -23,24 +23,24 @@ def share(part: float | None, whole: float | None) -> float | None:
     return None if part is None or not whole else 100 * part / whole
 
 
-def macs_cells(macs: dict) -> list[str]:
-    """Thousand multiply-adds by part, and the decoder's share of the dense ones."""
+def macs_cells(macs: dict, dense: dict) -> list[str]:
+    """Thousand multiply-adds by part, and the decoder's share of the dense ones; `dense` as `macs`, of the baseline."""
     decoder = decoder_macs(macs)
     return [*(number(macs.get(part), 1, 1e-3) for part in PARTS), number(decoder, 1, 1e-3),
-            number(share(decoder, macs.get('dense_plain')), 1), number(share(decoder, macs.get('dense_folded')), 1),
+            number(share(decoder, dense.get('dense_plain')), 1), number(share(decoder, dense.get('dense_folded')), 1),
             number(macs.get('total'), 1, 1e-3)]
 
 
 MACS_HEAD = (*PARTS.values(), 'decoder', '% of dense plain', '% of dense folded', 'all')
 
 
-def cost_tables(report: Report) -> list[Markup]:
-    """One table per dataset that has costs, its scales below each other."""
+def cost_tables(report: Report, baseline: str) -> list[Markup]:
+    """One table per dataset that has costs, its scales below each other; shares are of the baseline's dense decoder."""
     tables = []
     for dataset, runs in report.datasets().items():
         costly = [run for run in runs if run.macs or run.time_ms is not None]
         if costly:
-            bodies = [column_rows(report, column, costly) for column in columns_of(costly)]
+            bodies = [column_rows(report, column, costly, baseline) for column in columns_of(costly)]
             caption = [tag('b', dataset), ': thousand multiply-adds per output pixel, milliseconds, MiB. Means over '
                        'the images; time is the median over the images of one run each, memory the largest.']
             head = head_row(*words('model'), *MACS_HEAD, 'ms', 'peak MiB', *words('environment'))
@@ -48,14 +48,15 @@ def cost_tables(report: Report) -> list[Markup]:
     return tables
 
 
-def column_rows(report: Report, column: Column, runs: list[Run]) -> list[Markup]:
+def column_rows(report: Report, column: Column, runs: list[Run], baseline: str) -> list[Markup]:
     """A scale's heading and rows."""
+    dense = mean_macs([run for run in runs if run.column == column and report.labels[run.entry] == baseline])
     heading = tag('tr', tag('th', scale_label(column.scale), colspan=len(MACS_HEAD) + 4, cls='group'))
     rows = []
     for entry in dict.fromkeys(run.entry for run in runs if run.column == column):
         found = [run for run in runs if run.entry == entry and run.column == column]
-        rows.append(row(report.labels[entry], *macs_cells(mean_macs(found)), seeds_text([run.time_ms for run in found]),
-                        seeds_text([run.peak_mib for run in found]),
+        rows.append(row(report.labels[entry], *macs_cells(mean_macs(found), dense),
+                        seeds_text([run.time_ms for run in found]), seeds_text([run.peak_mib for run in found]),
                         text(' '.join(sorted({environment_of(report, run.source) for run in found})))))
     return [heading, *rows]
 
@@ -77,10 +78,10 @@ def profile_table(report: Report) -> Markup | None:
     """What `basicsr profile` measured."""
     rows = []
     for place, entry, measured in report.profiles:
-        times, peaks = measured.get('time_ms') or {}, measured.get('peak_mib') or {}
+        times, peaks, macs = (measured.get(key) or {} for key in ('time_ms', 'peak_mib', 'macs'))
         sizes = [' x '.join(map(str, measured[key])) if key in measured else MISSING for key in ('lq_size', 'size')]
         rows.append(row(report.labels[entry], scale_label(tuple(measured['scale'])), ' to '.join(sizes),
-                        *macs_cells(measured.get('macs') or {}), *(number(times.get(stage), 1) for stage in STAGES),
+                        *macs_cells(macs, macs), *(number(times.get(stage), 1) for stage in STAGES),
                         number(peaks.get('total'), 1), text(environment_of(report, place)), text(f'[{place + 1}]')))
     if not rows:
         return None

@@ -30,7 +30,7 @@ def render(report: Report, baseline: str | None = None, max_images: int = 6) -> 
     head = [void('meta', charset='utf-8'), void('meta', http_equiv='Content-Security-Policy', content=POLICY),
             void('meta', name='viewport', content='width=device-width, initial-scale=1'),
             void('meta', name='color-scheme', content='light dark'), tag('title', TITLE), tag('style', Markup(STYLE))]
-    body = [tag('h1', TITLE), header(report, notes), quality(report, base), cost(report), trade_off(report),
+    body = [tag('h1', TITLE), header(report, notes), quality(report, base), cost(report, base), trade_off(report),
             routing(report), section('Pictures', RULE, pictures)]
     return '<!DOCTYPE html>\n' + tag('html', tag('head', head), tag('body', tag('main', body)), lang='en') + '\n'
 
@@ -64,13 +64,13 @@ def quality(report: Report, baseline: str) -> Markup | None:
     return section('Quality', about, quality_tables(report, baseline))
 
 
-def cost(report: Report) -> Markup | None:
+def cost(report: Report, baseline: str) -> Markup | None:
     """The tables of multiply-adds, time and memory."""
     about = ('Multiply-adds as routed, those of linear layers, convolutions and attention, one per multiply-add. The '
-             'decoder is mapper, LR tables and experts (mean of the chosen ones). Dense is the heaviest expert on '
-             'every pixel: plain as published (four passes per pixel), folded by this code; with LIIF or LTE experts '
-             'of the published size it is LIIF or LTE.')
-    return section('Cost', about, [*cost_tables(report), profile_table(report)])
+             'decoder is mapper, LR tables and experts (mean of the chosen ones). Dense is the heaviest expert of '
+             f'{baseline} on every pixel (of the profiled network itself among the profiles): plain as published (four '
+             'passes per pixel), folded by this code.')
+    return section('Cost', about, [*cost_tables(report, baseline), profile_table(report)])
 
 
 def trade_off(report: Report) -> Markup | None:
