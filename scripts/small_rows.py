@@ -26,9 +26,10 @@ from moeisr_basicsr.options import force  # noqa: E402
 
 OPTIONS = Path(__file__).resolve().parents[1] / 'options'
 TEST_OPTIONS = OPTIONS / 'test_small.yml'
-MAIN_ITERATIONS, ROUTING_ITERATIONS, LTE_ITERATIONS = 6000, 600, 3000
-ABLATION_ITERATIONS, ENCODER_ITERATIONS = 300, 200
+MAIN_ITERATIONS, LTE_ITERATIONS, ROUTING_ITERATIONS = 6000, 3000, 600
+SHARING_ITERATIONS, ENCODER_ITERATIONS = 300, 200
 CONTROL_WIDTHS = (64, 128, 176, 256)  # of two hidden layers; 128 takes the multiply-adds of MoEISR-LIIF
+LTE = ('network_g:decoder=lte', 'network_g:experts=[[], [64], [128, 128], [256, 256, 256]]')  # as small_moeisr_lte.yml
 # Experts of one to four hidden layers as exits of one network.
 NESTED = ('network_g:experts=[[256], [256, 256], [256, 256, 256], [256, 256, 256, 256]]', 'network_g:shared_layers=4',
           'network_g:expert_grad=exact')
@@ -46,9 +47,8 @@ class Row(NamedTuple):
     changes: tuple[str, ...] = ()  # as for --force_yml
 
 
-def seeds(options: str, *changes: str, iterations: int = MAIN_ITERATIONS, numbers: tuple[int, ...] = (0, 1)
-          ) -> dict[str, Row]:
-    return {f'_seed{seed}': Row(options, iterations, (f'manual_seed={seed}', *changes)) for seed in numbers}
+def seeds(options: str, *changes: str, iterations: int = MAIN_ITERATIONS) -> dict[str, Row]:
+    return {f'_seed{seed}': Row(options, iterations, (f'manual_seed={seed}', *changes)) for seed in (0, 1)}
 
 
 def main_rows() -> dict[str, Row]:
@@ -57,53 +57,62 @@ def main_rows() -> dict[str, Row]:
         'liif': seeds('small_liif'),
         'moeisr_liif': seeds('small_moeisr_liif'),
         'nested_liif': seeds('small_moeisr_liif', *NESTED, NESTED_SHARES),
-        'lte': seeds('small_lte', iterations=LTE_ITERATIONS, numbers=(0, )),
-        'moeisr_lte': seeds('small_moeisr_lte', iterations=LTE_ITERATIONS, numbers=(0, )),
+        'lte': seeds('small_lte', iterations=LTE_ITERATIONS),
+        'moeisr_lte': seeds('small_moeisr_lte', iterations=LTE_ITERATIONS),
     }
     kinds |= {f'liif_2x{width}': seeds('small_liif', f'network_g:hidden_list=[{width}, {width}]')
               for width in CONTROL_WIDTHS}
     return {kind + seed: row for kind, by_seed in kinds.items() for seed, row in by_seed.items()}
 
 
-def routing_rows() -> dict[str, Row]:
-    """The trained MoEISR-LIIF rows with a mapper fitted to them: what is evaluated and shipped."""
-    def fitted(kind: str, seed: int, *changes: str) -> Row:
-        weights = f'path:pretrain_network_g=experiments/{kind}_seed{seed}/models/net_g_latest.pth'
-        return Row('small_moeisr_liif_routing', ROUTING_ITERATIONS, (f'manual_seed={seed}', weights, *changes))
+def fitted(kind: str, *changes: str, iterations: int = ROUTING_ITERATIONS) -> Row:
+    """The trained row `kind` with a new mapper."""
+    weights = f'path:pretrain_network_g=experiments/{kind}/models/net_g_latest.pth'
+    return Row('small_moeisr_liif_routing', iterations, (weights, f'train:scheduler:T_max={iterations}', *changes))
 
-    return {f'{kind}_routed_seed{seed}': fitted(kind, seed, *changes)
-            for kind, changes in (('moeisr_liif', ()), ('nested_liif', NESTED)) for seed in (0, 1)}
+
+def routing_rows() -> dict[str, Row]:
+    """The trained MoEISR rows with a mapper fitted to their experts: what is evaluated and shipped."""
+    return {f'{kind}_routed_seed{seed}': fitted(f'{kind}_seed{seed}', f'manual_seed={seed}', *changes)
+            for kind, changes in (('moeisr_liif', ()), ('nested_liif', NESTED), ('moeisr_lte', LTE))
+            for seed in (0, 1)}
 
 
 def ablation_rows() -> dict[str, Row]:
-    """One choice of the nested row changed at a time.
+    """One choice changed at a time: of the mapper of moeisr_liif_routed_seed0, and which layers experts share.
 
-    Experts that share less run the paper's routing, by straight-through gradients.
+    Compare them at one cost (`test --budget 0.2`): as routed, each has its own.
     """
-    straight_through = ('network_g:expert_grad=sampled', 'train:experts_opt=~')
-    annealed = f'{{type: linear, start: 5.0, end: 0.5, total_iter: {ABLATION_ITERATIONS}}}'
-    changes = {
-        'base': (),
+    gates = ('train:experts_opt:fit_temperature=~', 'train:experts_opt:routing_weight=8')
+    annealed = f'train:temperature={{type: linear, start: 5.0, end: 0.5, total_iter: {ROUTING_ITERATIONS}}}'
+    of_mapper = {
         'mapper_1_layer': ('network_g:mapper:num_layers=1', ),
-        'tau_5': ('network_g:tau=5.0', ),
-        'tau_annealed': (f'train:temperature={annealed}', ),
+        'pixel': ('network_g:mapper:granularity=pixel', ),
         'balance_0.0005': ('train:balance_opt:loss_weight=0.0005', ),
         'balance_0.05': ('train:balance_opt:loss_weight=0.05', ),
-        'routing_2': ('train:experts_opt:routing_weight=2', ),
-        'pixel': ('network_g:mapper:granularity=pixel', ),
-        'straight_through': ('train:experts_opt:routing_weight=0', ),
-        'shared_first_layer': ('network_g:shared_layers=1', *straight_through),
-        'own_layers': ('network_g:shared_layers=0', *straight_through),
+        'factors_to_4': ('datasets:train:scale_range=[1, 4]', ),
+        'not_restarted': ('train:restart=~', ),
+        'gates': gates,
+        'gates_tau_5': (*gates, 'network_g:tau=5.0'),
+        'gates_tau_annealed': (*gates, annealed),
+        'straight_through': ('train:experts_opt=~', ),
     }
-    return {f'ablation_{name}': Row('small_moeisr_liif', ABLATION_ITERATIONS, (SHORT, *NESTED, NESTED_SHARES, *change))
-            for name, change in changes.items()}
+    sharing = {'all': 4, 'first': 1, 'none': 0}  # hidden layers
+    return ({f'ablation_{name}': fitted('moeisr_liif_seed0', *changes) for name, changes in of_mapper.items()}
+            | {f'sharing_{name}': Row('small_moeisr_liif', SHARING_ITERATIONS,
+                                      (SHORT, *NESTED, NESTED_SHARES, f'network_g:shared_layers={layers}',
+                                       'network_g:expert_grad=naive')) for name, layers in sharing.items()})
 
 
 def encoder_rows() -> dict[str, Row]:
     """Few iterations on other encoders: that the method works there, not how well."""
-    return {f'{name}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, (SHORT, f'network_g:encoder={encoder}', *changes))
-            for name, encoder in (('rdn', RDN), ('swinir', SWINIR))
-            for kind, changes in (('liif', ()), ('moeisr_liif', (*NESTED, NESTED_SHARES)))}
+    rows = {}
+    for name, encoder in (('rdn', RDN), ('swinir', SWINIR)):
+        changed = (SHORT, f'network_g:encoder={encoder}')
+        rows |= {f'{name}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, changed)
+                 for kind in ('liif', 'moeisr_liif')}
+        rows[f'{name}_moeisr_liif_routed'] = fitted(f'{name}_moeisr_liif', *changed, iterations=ENCODER_ITERATIONS)
+    return rows
 
 
 ROWS = {**main_rows(), **routing_rows(), **ablation_rows(), **encoder_rows()}

@@ -102,6 +102,18 @@ def test_cell_scale_max_can_be_set():
     assert build('LIIF', cell_scale_max=8).test_cell((4, 4), (64, 16)).tolist() == [4 / 64, 2 / 16]
 
 
+def test_queries_are_shown_the_same_cells_as_whole_images():
+    """Training on larger factors than `cell_scale_max` sees what a test will see."""
+    net, free = build('LIIF', cell_scale_max=2), build('LIIF')
+    free.load_state_dict(net.state_dict())
+    lq, (coord, cell) = torch.rand(1, 3, 5, 4), grid((15, 6))
+    with torch.no_grad():
+        out = net(lq, coord, cell)
+        close(out, free(lq, coord, torch.tensor([2 / 10, 2 / 6]).expand_as(cell)))  # rows x3, columns x1.5
+        assert not torch.allclose(out, free(lq, coord, cell), atol=1e-4)
+        close(net.render(lq, net.encode(lq), (15, 6)).output.flatten(2).transpose(1, 2), out)
+
+
 @pytest.mark.parametrize('name', SMALL)
 @pytest.mark.parametrize('scale', [2, 3.3, [1.5, 4]])
 def test_whole_image_equals_its_queries(name, scale):

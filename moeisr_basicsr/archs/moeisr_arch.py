@@ -52,8 +52,9 @@ class MoEISR(nn.Module):
         scale: Factor of `net(lq)`, one or [rows, columns]; at least 1.
         hidden_dim: Width of LTE's Fourier basis; None for its default of 256.
         zero_init_last: Start with a decoder output of zero; by default only with the bicubic skip.
-        cell_scale_max: Largest factor whose cell the decoder is shown when a whole image is rendered; None for 4
-            with LTE (its official test code) and no limit with LIIF; 0 for no limit.
+        cell_scale_max: Largest factor whose cell the decoder is shown, best the largest that it is trained on: cells
+            that it never saw cost quality. None for 4 with LTE (its official test code) and no limit with LIIF; 0 for
+            no limit.
         expert_grad: How training gets its gradients: 'exact', 'naive', 'sampled'; see `core.MoEDecoder`.
         sample_rate: rho of 'sampled'.
         shared_layers: How many leading hidden layers the experts have in common, whose widths must agree; 0 for none.
@@ -122,7 +123,8 @@ class MoEISR(nn.Module):
         """
         if coord is None:
             return self.upscale(lq)
-        output, routing, answers = self.decoder(self.encode(lq), coord, cell, noise, tau, keep)
+        shown = self.shown_cell(cell, tuple(lq.shape[-2:]))
+        output, routing, answers = self.decoder(self.encode(lq), coord, shown, noise, tau, keep)
         base = lq.new_tensor(0.5) if self.skip == 'none' else skip_at(lq, coord, self.skip)
         # The decoder works in [-1, 1], the image lies in [0, 1]; under autocast the image keeps the input's precision.
         output = output.to(lq.dtype) * 0.5 + base
@@ -164,12 +166,14 @@ class MoEISR(nn.Module):
         return output * 0.5 + skip_grid(lq, row_coord[rows], col_coord, self.skip)
 
     def test_cell(self, lr_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-        """The cell that the decoder is shown for a whole image: (2,), 2 / size, at least that of `cell_scale_max`."""
-        cell = make_cell(size)
-        if self.cell_scale_max:
-            factor = [max(n_out / n_lr / self.cell_scale_max, 1) for n_out, n_lr in zip(size, lr_size)]
-            cell = cell * torch.tensor(factor)
-        return cell
+        """The cell that the decoder is shown for a whole image: (2,)."""
+        return self.shown_cell(make_cell(size), lr_size)
+
+    def shown_cell(self, cell: Tensor, lr_size: tuple[int, int]) -> Tensor:
+        """What the decoder is shown for `cell` (..., 2), 2 / output size: at least the cell of `cell_scale_max`."""
+        if not self.cell_scale_max:
+            return cell
+        return cell.maximum(2 / (self.cell_scale_max * cell.new_tensor(lr_size)))
 
 
 @ARCH_REGISTRY.register()
