@@ -3,6 +3,7 @@ import json
 import os
 import random
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tiny_runs import assert_same, metrics_lines, parse, run_options, run_yaml, saved
 
 from moeisr_basicsr.engine import exit_codes
+from moeisr_basicsr.engine.resume import check_moments
 from moeisr_basicsr.engine.train_loop import Trainer, train
 from moeisr_basicsr.errors import UserError
 
@@ -159,6 +161,22 @@ def test_a_checkpoint_of_another_network_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match='does not fit network_g') as error:
         train(run_options(tmp_path, auto_resume=True, **{'train:total_iter': 3, 'network_g:experts': [[8], [8]]}))
     assert '\n' not in str(error.value)
+
+
+def test_a_state_of_another_order_of_parameters_is_one_clear_line():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    net(torch.rand(1, 3)).sum().backward()
+    written = torch.optim.Adam(net.parameters())
+    written.step()
+    for order in (1, -1):
+        read = torch.optim.Adam(list(net.parameters())[::order])
+        read.load_state_dict(written.state_dict())
+        model = SimpleNamespace(optimizers=[read])
+        if order == 1:
+            check_moments(model)
+        else:
+            with pytest.raises(UserError, match='come in another order'):
+                check_moments(model)
 
 
 def test_another_number_of_ranks_continues_and_says_so(tmp_path):

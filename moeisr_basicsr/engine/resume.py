@@ -16,6 +16,8 @@ from moeisr_basicsr.models.weights import bare_weights
 
 from .checkpoint_store import Weights
 
+MOMENTS = ('exp_avg', 'exp_avg_sq', 'momentum_buffer')  # of Adam and its kin, of SGD
+
 
 def plain(value: Any) -> Any:
     """Containers, numbers and strings as themselves, tensors on the CPU; what `weights_only` loading accepts.
@@ -113,6 +115,25 @@ def model_state(model: BaseModel) -> dict:
                   'best_metric_results': getattr(model, 'best_metric_results', {})})
 
 
+def check_moments(model: BaseModel) -> None:
+    """An optimizer's running means lie beside the parameters that they are of.
+
+    A state holds them by number; loading does not look whether the network's parameters still come in that order.
+
+    Raises:
+        UserError: They do not.
+    """
+    for optimizer in model.optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group['params']:
+                for key in MOMENTS:
+                    moment = optimizer.state.get(parameter, {}).get(key)
+                    if moment is not None and moment.shape != parameter.shape:
+                        raise UserError('The training state is of a network whose parameters come in another order or '
+                                        'size, perhaps of another version: start anew from its weights, with '
+                                        'path: pretrain_network_g.')
+
+
 def set_model_state(model: BaseModel, state: dict) -> list[str]:
     """Put `model_state` back; what the checkpoint lacks (BasicSR's own states lack much).
 
@@ -124,6 +145,7 @@ def set_model_state(model: BaseModel, state: dict) -> list[str]:
         model.resume_training(state)
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f'The training state does not fit train: optim_g and scheduler: {error}') from error
+    check_moments(model)
     if 'best_metric_results' in state:
         model.best_metric_results = state['best_metric_results']
     else:
