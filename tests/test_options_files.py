@@ -70,20 +70,22 @@ def test_train_then_test(name, workplace, capsys):
     assert list((workplace / f'results/test_{name}').rglob('*.json'))
 
 
-def test_the_routing_of_the_shipped_network_goes_on_alone(workplace, capsys):
+@pytest.mark.parametrize('trained', ['small_moeisr_liif', 'moeisr_edsr'])
+def test_the_routing_of_a_trained_network_goes_on_alone(trained, workplace, capsys):
     weights = []
-    for name, iterations in (('small_moeisr_liif', 2), ('small_moeisr_liif_routing', 3)):
+    for name, iterations in ((trained, 2), (f'{trained}_routing', 3)):
         path = FOLDER / f'{name}.yml'
         code = main(['train', '-opt', str(path), '--force_yml', *small_network(read_yaml(path).data), 'num_gpu=0',
                      f'train:total_iter={iterations}', 'val:val_freq=10', 'datasets:train:dataroot_gt=datasets/B100',
                      'datasets:train:io_backend:type=disk', 'datasets:train:lq_size=16', 'datasets:train:sample_q=64',
-                     'datasets:train:batch_size_per_gpu=2'])
+                     'datasets:train:batch_size_per_gpu=2', 'datasets:train:num_worker_per_gpu=0',
+                     'logger:use_tb_logger=false'])
         assert code == 0, capsys.readouterr().err[-2000:]
         weights.append(load_torch_file(workplace / f'experiments/{name}/models/net_g_latest.pth'))
     before, after = weights[0]['params_ema'], weights[1]['params']
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith('decoder.mapper.') for name in changed)
-    first, then = (read_yaml(FOLDER / f'small_moeisr_liif{suffix}.yml').data for suffix in ('', '_routing'))
+    first, then = (read_yaml(FOLDER / f'{trained}{suffix}.yml').data for suffix in ('', '_routing'))
     assert first['network_g'] == then['network_g']
 
 
