@@ -94,18 +94,12 @@ def heaviest(decoder: MoEDecoder) -> int:
     return max(range(decoder.num_experts), key=lambda j: decoder.expert_macs[j])
 
 
-def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int] | None = None) -> MoEDecoder:
-    """A decoder of the same family and features with one expert of random weights, to measure against.
-
-    Args:
-        decoder: Of any number of experts.
-        hidden: Hidden widths of that expert; None for those of the heaviest.
-    """
+def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int]) -> MoEDecoder:
+    """A decoder like `decoder`, of one expert of the given hidden widths and random weights, to measure against."""
     pool = decoder.pool
-    if hidden is None:
-        hidden = [layer.out_features for layer in pool.linears(heaviest(decoder))[:-1]]
     family_options = {'hidden_dim': pool.hidden_dim} if decoder.family == 'lte' else {}
-    return MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [hidden], **family_options).eval()
+    dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [hidden], **family_options)
+    return dense.to(next(decoder.parameters()).device).eval()
 
 
 def dense_folded_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[int, int]) -> float:

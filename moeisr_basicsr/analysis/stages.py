@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moeisr_basicsr.core import MoEDecoder
 from moeisr_basicsr.core.control import Budget
 from moeisr_basicsr.core.render import TORCH, Backend, FeatureWindow, Renderer
 from moeisr_basicsr.inference import evaluation, make_control, upscale_strips
 from moeisr_basicsr.kernels import fused_backend
 
-from .complexity import dense_decoder, macs_per_pixel
+from .complexity import dense_decoder, heaviest, macs_per_pixel
 from .measure import interleaved_ms, peak_mib
 from .plain import CHUNK, plain_image
 from .rendering import render_fixed
@@ -47,14 +48,17 @@ class Stages:
         self.decoder, self.device = net.decoder, lq.device
         self.lq_size = tuple(lq.shape[-2:])
         self.cell = net.test_cell(self.lq_size, size)
-        self.backend: Backend = TORCH
-        fused = fused_backend(self.decoder, self.device, setting.precision) if setting.fused else None
-        self.backend = fused or TORCH
-        self.kernel = 'torch' if fused is None else type(fused).__name__
-        self.dense = dense_decoder(self.decoder, setting.dense_hidden).to(self.device)
-        self.dense_backend = (fused_backend(self.dense, self.device, setting.precision) if setting.fused else None) or TORCH
+        self.backend = self.backend_of(self.decoder)
+        self.kernel = 'torch' if self.backend is TORCH else type(self.backend).__name__
+        # The decoder whose heaviest expert, on every pixel, is the baseline.
+        self.dense = self.decoder if setting.dense_hidden is None else dense_decoder(self.decoder, setting.dense_hidden)
+        self.dense_backend = self.backend_of(self.dense)
         self.feat = self.encode()
         self.expert_map = self.map()
+
+    def backend_of(self, decoder: MoEDecoder) -> Backend:
+        """The fused kernels where they run and are wanted, otherwise PyTorch."""
+        return (fused_backend(decoder, self.device, self.setting.precision) if self.setting.fused else None) or TORCH
 
     def encode(self) -> Tensor:
         """Features (1, C, H, W) of the whole image."""
@@ -86,14 +90,16 @@ class Stages:
             pass
 
     def dense_folded(self) -> None:
-        """The dense decoder on every pixel, by the same code."""
+        """The dense baseline by the same code."""
+        everywhere = None if self.dense.num_experts == 1 else torch.full(self.size, heaviest(self.dense), dtype=torch.uint8,
+                                                                         device=self.device)
         with evaluation(self.dense, self.device.type, self.setting.precision):
-            render_fixed(self.dense, self.feat, self.size, None, self.cell, self.dense_backend)
+            render_fixed(self.dense, self.feat, self.size, everywhere, self.cell, self.dense_backend)
 
     def dense_plain_chunk(self) -> None:
-        """One chunk of the plain algorithm with the dense decoder, fp32."""
+        """One chunk of the dense baseline by the plain algorithm, fp32."""
         with evaluation(self.dense, self.device.type, 'fp32'):
-            plain_image(self.dense, 0, self.feat.float(), self.size, self.cell, max_chunks=1)
+            plain_image(self.dense, heaviest(self.dense), self.feat.float(), self.size, self.cell, max_chunks=1)
 
     def times(self) -> dict[str, float]:
         """Median milliseconds of every stage and of the dense baselines."""

@@ -15,8 +15,8 @@ examples:
   basicsr profile --data -opt options/moeisr_edsr.yml --workers 0 2 4 8 --step-ms 120
 
 Multiply-adds are those of linear layers, convolutions and attention, one per multiply-add, per output pixel. Times are
-medians of runs that take turns; memory is the peak beyond what was in use before the stage. 'dense' is a decoder as
-large as the heaviest expert, or as --dense-hidden says, on every pixel: folded by this package's code, plain as
+medians of runs that take turns; memory is the peak beyond what was in use before the stage. 'dense' is the decoder's
+heaviest expert on every pixel, or one of the widths that --dense-hidden says: folded by this package's code, plain as
 published (one chunk timed, times their number). The published LIIF decoder is --dense-hidden 256 256 256 256, LTE's
 256 256 256.
 With -opt the weights are random, and so is the routing; the input is noise unless --image names one.
