@@ -112,7 +112,7 @@ class MoEISR(nn.Module):
         Args:
             lq: (B, C_in, H, W) in [0, 1].
             coord: (B, Q, 2) in [-1, 1], rows first; None for a whole image at `scale`.
-            cell: (B, Q, 2), 2 / output size.
+            cell: (B, Q, 2), 2 / output size; shown to the decoder as `cell_scale_max` allows.
             noise: Gumbel noise (B, Q, J) for training; drawn from torch's generator where not given.
             tau: Gumbel temperature; the constructor's where not given.
             keep: (B, Q, J) bool for expert_grad 'sampled': unchosen experts to run; drawn where not given.
