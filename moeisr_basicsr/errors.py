@@ -1,6 +1,7 @@
 """The one exception for mistakes that the user can mend."""
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -14,3 +15,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint such as `` Did you mean 'scale'?`` for an unknown name; an empty string if nothing is near."""
     near = difflib.get_close_matches(str(name), [str(entry) for entry in known], n=1, cutoff=0.5)
     return f" Did you mean '{near[0]}'?" if near else ''
+
+
+def did_you_mean_file(path: Path, accepts: Callable[[Path], bool] = lambda entry: True) -> str:
+    """A hint such as `` Did you mean 'photo.jpg'?`` for a missing file or folder; an empty string if nothing is near.
+
+    Names are compared without their suffixes: any two short names that end in .png are alike.
+
+    Args:
+        path: What is missing.
+        accepts: Which entries of its folder may be meant.
+    """
+    try:
+        names = {entry.stem: entry.name for entry in sorted(path.parent.iterdir()) if accepts(entry)}
+    except OSError:
+        return ''
+    near = difflib.get_close_matches(path.stem, list(names), n=1, cutoff=0.6)
+    return f" Did you mean '{names[near[0]]}'?" if near else ''

@@ -131,6 +131,15 @@ def test_a_mistake_gets_one_line_and_exit_code_2(capsys, argv, words):
     assert sorted(os.listdir()) == before  # no folder, and no half-written file
 
 
+@pytest.mark.parametrize(('missing', 'hint'), [
+    ('corupt.png', " Did you mean 'corrupt.png'?"), ('corrupt.jpg', " Did you mean 'corrupt.png'?"),
+    ('image', " Did you mean 'images'?"), ('zq.png', ''), ('typo2.png', ''),  # typo.yml is no image
+])
+def test_a_missing_image_is_compared_with_images_by_the_stem(capsys, missing, hint):
+    error = fails(capsys, 'upscale', missing, '-o', 'out.png', '--model', 'moe.safetensors', '--scale', '2')
+    assert error == f'there is no image or folder {missing}.{hint}'
+
+
 def test_several_mistakes_in_an_options_file_get_a_line_each(capsys, monkeypatch):
     code, _, error = run(capsys, 'train', '-opt', 'typo.yml')
     lines = error.splitlines()

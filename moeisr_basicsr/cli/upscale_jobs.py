@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moeisr_basicsr.data.image_io import SUFFIXES, is_image_name
-from moeisr_basicsr.errors import UserError, did_you_mean
+from moeisr_basicsr.errors import UserError, did_you_mean, did_you_mean_file
 
 OUTPUT_SUFFIXES = {'.png': 'png', '.jpg': 'jpg', '.jpeg': 'jpg', '.tif': 'tif', '.tiff': 'tif', '.webp': 'webp'}
 
@@ -66,8 +66,8 @@ def find_images(path: Path) -> list[Path]:
             raise UserError(f'{path} has no image directly in it ({kinds}).')
         return found
     if not path.is_file():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f'there is no image or folder {path}.{did_you_mean(path.name, siblings)}')
+        hint = did_you_mean_file(path, lambda entry: entry.is_dir() or is_image_name(entry.name))
+        raise UserError(f'there is no image or folder {path}.{hint}')
     return [path]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeisr_basicsr.errors import did_you_mean
+from moeisr_basicsr.errors import did_you_mean, did_you_mean_file
 
 
 @dataclass(frozen=True)
@@ -222,11 +222,7 @@ def nearest_path(value: str) -> str:
         path, parent = parent, parent.parent
     if not parent.is_dir():
         return '.'
-    try:
-        hint = did_you_mean(path.name, [entry.name for entry in parent.iterdir()])
-    except OSError:
-        hint = ''
-    return f"; {parent.resolve()} has no '{path.name}'.{hint}"
+    return f"; {parent.resolve()} has no '{path.name}'.{did_you_mean_file(path)}"
 
 
 def kind_of(parameter: inspect.Parameter, annotation: Any) -> Kind:
