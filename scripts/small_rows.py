@@ -26,15 +26,13 @@ from moeisr_basicsr.options import force  # noqa: E402
 
 OPTIONS = Path(__file__).resolve().parents[1] / 'options'
 TEST_OPTIONS = OPTIONS / 'test_small.yml'
-MAIN_ITERATIONS, LTE_ITERATIONS, ROUTING_ITERATIONS = 6000, 3000, 600
-SHARING_ITERATIONS, ENCODER_ITERATIONS = 300, 200
+MAIN_ITERATIONS, ROUTING_ITERATIONS, ENCODER_ITERATIONS, SHARING_ITERATIONS = 6000, 600, 2000, 300
 CONTROL_WIDTHS = (64, 128, 176, 256)  # of two hidden layers; 128 takes the multiply-adds of MoEISR-LIIF
 LTE = ('network_g:decoder=lte', 'network_g:experts=[[], [64], [128, 128], [256, 256, 256]]')  # as small_moeisr_lte.yml
 # Experts of one to four hidden layers as exits of one network.
 NESTED = ('network_g:experts=[[256], [256, 256], [256, 256, 256], [256, 256, 256, 256]]', 'network_g:shared_layers=4',
           'network_g:expert_grad=exact')
 NESTED_SHARES = 'train:balance_opt:target=[[.28, .54, .10, .08], [.34, .45, .12, .09], [.44, .36, .11, .09]]'
-SHORT = 'train:ema_decay=0.98'  # over the last 50 steps: a short run has no time for the main rows' 250
 
 RDN = '{type: RDNEncoder, num_feat: 32, num_block: 4, num_conv: 4, growth: 16}'
 SWINIR = '{type: SwinIREncoder, embed_dim: 32, depths: [2, 2], num_heads: [4, 4], window_size: 8, mlp_ratio: 2}'
@@ -47,8 +45,8 @@ class Row(NamedTuple):
     changes: tuple[str, ...] = ()  # as for --force_yml
 
 
-def seeds(options: str, *changes: str, iterations: int = MAIN_ITERATIONS) -> dict[str, Row]:
-    return {f'_seed{seed}': Row(options, iterations, (f'manual_seed={seed}', *changes)) for seed in (0, 1)}
+def seeds(options: str, *changes: str) -> dict[str, Row]:
+    return {f'_seed{seed}': Row(options, MAIN_ITERATIONS, (f'manual_seed={seed}', *changes)) for seed in (0, 1)}
 
 
 def main_rows() -> dict[str, Row]:
@@ -57,18 +55,18 @@ def main_rows() -> dict[str, Row]:
         'liif': seeds('small_liif'),
         'moeisr_liif': seeds('small_moeisr_liif'),
         'nested_liif': seeds('small_moeisr_liif', *NESTED, NESTED_SHARES),
-        'lte': seeds('small_lte', iterations=LTE_ITERATIONS),
-        'moeisr_lte': seeds('small_moeisr_lte', iterations=LTE_ITERATIONS),
+        'lte': seeds('small_lte'),
+        'moeisr_lte': seeds('small_moeisr_lte'),
     }
     kinds |= {f'liif_2x{width}': seeds('small_liif', f'network_g:hidden_list=[{width}, {width}]')
               for width in CONTROL_WIDTHS}
     return {kind + seed: row for kind, by_seed in kinds.items() for seed, row in by_seed.items()}
 
 
-def fitted(kind: str, *changes: str, iterations: int = ROUTING_ITERATIONS) -> Row:
+def fitted(kind: str, *changes: str) -> Row:
     """The trained row `kind` with a new mapper."""
     weights = f'path:pretrain_network_g=experiments/{kind}/models/net_g_latest.pth'
-    return Row('small_moeisr_liif_routing', iterations, (weights, f'train:scheduler:T_max={iterations}', *changes))
+    return Row('small_moeisr_liif_routing', ROUTING_ITERATIONS, (weights, *changes))
 
 
 def routing_rows() -> dict[str, Row]:
@@ -100,18 +98,19 @@ def ablation_rows() -> dict[str, Row]:
     sharing = {'all': 4, 'first': 1, 'none': 0}  # hidden layers
     return ({f'ablation_{name}': fitted('moeisr_liif_seed0', *changes) for name, changes in of_mapper.items()}
             | {f'sharing_{name}': Row('small_moeisr_liif', SHARING_ITERATIONS,
-                                      (SHORT, *NESTED, NESTED_SHARES, f'network_g:shared_layers={layers}',
-                                       'network_g:expert_grad=naive')) for name, layers in sharing.items()})
+                                      (*NESTED, NESTED_SHARES, f'network_g:shared_layers={layers}',
+                                       'network_g:expert_grad=naive', 'train:ema_decay=0.98'))  # a short run
+               for name, layers in sharing.items()})
 
 
 def encoder_rows() -> dict[str, Row]:
-    """Few iterations on other encoders: that the method works there, not how well."""
+    """Other encoders, a third of the iterations."""
     rows = {}
     for name, encoder in (('rdn', RDN), ('swinir', SWINIR)):
-        changed = (SHORT, f'network_g:encoder={encoder}')
-        rows |= {f'{name}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, changed)
+        changed = f'network_g:encoder={encoder}'
+        rows |= {f'{name}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, (changed, ))
                  for kind in ('liif', 'moeisr_liif')}
-        rows[f'{name}_moeisr_liif_routed'] = fitted(f'{name}_moeisr_liif', *changed, iterations=ENCODER_ITERATIONS)
+        rows[f'{name}_moeisr_liif_routed'] = fitted(f'{name}_moeisr_liif', changed)
     return rows
 
 
