@@ -6,8 +6,8 @@ import torch
 
 from moeisr_basicsr.engine.resume import plain
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.models.optimizers import (build_optimizer, build_scheduler, optimizer_classes, scheduler_classes,
-                                              step_schedulers)
+from moeisr_basicsr.models.optimizers import build_optimizer, build_scheduler, step_schedulers
+from moeisr_basicsr.options.typed import optimizer_classes, scheduler_classes
 
 SCHEDULER_ARGUMENTS = {
     'CosineAnnealingLR': {'T_max': 10}, 'CosineAnnealingWarmRestarts': {'T_0': 5}, 'StepLR': {'step_size': 3},

@@ -1,40 +1,13 @@
-"""Optimizers and learning-rate schedulers by name: all of torch.optim's, and BasicSR's own schedulers."""
+"""Optimizers and learning-rate schedulers from their options. The names that there are: see `options.typed`."""
 import inspect
 from collections.abc import Iterable
 
-import torch
-from basicsr.models import lr_scheduler as basicsr_schedulers
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from moeisr_basicsr.errors import UserError, did_you_mean
-
-# LBFGS needs a closure that evaluates the loss again, SparseAdam needs sparse gradients: neither fits a training step.
-UNFIT_OPTIMIZERS = ('LBFGS', 'SparseAdam', 'Optimizer')
-# These take functions, other schedulers or a metric, which a YAML file cannot give.
-UNFIT_SCHEDULERS = ('LRScheduler', 'LambdaLR', 'MultiplicativeLR', 'SequentialLR', 'ChainedScheduler',
-                    'ReduceLROnPlateau')
-BASICSR_SCHEDULERS = {
-    'MultiStepLR': basicsr_schedulers.MultiStepRestartLR,
-    'MultiStepRestartLR': basicsr_schedulers.MultiStepRestartLR,
-    'CosineAnnealingRestartLR': basicsr_schedulers.CosineAnnealingRestartLR,
-}
-
-
-def _classes(module: object, base: type, unfit: tuple[str, ...]) -> dict[str, type]:
-    return {name: entry for name, entry in vars(module).items()
-            if inspect.isclass(entry) and issubclass(entry, base) and not name.startswith('_') and name not in unfit}
-
-
-def optimizer_classes() -> dict[str, type[Optimizer]]:
-    """Every class of torch.optim that a training step can drive, by name."""
-    return _classes(torch.optim, Optimizer, UNFIT_OPTIMIZERS)
-
-
-def scheduler_classes() -> dict[str, type[LRScheduler]]:
-    """BasicSR's schedulers, and those of torch.optim.lr_scheduler that numbers describe; BasicSR's win a name."""
-    return {**_classes(torch.optim.lr_scheduler, LRScheduler, UNFIT_SCHEDULERS), **BASICSR_SCHEDULERS}
+from moeisr_basicsr.options.typed import optimizer_classes, scheduler_classes
 
 
 def check_options(where: str, options: dict, classes: dict[str, type]) -> tuple[type, dict]:

@@ -8,6 +8,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
 from moeisr_basicsr.core.mapper import GRANULARITIES, Mapper
 
 from .kinds import AnyOf, Choice, Int, Kind, ListOf, Number, kind_of
@@ -48,10 +52,11 @@ LIMITS: dict[str, Kind] = {
     'protocol': Choice(('benchmark', 'div2k')),
 }
 
-# torch.optim classes that do not fit a training step (LBFGS needs a closure, SparseAdam sparse gradients), and
-# schedulers that take functions, other schedulers or a metric.
-UNFIT = ('Optimizer', 'LBFGS', 'SparseAdam', 'LRScheduler', 'LambdaLR', 'MultiplicativeLR', 'SequentialLR',
-         'ChainedScheduler', 'ReduceLROnPlateau')
+# LBFGS needs a closure that evaluates the loss again, SparseAdam needs sparse gradients: neither fits a training step.
+UNFIT_OPTIMIZERS = ('Optimizer', 'LBFGS', 'SparseAdam')
+# These take functions, other schedulers or a metric, which a YAML file cannot give.
+UNFIT_SCHEDULERS = ('LRScheduler', 'LambdaLR', 'MultiplicativeLR', 'SequentialLR', 'ChainedScheduler',
+                    'ReduceLROnPlateau')
 
 
 class Resolved(NamedTuple):
@@ -113,24 +118,26 @@ def signature_keys(function: Any, leave_out: tuple[str, ...] = (), closed: bool 
     return Resolved(table, takes_any and not closed)
 
 
-def _torch_classes(module: Any, base: type) -> dict[str, type]:
-    return {name: entry for name, entry in vars(module).items() if inspect.isclass(entry) and issubclass(entry, base)
-            and not name.startswith('_') and name not in UNFIT}
+def _classes(module: object, base: type, unfit: tuple[str, ...]) -> dict[str, type]:
+    return {name: entry for name, entry in vars(module).items()
+            if inspect.isclass(entry) and issubclass(entry, base) and not name.startswith('_') and name not in unfit}
 
 
-def optimizer_classes() -> dict[str, type]:
+def optimizer_classes() -> dict[str, type[Optimizer]]:
     """Every class of torch.optim that a training step can drive, by name."""
-    import torch
-    return _torch_classes(torch.optim, torch.optim.Optimizer)
+    return _classes(torch.optim, Optimizer, UNFIT_OPTIMIZERS)
 
 
-def scheduler_classes() -> dict[str, type]:
-    """BasicSR's schedulers, and those of torch.optim.lr_scheduler that numbers describe; BasicSR's win a name."""
-    import torch
+def basicsr_schedulers() -> dict[str, type[LRScheduler]]:
+    """The schedulers that BasicSR's models build, by BasicSR's names."""
     from basicsr.models import lr_scheduler
-    own = {'MultiStepLR': lr_scheduler.MultiStepRestartLR, 'MultiStepRestartLR': lr_scheduler.MultiStepRestartLR,
-           'CosineAnnealingRestartLR': lr_scheduler.CosineAnnealingRestartLR}
-    return {**_torch_classes(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler), **own}
+    return {'MultiStepLR': lr_scheduler.MultiStepRestartLR, 'MultiStepRestartLR': lr_scheduler.MultiStepRestartLR,
+            'CosineAnnealingRestartLR': lr_scheduler.CosineAnnealingRestartLR}
+
+
+def scheduler_classes() -> dict[str, type[LRScheduler]]:
+    """BasicSR's schedulers, and those of torch.optim.lr_scheduler that numbers describe; BasicSR's win a name."""
+    return {**_classes(torch.optim.lr_scheduler, LRScheduler, UNFIT_SCHEDULERS), **basicsr_schedulers()}
 
 
 def _optimizer_keys(name: str, _: str) -> Resolved:
@@ -188,8 +195,7 @@ TYPES: dict[str, Type] = {
     'scheduler': Type('a scheduler', lambda: list(scheduler_classes()), _scheduler_keys),
     # BasicSR's own models build no others
     'optimizer of BasicSR': Type('an optimizer', lambda: ['Adam'], _optimizer_keys),
-    'scheduler of BasicSR': Type('a scheduler', lambda: ['MultiStepLR', 'MultiStepRestartLR',
-                                                         'CosineAnnealingRestartLR'], _scheduler_keys),
+    'scheduler of BasicSR': Type('a scheduler', lambda: list(basicsr_schedulers()), _scheduler_keys),
 }
 
 
