@@ -29,20 +29,17 @@ class SwinIREncoder(SwinIR):
         img_size: Training patch; only sets for which size attention masks are precomputed.
         resi_connection: '1conv' or '3conv'.
         use_checkpoint: Trade time for memory in training.
+
+    Raises:
+        ValueError: The sizes do not fit together; see `unfit`.
     """
 
     def __init__(self, num_in_ch: int = 3, embed_dim: int = 180, depths: Sequence[int] = (6, ) * 6,
                  num_heads: Sequence[int] = (6, ) * 6, window_size: int = 8, mlp_ratio: float = 2.0,
                  drop_path_rate: float = 0.1, img_size: int = 48, resi_connection: str = '1conv',
                  use_checkpoint: bool = False):
-        if len(depths) != len(num_heads):
-            raise ValueError(f'SwinIREncoder depths and num_heads must be equally long; got {list(depths)} and '
-                             f'{list(num_heads)}.')
-        if embed_dim % 2 or any(embed_dim % heads for heads in num_heads):
-            raise ValueError(f'SwinIREncoder embed_dim must be divisible by every num_heads; got {embed_dim} and '
-                             f'{list(num_heads)}.')
-        if img_size <= window_size:  # BasicSR's blocks then stop shifting their windows, without a word
-            raise ValueError(f'SwinIREncoder img_size must be above window_size; got {img_size} and {window_size}.')
+        if problem := self.unfit(embed_dim, depths, num_heads, window_size, img_size):
+            raise ValueError(f'SwinIREncoder {problem}')
         super().__init__(img_size=img_size, in_chans=num_in_ch, embed_dim=embed_dim, depths=tuple(depths),
                          num_heads=tuple(num_heads), window_size=window_size, mlp_ratio=mlp_ratio,
                          drop_path_rate=drop_path_rate, resi_connection=resi_connection, use_checkpoint=use_checkpoint,
@@ -54,6 +51,18 @@ class SwinIREncoder(SwinIR):
         # Receptive radius in LR cells: a window and then half a window per layer, the 3x3 convolutions between the
         # layers lie within; three of them stand at the ends.
         self.halo = window_size + window_size // 2 * sum(depths)
+
+    @staticmethod
+    def unfit(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], window_size: int,
+              img_size: int) -> str | None:
+        """Why no encoder can be built from these options, or None."""
+        if len(depths) != len(num_heads):
+            return f'depths and num_heads must be equally long; got {list(depths)} and {list(num_heads)}.'
+        if embed_dim % 2 or any(embed_dim % heads for heads in num_heads):
+            return f'embed_dim must be even and divisible by every num_heads; got {embed_dim} and {list(num_heads)}.'
+        if img_size <= window_size:  # BasicSR's blocks then stop shifting their windows, without a word
+            return f'img_size must be above window_size; got {img_size} and {window_size}.'
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, 64, H, W)."""

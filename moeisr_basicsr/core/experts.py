@@ -70,23 +70,31 @@ class ExpertPool(nn.Module):
         zero_init_last: See `Expert`.
 
     Raises:
-        ValueError: Shared layers differ in width.
+        ValueError: The experts cannot share their layers; see `unshareable`.
     """
 
     def __init__(self, in_features: int, out_channels: int, experts: Sequence[Sequence[int]], shared_layers: int = 0,
                  zero_init_last: bool = False):
         super().__init__()
-        if shared_layers < 0:
-            raise ValueError(f'shared_layers must not be negative; got {shared_layers}.')
-        common = list(max(experts, key=len)[:shared_layers])
-        if any(list(hidden[:shared_layers]) != common[:len(hidden)] for hidden in experts):
-            raise ValueError(f'shared_layers: {shared_layers} needs experts whose first widths agree, for example '
-                             f'[[256], [256, 128]]; got {[list(hidden) for hidden in experts]}.')
+        if problem := self.unshareable(experts, shared_layers):
+            raise ValueError(f'shared_layers: {problem}')
+        common = max(experts, key=len)[:shared_layers]
         widths = [in_features, *common]
         self.shared = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths[:-1], widths[1:]))
         self.num_shared = [min(len(hidden), len(common)) for hidden in experts]  # layers of each expert
         self.experts = nn.ModuleList(Expert(widths[count], out_channels, hidden[count:], zero_init_last)
                                      for hidden, count in zip(experts, self.num_shared))
+
+    @classmethod
+    def unshareable(cls, experts: Sequence[Sequence[int]], shared_layers: int) -> str | None:
+        """Why this family's experts cannot have that many layers in common, or None."""
+        if shared_layers < 0:
+            return f'must not be negative; got {shared_layers}.'
+        widths = [list(hidden) for hidden in experts]
+        common = max(widths, key=len)[:shared_layers]
+        if any(hidden[:shared_layers] != common[:len(hidden)] for hidden in widths):
+            return f'{shared_layers} needs experts whose first widths agree; got {widths}.'
+        return None
 
     @property
     def is_nested(self) -> bool:

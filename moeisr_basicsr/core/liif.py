@@ -28,16 +28,21 @@ class LIIFExperts(ExpertPool):
         zero_init_last: See `Expert`.
 
     Raises:
-        ValueError: Shared layers differ in width, or an expert has no hidden layer to share.
+        ValueError: The experts cannot share their layers; see `unshareable`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, experts: Sequence[Sequence[int]], shared_layers: int = 0,
                  zero_init_last: bool = False):
-        if shared_layers > 0 and not all(experts):
-            raise ValueError(f'shared_layers: {shared_layers} needs at least one hidden layer in each LIIF expert; got '
-                             f'{[list(hidden) for hidden in experts]}.')
         super().__init__(in_channels * 9 + 4, out_channels, experts, shared_layers, zero_init_last)
         self.in_channels = in_channels
+
+    @classmethod
+    def unshareable(cls, experts: Sequence[Sequence[int]], shared_layers: int) -> str | None:
+        """As in `ExpertPool`; the first layer, folded to LR resolution, is shared or not for all experts alike."""
+        if shared_layers > 0 and not all(experts):
+            return (f'{shared_layers} needs at least one hidden layer in each LIIF expert; got '
+                    f'{[list(hidden) for hidden in experts]}.')
+        return super().unshareable(experts, shared_layers)
 
     @property
     def num_tables(self) -> int:

@@ -3,15 +3,17 @@
 A rule yields (keys, message) for each problem. It looks only at values that are sound by themselves, because the rest
 is reported already.
 """
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moeisr_basicsr.core.decoder import FAMILIES
 from moeisr_basicsr.errors import did_you_mean
 
 from .reader import KeyPath
 from .schema import DATASET_OURS
-from .typed import is_known, registered
+from .typed import is_known, registered, signature_keys
 
 Problems = Iterator[tuple[KeyPath, str]]
 TRAIN_PHASES = re.compile(r'train|val(_.+)?')
@@ -116,26 +118,26 @@ def network(options: Mapping, at: KeyPath) -> Problems:
     if skip != 'none' and channels[0] != channels[1]:
         yield (*at, 'skip'), f"'{skip}' needs in_channels = out_channels; got {channels[0]} and {channels[1]}."
     encoder = section(options, 'encoder')
-    depths, heads = encoder.get('depths', [6] * 6), encoder.get('num_heads', [6] * 6)
-    if encoder.get('type') == 'SwinIREncoder' and numbers(depths) and numbers(heads):
-        width = encoder.get('embed_dim', 180)
-        if len(depths) != len(heads):
-            yield (*at, 'encoder', 'num_heads'), (f'must have as many entries as depths, {len(depths)}; got '
-                                                  f'{len(heads)}.')
-        elif isinstance(width, int) and (width % 2 or any(head > 0 and width % head for head in heads)):
-            yield (*at, 'encoder', 'embed_dim'), f'must be even and divisible by every num_heads; got {width}.'
+    if encoder.get('type') == 'SwinIREncoder':
+        yield from swinir(encoder, (*at, 'encoder'))
+
+
+def swinir(options: Mapping, at: KeyPath) -> Problems:
+    """SwinIR's sizes fit together."""
+    entry = registered('ARCH', options['type'])
+    arguments, keys = inspect.signature(entry).parameters, signature_keys(entry).table
+    sizes = {name: options.get(name, arguments[name].default) for name in inspect.signature(entry.unfit).parameters}
+    if all(keys[name].kind.accepts(size) for name, size in sizes.items()) and (problem := entry.unfit(**sizes)):
+        yield at, problem
 
 
 def shared_layers(options: Mapping, at: KeyPath) -> Problems:
     """`shared_layers` fits the decoder and the experts."""
+    family = FAMILIES.get(str(options.get('decoder', 'liif')))
     count, experts = options.get('shared_layers', 0), options.get('experts')
-    if not isinstance(count, int) or count <= 0 or not isinstance(experts, list) or not all(map(numbers, experts)):
-        return
-    common = max(experts, key=len, default=[])[:count]
-    if any(hidden[:count] != common[:len(hidden)] for hidden in experts):
-        yield (*at, 'shared_layers'), f'{count} needs experts whose first widths agree; got {experts}.'
-    elif options.get('decoder', 'liif') == 'liif' and not all(experts):
-        yield (*at, 'shared_layers'), f'{count} needs at least one hidden layer in each LIIF expert; got {experts}.'
+    sound = isinstance(count, int) and count >= 0 and isinstance(experts, list) and all(map(numbers, experts))
+    if family and sound and experts and (problem := family.unshareable(experts, count)):
+        yield (*at, 'shared_layers'), problem
 
 
 def experts_loss(data: dict) -> Problems:

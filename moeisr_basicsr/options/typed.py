@@ -12,7 +12,9 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from moeisr_basicsr.core.decoder import EXPERT_GRADS, FAMILIES
 from moeisr_basicsr.core.mapper import GRANULARITIES, Mapper
+from moeisr_basicsr.core.skip import SKIPS
 
 from .kinds import AnyOf, Choice, Int, Kind, ListOf, Number, kind_of
 from .schema import (BASICSR_DATASET, BASICSR_TOP, BASICSR_TRAIN, BASICSR_VAL, COUNT, DATASET, DATASET_OURS,
@@ -30,9 +32,9 @@ LIMITS: dict[str, Kind] = {
     **{name: WIDTHS for name in ('hidden_list', 'depths', 'num_heads')},
     'experts': ListOf(WIDTHS),
     'encoder': Typed('network'),
-    'decoder': Choice(('liif', 'lte')),
-    'skip': Choice(('none', 'bilinear', 'bicubic')),
-    'expert_grad': Choice(('exact', 'naive', 'sampled')),
+    'decoder': Choice(tuple(FAMILIES)),
+    'skip': Choice(SKIPS),
+    'expert_grad': Choice(EXPERT_GRADS),
     'config': Choice(('A', 'B')),
     'resi_connection': Choice(('1conv', '3conv')),
     'num_layers': Int(1, 5),
