@@ -18,7 +18,7 @@ from moeisr_basicsr.analysis.environment import environment
 from moeisr_basicsr.analysis.plain import expert_mlp, plain_image, plain_mixture, plain_pixels
 from moeisr_basicsr.analysis.rendering import clustered_map, render_fixed
 from moeisr_basicsr.analysis.routing_stats import (depth_correlation, expert_loads, gradient_energy, mean_cost,
-                                                   routing_stats, share_table, spearman)
+                                                   spearman)
 from moeisr_basicsr.analysis.train_steps import TrainSteps
 from moeisr_basicsr.analysis.training import PARTS, PartClock, make_batch, profile_training
 from moeisr_basicsr.archs.edsr_encoder_arch import EDSREncoder
@@ -242,23 +242,13 @@ def test_depth_follows_texture():
     assert depth_correlation(torch.zeros_like(expert_map), image, [1, 2, 4]) is None
 
 
-def test_routing_stats_and_share_table():
+def test_loads_and_mean_cost():
     decoder = small('lte')
     expert_map = torch.tensor([[0, 0, 1, 3], [0, 2, 3, 3]], dtype=torch.uint8)
-    stats = routing_stats(decoder, (1, 2), expert_map, torch.rand(3, 2, 4))
-    assert stats.loads == [3 / 8, 1 / 8, 1 / 8, 3 / 8] == expert_loads(expert_map, 4)
+    loads = expert_loads(expert_map, 4)
+    assert loads == [3 / 8, 1 / 8, 1 / 8, 3 / 8]
     chosen = sum(decoder.expert_macs[j] for j in expert_map.flatten().tolist())
-    assert stats.mean_cost == pytest.approx(chosen / 8 / max(decoder.expert_macs), rel=1e-6)
-    assert stats.mean_cost == mean_cost(stats.loads, decoder.expert_costs)
-    whole = chosen + 8 * decoder.mapper.macs() + 2 * (decoder.mapper.table_macs() + decoder.pool.table_macs())
-    assert stats.macs == pytest.approx(whole / 8)
-    assert stats.dense_share == pytest.approx(stats.macs / dense_plain_macs(decoder, (1, 2), (2, 4)))
-    other = routing_stats(decoder, (1, 2), torch.zeros_like(expert_map))
-    table = share_table({'a': stats, 'b': other})
-    assert [row['image'] for row in table] == ['a', 'b', 'mean']
-    assert table[-1]['loads'] == [11 / 16, 1 / 16, 1 / 16, 3 / 16]
-    assert table[-1]['texture_correlation'] == stats.texture_correlation and table[1]['texture_correlation'] is None
-    assert table[-1]['macs'] == (stats.macs + other.macs) / 2 and share_table({}) == []
+    assert mean_cost(loads, decoder.expert_costs) == pytest.approx(chosen / 8 / max(decoder.expert_macs), rel=1e-6)
     with pytest.raises(ValueError, match='names expert 3'):
         expert_loads(expert_map, 3)
 
@@ -267,7 +257,7 @@ def results():
     row = {'case': 'test', 'scale': [2, 3.5], 'lq_size': [5, 6], 'metrics': {'psnr_y': 30.5, 'psnr': math.inf},
            'routing': {'loads': [0.25, 0.75], 'mean_cost': 0.5}, 'macs': {'total': 7.5, 'each_expert': [1, 2]}}
     model = {'name': 'm', 'file': None, 'network_g': {'any': ['thing']}, 'parameters': {'total': 3, 'experts': [1, 2]}}
-    return schema.document('test', environment(), [row], model)
+    return schema.document('test', environment('torch'), [row], model)
 
 
 def test_results_are_written_and_read(tmp_path):
@@ -312,7 +302,7 @@ def test_unreadable_results(tmp_path):
 
 
 def test_environment_fits_the_schema():
-    assert schema.problems(environment('cpu', 'torch'), schema.SCHEMA['properties']['environment']) == []
+    assert schema.problems(environment('torch', 'cpu'), schema.SCHEMA['properties']['environment']) == []
 
 
 def test_peak_memory_sees_what_was_freed():

@@ -3,26 +3,14 @@
 Shapes: (R, S) output size, J experts, N pixels.
 """
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeisr_basicsr.core import MoEDecoder
-
-from .complexity import check_loads, decoder_macs, dense_plain_macs
+from .complexity import check_loads
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601, as every edge detector uses it
-
-
-class RoutingStats(NamedTuple):
-    """The routing of one image."""
-    loads: list[float]  # each expert's share of the output pixels, J
-    mean_cost: float  # relative to sending every pixel to the heaviest expert
-    macs: float  # per output pixel: mapper, LR tables, chosen experts
-    dense_share: float  # `macs` over those of the plain dense decoder
-    texture_correlation: float | None  # Spearman, depth of the chosen expert against local gradient energy
 
 
 def expert_loads(expert_map: Tensor, num_experts: int) -> list[float]:
@@ -37,23 +25,6 @@ def mean_cost(loads: Sequence[float], costs: Tensor) -> float:
     """Mean relative cost of a pixel; `costs` (J,) are `decoder.expert_costs`."""
     check_loads(loads, len(costs))
     return float((torch.tensor(loads, dtype=torch.float64) * costs.double().cpu()).sum())
-
-
-def routing_stats(decoder: MoEDecoder, lq_size: tuple[int, int], expert_map: Tensor,
-                  image: Tensor | None = None) -> RoutingStats:
-    """Statistics of one image.
-
-    Args:
-        lq_size: (H, W) of the input.
-        expert_map: (R, S).
-        image: (3, R, S) RGB in [0, 1], the truth or the output; without it there is no `texture_correlation`.
-    """
-    size = tuple(expert_map.shape)
-    loads = expert_loads(expert_map, decoder.num_experts)
-    macs = decoder_macs(decoder, lq_size, size).total(loads)
-    correlation = None if image is None else depth_correlation(expert_map, image, decoder.depths)
-    return RoutingStats(loads, mean_cost(loads, decoder.expert_costs), macs,
-                        macs / dense_plain_macs(decoder, lq_size, size), correlation)
 
 
 def gradient_energy(image: Tensor, window: int = 5) -> Tensor:
@@ -100,19 +71,3 @@ def ranks(x: Tensor) -> Tensor:
     _, place, counts = x.unique(return_inverse=True, return_counts=True)  # sorted
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[place]
-
-
-def share_table(stats: dict[str, RoutingStats]) -> list[dict]:
-    """One row per image, then their mean; ready for a table or JSON.
-
-    Args:
-        stats: Image name -> its statistics; all of one network.
-    """
-    rows = [{'image': name, **entry._asdict()} for name, entry in stats.items()]
-    if not rows:
-        return []
-    found = [row['texture_correlation'] for row in rows if row['texture_correlation'] is not None]
-    mean = {key: sum(row[key] for row in rows) / len(rows) for key in ('mean_cost', 'macs', 'dense_share')}
-    shares = [sum(column) / len(rows) for column in zip(*(row['loads'] for row in rows))]
-    return [*rows, {'image': 'mean', 'loads': shares, **mean,
-                    'texture_correlation': sum(found) / len(found) if found else None}]

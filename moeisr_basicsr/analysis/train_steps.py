@@ -12,7 +12,6 @@ from moeisr_basicsr.core.routing import route_gumbel
 
 from .plain import plain_mixture
 
-FORMS = ('plain-naive', 'naive', 'exact', 'sampled')
 PATCH, QUERIES, SCALE = 48, 2304, 2.5  # LIIF's recipe; the mean factor of U(1, 4)
 
 
