@@ -12,8 +12,6 @@ Legend: (R, S) output rows and columns, T latent codes, C feature channels, D_IN
 layer (LIIF) or of the Fourier basis (LTE), D hidden width, D_OUT output channels, J experts; the widths are padded to
 powers of two.
 """
-import statistics
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -292,18 +290,3 @@ def fit_config(config: Config, expert: PackedExpert) -> Config:
     block = config.block if max(expert.d_in, expert.d) <= 256 else max(4, config.block // 2)
     half = expert.d_in if expert.w_rel is not None else expert.d_in // 2  # LTE takes cosines and sines in turn
     return config._replace(block=block, chunk=min(config.chunk, half, expert.d))
-
-
-def median_ms(call: Callable[[], object], repeats: int = 20) -> float:
-    """Median time of `call` on the current CUDA device in milliseconds, by device events, after three warm-ups."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
