@@ -3,6 +3,7 @@ import json
 import os
 import random
 import signal
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 from tiny_runs import assert_same, metrics_lines, parse, run_options, run_yaml, saved
 
-from moeisr_basicsr.engine import exit_codes
+from moeisr_basicsr.engine import exit_codes, train_loop
+from moeisr_basicsr.engine.distributed import Ranks
 from moeisr_basicsr.engine.resume import set_model_state
 from moeisr_basicsr.engine.train_loop import Trainer, train
 from moeisr_basicsr.errors import UserError
@@ -196,6 +198,40 @@ def test_without_auto_resume_the_old_run_is_archived(tmp_path):
     folders = sorted(path.name for path in (tmp_path / 'experiments').iterdir())
     assert len(folders) == 2 and folders[0] == 'run' and folders[1].startswith('run_archived_')
     assert (tmp_path / 'experiments' / folders[1] / 'models' / 'net_g_1.pth').is_file()
+
+
+def test_a_restart_by_the_same_torchrun_goes_on_and_another_torchrun_begins_anew(tmp_path, monkeypatch, uninterrupted):
+    """torchrun's count of restarts stays 0 on a node whose own processes did not die."""
+    launches = iter(['first', 'first', 'second'])
+    monkeypatch.setattr(train_loop, 'launched', lambda *_: nullcontext(Ranks(launch=next(launches))))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 12, kill)
+        with pytest.raises(Killed):
+            train(run_options(tmp_path))
+    assert train(run_options(tmp_path)) == exit_codes.OK
+    assert_equal_runs(tmp_path, uninterrupted)
+    assert [path.name for path in (tmp_path / 'experiments').iterdir()] == ['run']
+    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == exit_codes.OK
+    assert len(list((tmp_path / 'experiments').iterdir())) == 2
+
+
+def test_a_restart_before_the_first_folder_goes_on_with_no_older_run(tmp_path, monkeypatch):
+    assert train(run_options(tmp_path, **{'train:total_iter': 2})) == exit_codes.OK
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')  # the first attempt died at once
+    monkeypatch.setattr(train_loop, 'launched', lambda *_: nullcontext(Ranks(launch='new')))
+    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == exit_codes.OK
+    assert len(list((tmp_path / 'experiments').iterdir())) == 2
+
+
+def test_the_options_choose_cudnns_benchmark_which_validation_does_without(tmp_path, monkeypatch):
+    seen = []
+    validate = Trainer._validate
+    monkeypatch.setattr(Trainer, '_validate', lambda self: (seen.append(torch.backends.cudnn.benchmark), validate(self)))
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
+    for chosen in (True, False):
+        assert train(run_options(tmp_path, cudnn_benchmark=chosen, **{'train:total_iter': 1})) == exit_codes.OK
+        assert torch.backends.cudnn.benchmark is chosen
+    assert seen == [False, False]
 
 
 def test_a_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):

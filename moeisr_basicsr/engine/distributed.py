@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from moeisr_basicsr.compat import init_dist
 
-from .rendezvous import agent_store, fresh_store
+from .rendezvous import agent_store, fresh_store, launch_name
 
 DEFAULT_TIMEOUT_MINUTES = 30  # rank 0 may validate alone (BasicSR's own models) or write to a slow disk meanwhile
 
@@ -22,6 +22,7 @@ class Ranks(NamedTuple):
     rank: int = 0
     world_size: int = 1
     control: dist.ProcessGroup | None = None  # gloo: messages on the CPU never wait for the GPU's queue
+    launch: str | None = None  # name of this torchrun, the same after its restarts; None where it is not known
 
     @property
     def is_main(self) -> bool:
@@ -78,17 +79,19 @@ def launched(launcher: str, dist_params: dict | None = None) -> Iterator[Ranks]:
         UserError: An unknown launcher, or its environment variables are missing.
     """
     own = launcher != 'none' and not dist.is_initialized()
+    options, launch = dict(dist_params or {}), None
+    timeout = timedelta(minutes=float(options.pop('timeout', DEFAULT_TIMEOUT_MINUTES)))
     if own:
-        options = dict(dist_params or {})
-        timeout = timedelta(minutes=float(options.pop('timeout', DEFAULT_TIMEOUT_MINUTES)))
         store = agent_store(timeout) if launcher == 'pytorch' else None
         if store is not None:
             rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+            launch = launch_name(store)
             options.update(store=fresh_store(store, rank, world_size, timeout), rank=rank, world_size=world_size)
         init_dist(launcher, **options, timeout=timeout)
     ranks = Ranks()
     if dist.is_initialized():
-        ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend='gloo'))
+        control = dist.new_group(backend='gloo', timeout=timeout)
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), control, launch)
     yield ranks
     if own:
         # After an error the others may be anywhere: leaving the group would wait for them.

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from moeisr_basicsr.atomic_file import write_atomic
 
+LAUNCH_FILE = '.torchrun'  # in the folder of a run: the name of the torchrun that it belongs to
+
 
 def tensorboard_folder(opt: dict) -> Path:
     """Where TensorBoard's files of a run are."""
@@ -25,12 +27,24 @@ def archive(folder: Path) -> Path | None:
     return target
 
 
-def make_folders(opt: dict, fresh: bool) -> list[str]:
+def belongs_to(opt: dict, launch: str) -> bool:
+    """Whether the run in the experiment's folder was begun or continued by the torchrun of this name.
+
+    (The count of restarts that torchrun gives its processes does not tell: it differs between nodes.)
+    """
+    try:
+        return (Path(opt['path']['experiments_root']) / LAUNCH_FILE).read_text() == launch
+    except OSError:
+        return False
+
+
+def make_folders(opt: dict, fresh: bool, launch: str | None = None) -> list[str]:
     """Folders of a run, an earlier one of the same name archived where this one starts anew.
 
     Args:
         opt: Reads `path` and `name`.
         fresh: False where the run continues what is there.
+        launch: Name of the torchrun that the run then belongs to.
 
     Returns:
         What was archived, for the log.
@@ -46,6 +60,8 @@ def make_folders(opt: dict, fresh: bool) -> list[str]:
     keys = ('models', 'training_states', 'log', 'visualization') if opt['is_train'] else ('log', 'visualization')
     for folder in (root, *(path[key] for key in keys)):
         Path(folder).mkdir(parents=True, exist_ok=True)
+    if launch is not None:
+        write_atomic(root / LAUNCH_FILE, lambda file: file.write(launch.encode()))
     return moved
 
 

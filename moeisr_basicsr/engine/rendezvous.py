@@ -1,4 +1,4 @@
-"""A store that no earlier attempt of the same torchrun has written to.
+"""torchrun's attempts: a store that no earlier one has written to, and a name that all of them share.
 
 torchrun gives every attempt of --max-restarts the same key-value store. torch 2.13 does not keep the attempts apart in
 it: a restarted rank may read the address of a process that is dead, and every restart fails with "Connection
@@ -22,6 +22,11 @@ def agent_store(timeout: timedelta) -> TCPStore | None:
         return None
     return TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timeout,
                     wait_for_workers=False)
+
+
+def launch_name(store: Store) -> str:
+    """A name of this torchrun, the same on every rank and in every attempt of --max-restarts."""
+    return store.compare_set(f'{KEY}/launch', '', secrets.token_hex(8)).decode()
 
 
 def fresh_store(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:

@@ -13,7 +13,7 @@ from . import exit_codes
 from .checkpoint_store import Checkpoint, CheckpointStore, DamagedCheckpoint
 from .data_loading import Place, TrainData, evaluation_loaders
 from .distributed import Ranks, launched, seed_everything
-from .experiment import copy_options, make_folders
+from .experiment import belongs_to, copy_options, make_folders
 from .logs import MetricsFile, TrainLog, start_logger, start_tensorboard
 from .resume import (model_state, model_weights, plain, rng_state, set_model_state, set_model_weights, set_rng_state)
 from .signals import StopRequest
@@ -64,10 +64,10 @@ class Trainer:
         self.store = CheckpointStore(path['models'], path['training_states'],
                                      opt['logger'].get('keep_checkpoints', DEFAULT_KEEP))
         reports = []
-        checkpoint = ranks.together(lambda: find_checkpoint(opt, self.store, reports.append))
-        restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+        restarted = is_restart(opt, ranks)
+        checkpoint = ranks.together(lambda: find_checkpoint(opt, self.store, reports.append, restarted))
         fresh = checkpoint is None and not restarted and not path.get('resume_state')
-        reports += ranks.together(lambda: make_folders(opt, fresh))
+        reports += ranks.together(lambda: make_folders(opt, fresh, ranks.launch))
         opt['manual_seed'] = self._seed(opt, checkpoint)
         opt['path'] = {**path, **({} if checkpoint is None else without_pretrained(path))}
         self.opt = opt
@@ -78,7 +78,7 @@ class Trainer:
         if ranks.is_main:
             self.store.clean()
             copy_options(opt, path['experiments_root'])
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = bool(opt.get('cudnn_benchmark', True))
         seed_everything(opt['manual_seed'] + ranks.rank)
         self.model = build_model(opt)
         self.train_data = TrainData(opt, ranks, self.model.device)
@@ -191,6 +191,13 @@ class Trainer:
 
     def validate(self) -> None:
         """Evaluate on every validation set; keep the weights that are the best of a metric."""
+        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # sizes come once each
+        try:
+            self._validate()
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
+
+    def _validate(self) -> None:
         save_img = self.opt['val'].get('save_img', False)
         if hasattr(self.model, 'validate'):
             results = self.model.validate(self.val_loaders, self.iteration, self.tensorboard, save_img,
@@ -219,14 +226,21 @@ class Trainer:
             self.tensorboard.close()
 
 
-def find_checkpoint(opt: dict, store: CheckpointStore, report) -> Checkpoint | None:
+def is_restart(opt: dict, ranks: Ranks) -> bool:
+    """Whether torchrun's --max-restarts began this attempt, and the run of an earlier one is there to go on with."""
+    if ranks.launch is None:  # an older torch, of which every attempt has another store
+        return ranks.largest(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))) > 0
+    return ranks.together(lambda: belongs_to(opt, ranks.launch))
+
+
+def find_checkpoint(opt: dict, store: CheckpointStore, report, restarted: bool) -> Checkpoint | None:
     """What to continue from: `path: resume_state`, or with --auto_resume and after torchrun's restarts the newest.
 
     Raises:
         UserError: The given state cannot be used.
     """
     given = opt['path'].get('resume_state')
-    if opt.get('auto_resume') or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0:
+    if opt.get('auto_resume') or restarted:
         newest = store.newest(report)
         if newest is not None or not given:
             return newest
