@@ -77,17 +77,31 @@ def test_workers_live_for_the_whole_run(tmp_path):
     assert len(pids) == 2
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_datasets_that_draw_from_global_generators_differ_by_epoch_and_worker(tmp_path, workers):
-    """BasicSR's loader reseeds numpy and python identically each epoch."""
-    drawing = {'datasets:train': {'name': 'drawing', 'type': 'DrawingDataset', 'batch_size_per_gpu': 1,
-                                  'num_worker_per_gpu': workers, 'persistent_workers': False}}
-    before = torch.get_rng_state()
-    draws = [batch['draws'] for _, batch in take(data(tmp_path, **drawing), Place(), 18)]
-    for column in torch.cat(draws).t():
-        assert len(set(column.tolist())) == 18
-    if workers:
-        assert torch.equal(torch.get_rng_state(), before)  # the model's own generator is left alone
+def drawing(workers, persistent=True):
+    return {'datasets:train': {'name': 'drawing', 'type': 'DrawingDataset', 'batch_size_per_gpu': 1,
+                               'dataset_enlarge_ratio': 2, 'num_worker_per_gpu': workers,
+                               'persistent_workers': persistent}}
+
+
+def test_datasets_that_draw_from_global_generators_differ_by_epoch_and_repeat(tmp_path):
+    """BasicSR's loader reseeds numpy and python identically each epoch, and its sampler repeats the index."""
+    before = random.getstate(), torch.get_rng_state()
+    batches = [batch for _, batch in take(data(tmp_path, **drawing(0)), Place(), 36)]
+    assert sorted(int(batch['index']) for batch in batches) == sorted(list(range(6)) * 6)
+    for column in torch.cat([batch['draws'] for batch in batches]).t():
+        assert len(set(column.tolist())) == 36
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])  # the model's own generator is left alone
+
+
+@pytest.mark.parametrize(('workers', 'persistent'), [(0, False), (1, True), (2, False)])
+def test_datasets_that_draw_from_global_generators_resume_exactly(tmp_path, workers, persistent):
+    whole = take(data(tmp_path, **drawing(0)), Place(), 30)
+    for done in (5, 14):  # in the middle of the first and of the second epoch of 12
+        rest = take(data(tmp_path, **drawing(workers, persistent)), whole[done - 1][0], 10)
+        for (place, batch), (expected_place, expected) in zip(rest, whole[done:]):
+            assert place == expected_place and int(batch['index']) == int(expected['index'])
+            assert torch.equal(batch['draws'], expected['draws'])
 
 
 def test_an_epoch_without_a_whole_batch_is_an_error(tmp_path):

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 
 class EnlargedSampler(BasicSREnlargedSampler):
-    """BasicSR's sampler: the same order on every rank. For datasets with `set_epoch` it also
+    """BasicSR's sampler: the same order on every rank. For datasets with `set_epoch` (see `SeededDataset`) it also
 
     - yields an index of its own for every repeat of an image (BasicSR takes it modulo the number of images), so that
       repeats differ in their draws;

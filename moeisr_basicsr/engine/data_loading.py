@@ -12,6 +12,7 @@ from basicsr.data import build_dataset
 from torch.utils.data import DataLoader, get_worker_info
 
 from moeisr_basicsr.data.sampler import EnlargedSampler
+from moeisr_basicsr.data.seeded import SeededDataset
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.models.worker_errors import clear_worker_errors
 
@@ -50,6 +51,8 @@ class TrainData:
         self.device = device
         self.batch = int(train_opt['batch_size_per_gpu'])
         self.dataset = build_dataset({**train_opt, 'manual_seed': self.seed})
+        if not hasattr(self.dataset, 'set_epoch'):
+            self.dataset = SeededDataset(self.dataset, self.seed)
         ratio = train_opt.get('dataset_enlarge_ratio', 1)
         self.sampler = EnlargedSampler(self.dataset, ranks.world_size, ranks.rank, ratio)
         self.batches_per_epoch = len(self.sampler) // self.batch
@@ -102,7 +105,10 @@ class TrainData:
 
 
 def start_worker(worker: int) -> None:
-    """Seed python and numpy of a loader worker from torch's seed, which differs by epoch, rank and worker."""
+    """Seed python and numpy of a loader worker from torch's seed, which differs by rank and worker.
+
+    No item of ours depends on it; a dataset with a `set_epoch` of its own may.
+    """
     shield_worker()
     seed = torch.initial_seed()
     random.seed(seed)
