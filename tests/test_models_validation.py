@@ -18,6 +18,7 @@ from moeisr_basicsr.engine.data_loading import evaluation_loaders
 from moeisr_basicsr.engine.test_loop import test as run_test
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import upscale
+from moeisr_basicsr.kernels import fused_backend
 from moeisr_basicsr.models.evaluation import mean, mean_of, mean_row, my_jobs, scale_label
 from moeisr_basicsr.models.image_evaluation import ImageEvaluator
 from moeisr_basicsr.models.measures import describe_input, describe_metric
@@ -186,6 +187,8 @@ def test_the_test_loop_writes_one_results_document(root, network, model_type):
     opt = parse(root, change(sections, {'val:save_img': True, 'val:val_freq': 1}), is_train=False)
     assert run_test(opt) == exit_codes.OK
     results = schema.load(root / 'results' / 'run' / 'results.json')
+    backend = fused_backend(model.get_bare_model(model.net_g).decoder, 'cpu')
+    assert results['environment']['kernel'] == ('torch' if backend is None else 'FusedCPUBackend')
     images = [row for row in results['rows'] if row['case'] == 'test']
     assert [(row['dataset'], row['image']) for row in images] == [
         (f'tiny_{scale}', str(image)) for scale in ('x2', 'x3.3') for image in range(3)]

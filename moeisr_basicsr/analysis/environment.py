@@ -6,14 +6,15 @@ from pathlib import Path
 import torch
 
 import moeisr_basicsr
+from moeisr_basicsr.core.render import TORCH
 
 
-def environment(device: torch.device | str = 'cpu', kernel: str = 'torch') -> dict:
+def environment(kernel: str, device: torch.device | str = 'cpu') -> dict:
     """The `environment` of a results document (see `schema`).
 
     Args:
+        kernel: Which code decoded, see `kernel_name`; 'none' where nothing was decoded.
         device: Where the network ran.
-        kernel: Which code decoded: 'torch', or what a fused backend says of itself.
     """
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
@@ -25,6 +26,11 @@ def environment(device: torch.device | str = 'cpu', kernel: str = 'torch') -> di
         'variables': {key: value for key, value in sorted(os.environ.items())
                       if key.startswith(('OMP_', 'MKL_', 'MALLOC_', 'MOEISR_'))},
     }
+
+
+def kernel_name(backend: object | None) -> str:
+    """Which code decodes: 'torch', or the class of the fused backend (`kernels.fused_backend`)."""
+    return 'torch' if backend is None or backend is TORCH else type(backend).__name__
 
 
 def cpu_name() -> str:

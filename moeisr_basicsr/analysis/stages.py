@@ -14,6 +14,7 @@ from moeisr_basicsr.inference import evaluation, make_control, upscale_strips
 from moeisr_basicsr.kernels import fused_backend
 
 from .complexity import dense_decoder, heaviest, macs_per_pixel
+from .environment import kernel_name
 from .measure import interleaved_ms, peak_mib
 from .plain import CHUNK, plain_image
 from .rendering import render_fixed
@@ -49,7 +50,7 @@ class Stages:
         self.lq_size = tuple(lq.shape[-2:])
         self.cell = net.test_cell(self.lq_size, size)
         self.backend = self.backend_of(self.decoder)
-        self.kernel = 'torch' if self.backend is TORCH else type(self.backend).__name__
+        self.kernel = kernel_name(self.backend)
         # The decoder whose heaviest expert, on every pixel, is the baseline.
         self.dense = self.decoder if setting.dense_hidden is None else dense_decoder(self.decoder, setting.dense_hidden)
         self.dense_backend = self.backend_of(self.dense)

@@ -47,7 +47,7 @@ def profile_data(args: argparse.Namespace) -> int:
     if needed is not None:
         console.print(f'A step of {args.step_ms:g} ms takes {batch} items: each process needs {needed:.1f} items/s.')
     if args.json:
-        schema.save(args.json, schema.document('profile', environment(kernel='none'), rows))
+        schema.save(args.json, schema.document('profile', environment('none'), rows))
     if args.plot:
         save_chart(args.plot, panels(rows))
     return 0

@@ -54,7 +54,7 @@ class Profiler:
     def run(self) -> int:
         """Measure, show, write; returns the exit code."""
         rows, kernel, panels = self.training() if self.args.train else self.upscaling()
-        results = schema.document('profile', environment(self.device, kernel), rows, self.model())
+        results = schema.document('profile', environment(kernel, self.device), rows, self.model())
         where = results['environment']
         self.console.print(f'{where["device_name"]}, {where["threads"]} threads, torch {where["torch"]}, decoded by '
                            f'{kernel}.')

@@ -6,7 +6,8 @@ from basicsr.models.base_model import BaseModel
 
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.analysis.complexity import parameters
-from moeisr_basicsr.analysis.environment import environment
+from moeisr_basicsr.analysis.environment import environment, kernel_name
+from moeisr_basicsr.kernels import fused_backend
 from moeisr_basicsr.models.evaluation import Evaluated, mean_row
 
 from . import exit_codes
@@ -66,9 +67,10 @@ def _test(opt: dict, ranks: Ranks, stop: StopRequest) -> int:
 def results_document(opt: dict, model: BaseModel, results: list[Evaluated]) -> dict:
     """The results of every image and, last, the means of every dataset; see `analysis.schema`."""
     net = model.get_bare_model(model.net_g)
-    described = None
+    described, kernel = None, 'torch'
     if hasattr(net, 'decoder'):
+        kernel = kernel_name(fused_backend(net.decoder, model.device, opt['val'].get('precision', 'fp32')))
         described = {'name': opt['name'], 'file': opt['path'].get('pretrain_network_g'), 'network_g': opt['network_g'],
                      'parameters': parameters(net)._asdict()}
     rows = [row for result in results for row in result.rows] + [mean_row(result.rows) for result in results]
-    return schema.document('test', environment(model.device), rows, described)
+    return schema.document('test', environment(kernel, model.device), rows, described)
