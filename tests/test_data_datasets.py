@@ -324,3 +324,9 @@ def test_the_memory_cache_reads_each_image_once(folder, monkeypatch):
     write_image(folder / 'a.png', noise(60, 75))
     with pytest.raises(UserError, match='/dev/shm has .* --shm-size'):
         build_dataset(options(folder, cache='memory'))
+    usage.free = 10**9
+    usage.free = 3 * len(build_dataset(options(folder, cache='memory')).images.pixels)
+    build_dataset(options(folder, cache='memory'))
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    with pytest.raises(UserError, match='on each of 4 ranks'):  # each would see room for itself
+        build_dataset(options(folder, cache='memory'))

@@ -1,6 +1,8 @@
 """metrics.jsonl, folders of a run, and the plain form of states."""
+import errno
 import json
 import math
+import os
 from collections import Counter, OrderedDict
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from tiny_runs import run_options
 
+from moeisr_basicsr.engine import logs
 from moeisr_basicsr.engine.experiment import archive, copy_options, make_folders
 from moeisr_basicsr.engine.logs import MetricsFile
 from moeisr_basicsr.engine.resume import plain, rng_state, set_rng_state
@@ -32,6 +35,34 @@ def test_a_resumed_run_drops_the_lines_that_come_again(tmp_path):
     MetricsFile(tmp_path, is_main=True, after=10, validate_again=True)
     assert [(line['kind'], line['iter']) for line in lines(tmp_path)] == [
         ('train', 5), ('validation', 5), ('train', 10)]
+
+
+def test_a_full_disk_costs_the_lines_and_not_the_run(tmp_path, monkeypatch):
+    """Other ranks know nothing of it: they must not wait for a rank 0 that ended."""
+    metrics = MetricsFile(tmp_path, is_main=True)
+    metrics.write('train', 1, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(logs, 'open', HalfWritten, raising=False)
+        metrics.write('train', 2, {})
+    metrics.write('train', 3, {})
+    assert [line['iter'] for line in lines(tmp_path)] == [1, 3]
+
+
+class HalfWritten:
+    """A file on a disk that fills up."""
+
+    def __init__(self, path, mode, encoding):
+        self.file = open(path, mode, encoding=encoding)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, text):
+        self.file.write(text[:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_only_rank_0_writes(tmp_path):

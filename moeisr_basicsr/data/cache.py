@@ -1,4 +1,5 @@
 """Decoded images in memory that all workers of a process share."""
+import os
 import shutil
 
 import numpy as np
@@ -22,7 +23,8 @@ class SharedImages:
         names: Those to keep room for.
 
     Raises:
-        UserError: An image's header is damaged, or the images need more shared memory than there is.
+        UserError: An image's header is damaged, or the images need more shared memory than there is for the ranks of
+            this machine, each of which has them for itself.
     """
 
     def __init__(self, source: ImageSource, names: list[str]):
@@ -55,12 +57,17 @@ class SharedImages:
 
 
 def _check_room(total: int, source: ImageSource) -> None:
-    """Writing past the end of /dev/shm kills the process without a word; containers often have 64 MB of it."""
+    """Writing past the end of /dev/shm kills the process without a word; containers often have 64 MB of it.
+
+    The pages are taken as they are written: a rank that looks first sees the room that the others will want.
+    """
+    ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     try:
         free = shutil.disk_usage('/dev/shm').free
     except OSError:  # not Linux: shared memory has no such limit
         return
-    if total > free:
-        raise UserError(f'cache: memory needs {total / 2**30:.1f} GiB of shared memory for the images of '
+    if total * ranks > free:
+        each = f' on each of {ranks} ranks' if ranks > 1 else ''
+        raise UserError(f'cache: memory needs {total / 2**30:.1f} GiB of shared memory{each} for the images of '
                         f'{source.root}, /dev/shm has {free / 2**30:.1f} GiB free. Enlarge it (docker: --shm-size), or '
                         'use cache: none with sub-images in an LMDB.')

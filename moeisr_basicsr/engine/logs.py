@@ -3,9 +3,11 @@ import datetime
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from basicsr.utils import get_env_info, get_root_logger, get_time_str, init_tb_l
 from basicsr.utils.logger import initialized_logger
 from basicsr.utils.options import dict2str
 
-from moeisr_basicsr.atomic_file import SaveError, write_atomic
+from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.models.evaluation import Evaluated
 
 from .distributed import Ranks
@@ -91,18 +93,18 @@ class MetricsFile:
             write_atomic(self.path, lambda file: file.write(''.join(kept).encode()))
 
     def write(self, kind: str, iteration: int | str, values: Mapping) -> None:
-        """Append one line.
-
-        Raises:
-            SaveError: The disk is full or failing.
-        """
+        """Append one line. Where the disk is full or failing the run goes on without: its checkpoints matter more."""
         if self.is_main:
             line = json.dumps(finite({'kind': kind, 'iter': iteration, 'time': round(time.time(), 3), **values}))
+            size = self.path.stat().st_size if self.path.exists() else 0
             try:
                 with open(self.path, 'a', encoding='utf-8') as file:
                     file.write(line + '\n')
             except OSError as error:
-                raise SaveError(error.errno, f'{error.strerror}: cannot write {self.path}') from error
+                with suppress(OSError):
+                    os.truncate(self.path, size)  # no half line before the next one
+                get_root_logger().warning(f'{error.strerror}: cannot write {self.path}; iteration {iteration} is '
+                                          'missing in it.')
 
     def write_results(self, iteration: int | str, results: list[Evaluated], best: Mapping) -> None:
         """One line per dataset."""
