@@ -29,6 +29,7 @@ from .upscale_output import Pipe, Target, blocks
 
 FAILED = 2
 DEVICES = ('cpu', 'cuda', 'mps', 'xpu')
+OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"  # and not CUDA's 'illegal memory access'
 
 
 class Upscaler:
@@ -79,7 +80,7 @@ class Upscaler:
         except OSError as error:
             message = f'{job.target}: cannot be written ({error.strerror or error}).'
         except RuntimeError as error:
-            if 'memory' not in str(error):
+            if not re.search(OUT_OF_MEMORY, str(error)):
                 raise
             message = f'{job.source}: there is not enough memory on {self.device}; try --tile, or a smaller output.'
         self.failed += 1

@@ -43,8 +43,10 @@ class CostWeight:
 
     def route(self, logits: Tensor, costs: Tensor) -> Tensor:
         """(..., J) -> (...) int64."""
-        routed = [route_by_cost(chunk, costs, self.cost_weight) for chunk in logits.flatten(0, -2).split(CHUNK)]
-        return torch.cat(routed).view(logits.shape[:-1])
+        costs = where_float64_is(costs)
+        routed = [route_by_cost(chunk, costs, self.cost_weight)
+                  for chunk in where_float64_is(logits).flatten(0, -2).split(CHUNK)]
+        return torch.cat(routed).view(logits.shape[:-1]).to(logits.device)
 
 
 class Budget:
@@ -67,7 +69,7 @@ class Budget:
             raise ValueError(f'budget must lie between {allowed:.4f} (all pixels to the cheapest expert) and 1 (all to '
                              f'the heaviest); got {budget}.')
         self.budget = float(budget)
-        self.costs = costs.double()
+        self.costs = where_float64_is(costs).double()
         self.count = 0
         # saved[b]: relative cost saved by the queries that change their expert at a kappa in bin b
         self.saved = torch.zeros(BINS, dtype=torch.float64)
@@ -76,7 +78,7 @@ class Budget:
 
     def observe(self, logits: Tensor) -> None:
         """Add queries, (..., J), to the histogram."""
-        for chunk in logits.flatten(0, -2).split(CHUNK):
+        for chunk in where_float64_is(logits).flatten(0, -2).split(CHUNK):
             self._observe(chunk.double())
         self.bounds = None
 
@@ -114,8 +116,9 @@ class Budget:
 
     def route(self, logits: Tensor, costs: Tensor) -> Tensor:
         """(..., J) -> (...) int64. Stateful: the queries of a bin are split in the order in which they come."""
-        routed = [self._route(chunk, costs) for chunk in logits.flatten(0, -2).split(CHUNK)]
-        return torch.cat(routed).view(logits.shape[:-1])
+        costs = where_float64_is(costs)
+        routed = [self._route(chunk, costs) for chunk in where_float64_is(logits).flatten(0, -2).split(CHUNK)]
+        return torch.cat(routed).view(logits.shape[:-1]).to(logits.device)
 
     def _route(self, logits: Tensor, costs: Tensor) -> Tensor:
         lower, upper = self.solve()
@@ -157,6 +160,11 @@ class Shuffle:
         experts = torch.arange(len(self.counts), dtype=torch.uint8).repeat_interleave(self.counts)
         order = torch.randperm(len(experts), generator=torch.Generator().manual_seed(self.seed))
         return experts[order].view(self.size).to(self.device)
+
+
+def where_float64_is(values: Tensor) -> Tensor:
+    """`values` on their device, or on the CPU where it (Apple's MPS) knows no float64."""
+    return values.cpu() if values.device.type == 'mps' else values
 
 
 def bin_of(kappa: Tensor) -> Tensor:

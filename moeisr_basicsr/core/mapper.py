@@ -73,7 +73,7 @@ class Mapper(nn.Module):
 
     def table(self, feat: Tensor) -> Tensor:
         """The part of the query layer that depends on the features only: (B, T, D), bias included."""
-        with torch.autocast(feat.device.type, enabled=False), full_fp32(feat.device):
+        with full_fp32(feat.device):
             x = self.convs(feat.to(self.query_in.weight.dtype))
             num_feat = x.shape[1]
             kernel = self.query_in.weight[:, :num_feat, None, None]
@@ -95,7 +95,7 @@ class Mapper(nn.Module):
         Returns:
             (B, Q, J) fp32.
         """
-        with torch.autocast(coord.device.type, enabled=False):
+        with full_fp32(coord.device):
             rows = nearest_axis(coord[..., 0], lr_size[0])
             cols = nearest_axis(coord[..., 1], lr_size[1])
             index = (rows[0] * lr_size[1] + cols[0]).unsqueeze(-1)  # (B, Q, 1)

@@ -19,6 +19,7 @@ from .coords import GridAxis, grid_axis, grid_corners, make_cell, pixel_centres
 from .decoder import MoEDecoder
 from .dispatch import dispatch
 from .mapper import Mapper, nearest_axis
+from .precision import full_fp32
 from .queries import Queries, make_queries
 
 LOGITS = 1 << 18  # pixels whose logits are held at once
@@ -88,7 +89,7 @@ class TorchBackend:
     def logits(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
         """The same numbers as `Mapper.forward` gives for these positions."""
         w_rel, w_cell = mapper.split_query_in()
-        with torch.autocast(table.device.type, enabled=False):
+        with full_fp32(table.device):
             x = table[rows.index[:, None], cols.index] + cell[None] @ w_cell.t()  # (R, S, D)
             if mapper.granularity == 'pixel':
                 size = rows.rel.shape[0], cols.rel.shape[0]
