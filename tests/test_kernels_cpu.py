@@ -1,5 +1,7 @@
 """The fused CPU kernels against plain loops over the four corners, in double precision and without folding tricks."""
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -251,18 +253,6 @@ def test_idle_expert_needs_no_table_and_a_chosen_one_does():
 
 @needs_kernels
 @pytest.mark.parametrize('isa', ISAS)
-def test_bf16_tables(isa):
-    """Half the memory; read exactly, so the result is that of the same numbers in fp32."""
-    experts = make_experts([[64], [64, 64]], 3)
-    tables = [table.bfloat16() for table in liif_tables(experts, (5, 5))]
-    axis = grid_axis(21, 5)
-    expert_map = make_map((21, 21), 2)
-    got = run(experts, tables, axis, axis, expert_map, isa)
-    assert torch.equal(got, run(experts, [table.float() for table in tables], axis, axis, expert_map, isa))
-
-
-@needs_kernels
-@pytest.mark.parametrize('isa', ISAS)
 def test_nan_is_not_swallowed(isa):
     """A broken network shows: ReLU keeps NaN, as torch's does."""
     experts = make_experts([[32], [32, 32, 32]], 1)
@@ -285,7 +275,7 @@ def test_bad_input_is_named():
         run(experts, [torch.zeros(4, 4, 31)], axis, axis, expert_map)
     with pytest.raises(ValueError, match='outside a table of 3 cells'):
         run(experts, [good[0][:3]], axis, axis, expert_map)
-    with pytest.raises(ValueError, match='fp32 or bf16'):
+    with pytest.raises(ValueError, match='table 0 must be fp32'):
         run(experts, [good[0].half()], axis, axis, expert_map)
     with pytest.raises(ValueError, match='channels-last'):
         run(experts, [good[0].permute(2, 0, 1).contiguous().permute(1, 2, 0)], axis, axis, expert_map)
@@ -364,13 +354,13 @@ def test_route_matches_torch(hidden, num_experts):
     rel = torch.stack(torch.broadcast_tensors(rows.rel[:, None], cols.rel[None]), dim=-1)
     x = F.relu(table[rows.index[:, None], cols.index[None]] + rel @ w_rel)
     expected = x @ w_out.t() + b_out
-    score_bias = torch.randn(num_experts)
     expert_map, logits = torch.empty(24, 21, dtype=torch.uint8), torch.empty(24, 21, num_experts)
-    cpu.route(table, rows, cols, w_rel, w_out, b_out, expert_map, score_bias=score_bias, logits=logits)
+    cpu.route(table, rows, cols, w_rel, w_out, b_out, expert_map, logits=logits)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(expert_map.long(), (logits + score_bias).argmax(dim=-1))
-    cpu.route(table, rows, cols, w_rel, w_out, b_out, expert_map)
     assert torch.equal(expert_map.long(), logits.argmax(dim=-1))
+    alone = torch.empty_like(expert_map)
+    cpu.route(table, rows, cols, w_rel, w_out, b_out, alone)
+    assert torch.equal(alone, expert_map)
 
 
 @needs_kernels
@@ -426,6 +416,13 @@ def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path / 'file'))
     with pytest.raises(BuildError, match='file'):
         load_library()
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get('CXX', 'c++')) is None or platform.system() != 'Linux' or
+                    platform.machine() != 'x86_64', reason='no C++ compiler for x86-64 Linux')
+def test_the_sources_compile():
+    """Where they could: the other tests are skipped after a build that failed."""
+    load_library()
 
 
 @needs_kernels

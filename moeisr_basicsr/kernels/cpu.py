@@ -43,8 +43,8 @@ def decode(packed: PackedExperts, tables: Sequence[Tensor | None] | LteTables, r
     Args:
         packed: The experts.
         tables: LIIF: for each expert the pre-activation of hidden layer 1 without its coordinate part (bias and cell
-            term included), (Ht, Wt, D), all fp32 or all bf16, cells at a constant distance (a slice of the channels of
-            one channels-last tensor will do); None for experts that no pixel takes. LTE: `LteTables`.
+            term included), (Ht, Wt, D) fp32, cells at a constant distance (a slice of the channels of one
+            channels-last tensor will do); None for experts that no pixel takes. LTE: `LteTables`.
         rows: Output rows, index relative to the tables' first row.
         cols: Output columns, index relative to the tables' first column.
         expert_map: (h, w) uint8.
@@ -147,22 +147,19 @@ def _set_liif_tables(args: Decode, packed: PackedExperts, tables: Sequence[Tenso
     used = [table for table in tables if table is not None]
     if len(tables) != packed.num_experts or not used:
         raise ValueError(f'tables: one per expert ({packed.num_experts}), at least one not None; got {len(tables)}.')
-    size, dtype = used[0].shape[:2], used[0].dtype
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f'tables must be fp32 or bf16; got {dtype}.')
+    size = used[0].shape[:2]
     entries = []
     for j, (table, width) in enumerate(zip(tables, packed.widths)):
         if table is None:
             entries.append(Table(None, 0))
             continue
-        if table.shape != (*size, width) or table.dtype != dtype:
-            raise ValueError(f'table {j} must be {dtype} {(*size, width)}; got {table.dtype} {tuple(table.shape)}.')
+        if table.shape != (*size, width) or table.dtype != torch.float32:
+            raise ValueError(f'table {j} must be fp32 {(*size, width)}; got {table.dtype} {tuple(table.shape)}.')
         if width % PAD:
             table = F.pad(table, (0, round_up(width) - width))
         keep.append(table)
         entries.append(Table(table.data_ptr(), _cell_stride(table, f'table {j}')))
     args.tables = (Table * packed.num_experts)(*entries)
-    args.table_is_bf16 = dtype == torch.bfloat16
     return size
 
 
@@ -185,7 +182,7 @@ def _set_lte_tables(args: Decode, packed: PackedExperts, tables: LteTables, keep
 
 
 def route(table: Tensor, rows: GridAxis, cols: GridAxis, w_rel: Tensor, w_out: Tensor, b_out: Tensor,
-          expert_map: Tensor, score_bias: Tensor | None = None, logits: Tensor | None = None) -> None:
+          expert_map: Tensor, logits: Tensor | None = None) -> None:
     """The mapper's per-pixel layers in fp32: logits = w_out relu(table[cell] + rel . w_rel) + b_out, then argmax.
 
     Args:
@@ -196,9 +193,7 @@ def route(table: Tensor, rows: GridAxis, cols: GridAxis, w_rel: Tensor, w_out: T
         w_rel: (2, D) coefficients of the relative row and column.
         w_out: (J, D).
         b_out: (J).
-        expert_map: (h, w) uint8, written: argmax of logits + score_bias, the lowest index among equals.
-        score_bias: (J) fp32; -kappa * cost for cost-aware routing, since log softmax differs from the logits by the
-            same amount for every expert.
+        expert_map: (h, w) uint8, written: argmax of the logits, the lowest index among equals.
         logits: (h, w, J) fp32, contiguous; written if given.
 
     Raises:
@@ -217,9 +212,7 @@ def route(table: Tensor, rows: GridAxis, cols: GridAxis, w_rel: Tensor, w_out: T
         raise ValueError(f'logits must be contiguous fp32 {(height, width, num_experts)}; got {tuple(logits.shape)}.')
     if hidden != table.shape[2]:
         table = F.pad(table, (0, hidden - table.shape[2]))
-    bias = torch.zeros(num_experts) if score_bias is None else score_bias
-    small = [pad_to(w_rel, 2, hidden), pad_to(w_out, num_experts, hidden), pad_to(b_out, num_experts),
-             pad_to(bias, num_experts)]
+    small = [pad_to(w_rel, 2, hidden), pad_to(w_out, num_experts, hidden), pad_to(b_out, num_experts)]
     keep = [table, small]
     args = Route(num_experts, hidden, table.data_ptr(), _cell_stride(table, 'table'), table.shape[1],
                   *(x.data_ptr() for x in small), height, width)

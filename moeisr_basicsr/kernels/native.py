@@ -33,7 +33,7 @@ class Table(Structure):
 
 class Decode(Structure):
     _fields_ = [(name, c_int64) for name in ('num_experts', 'channels')]
-    _fields_ += [('experts', POINTER(Expert)), ('tables', POINTER(Table)), ('table_is_bf16', c_int64)]
+    _fields_ += [('experts', POINTER(Expert)), ('tables', POINTER(Table))]
     _fields_ += [(name, c_void_p) for name in ('coef', 'freq', 'phase')]
     _fields_ += [(name, c_int64) for name in ('coef_stride', 'freq_stride', 'basis', 'table_width', 'height', 'width')]
     _fields_ += [(name, c_void_p) for name in ('row_index', 'col_index', 'row_rel', 'col_rel', 'expert_map')]
@@ -45,7 +45,7 @@ class Decode(Structure):
 class Route(Structure):
     _fields_ = [('num_experts', c_int64), ('hidden', c_int64), ('table', c_void_p), ('table_stride', c_int64),
                 ('table_width', c_int64)]
-    _fields_ += [(name, c_void_p) for name in ('w_rel', 'w_out', 'b_out', 'score_bias')]
+    _fields_ += [(name, c_void_p) for name in ('w_rel', 'w_out', 'b_out')]
     _fields_ += [('height', c_int64), ('width', c_int64)]
     _fields_ += [(name, c_void_p) for name in ('row_index', 'col_index', 'row_rel', 'col_rel', 'expert_map')]
     _fields_ += [('map_stride', c_int64), ('logits', c_void_p), ('num_threads', c_int64)]

@@ -33,15 +33,14 @@ struct Expert {
 };
 
 struct Table {
-    const void *data;  // (Ht * Wt, width), fp32 or bf16; null where no pixel of this strip takes the expert
-    int64_t stride;    // elements from one LR cell to the next
+    const float *data;  // (Ht * Wt, width); null where no pixel of this strip takes the expert
+    int64_t stride;     // elements from one LR cell to the next
 };
 
 struct Decode {
     int64_t num_experts, channels;
     const Expert *experts;
     const Table *tables;      // (J), LIIF; null for LTE
-    int64_t table_is_bf16;
     const float *coef;        // (Ht * Wt, 2 * basis): cosine part, then sine part; LTE
     const float *freq;        // (Ht * Wt, 2 * basis): row part, then column part; LTE
     const float *phase;       // (basis); LTE
@@ -65,7 +64,6 @@ struct Route {
     const float *w_rel;           // (2, hidden)
     const float *w_out;           // (J, hidden)
     const float *b_out;           // (J)
-    const float *score_bias;      // (J), added to the logits for the choice only
     int64_t height, width;
     const int64_t *row_index, *col_index;  // (h), (w)
     const float *row_rel, *col_rel;        // (h), (w)

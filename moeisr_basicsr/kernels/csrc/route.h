@@ -17,9 +17,8 @@ static void route_row(const Route &p, int64_t row) {
                 total = fma(hidden, load(p.w_out + j * p.hidden + k), total);
             }
             const float logit = sum(total) + p.b_out[j];
-            const float score = logit + p.score_bias[j];
             if (p.logits) p.logits[(row * p.width + col) * p.num_experts + j] = logit;
-            if (j == 0 || score > best) { best = score; choice = j; }  // the first of equals, as argmax
+            if (j == 0 || logit > best) { best = logit; choice = j; }  // the first of equals, as argmax
         }
         p.expert_map[row * p.map_stride + col] = static_cast<uint8_t>(choice);
     }

@@ -49,12 +49,12 @@ static inline void prepare(const Decode &d, const Tile &tile, const uint16_t *or
 }
 
 // LIIF: first hidden layer = relu(table + relative coordinate).
-template <class Gemm, class T>
+template <class Gemm>
 static inline void gather_rows(const Table &table, const Expert &e, const Block &block, typename Gemm::Act *out,
                                int64_t stride) {
     const float *w_row = e.w_rel, *w_col = e.w_rel + e.width;
     for (int row = 0; row < 4 * block.pixels; ++row) {
-        const T *cell = static_cast<const T *>(table.data) + block.cell[row] * table.stride;
+        const float *cell = table.data + block.cell[row] * table.stride;
         const Vec rel_row = set1(block.rel_row[row]), rel_col = set1(block.rel_col[row]);
         for (int64_t k = 0; k < e.width; k += kPad) {
             Vec hidden[kVecs];
@@ -145,11 +145,10 @@ static inline void blend(const Block &block, const Expert &e, int64_t channels, 
 }
 
 // An expert whose only hidden layer is the folded one: nothing to multiply, so the gather feeds the blend directly.
-template <class T>
 static inline void blend_gathered(const Decode &d, const Table &table, const Expert &e, const Block &block) {
     const float *w_row = e.w_rel, *w_col = e.w_rel + e.width;
     blend(block, e, d.channels, d.out_plane_stride, [&](int row, int64_t k) {
-        const T *cell = static_cast<const T *>(table.data) + block.cell[row] * table.stride;
+        const float *cell = table.data + block.cell[row] * table.stride;
         return relu(fma(set1(block.rel_col[row]), load(w_col + k),
                         fma(set1(block.rel_row[row]), load(w_row + k), load(cell + k))));
     });
@@ -177,11 +176,8 @@ static inline void run_block(const Decode &d, int64_t j, const Block &block, con
     Act *in = static_cast<Act *>(scratch.block[0]), *out = static_cast<Act *>(scratch.block[1]);
     if (d.tables) {
         const Table &table = d.tables[j];
-        if (e.num_layers == 0)
-            return d.table_is_bf16 ? blend_gathered<uint16_t>(d, table, e, block)
-                                   : blend_gathered<float>(d, table, e, block);
-        if (d.table_is_bf16) gather_rows<Gemm, uint16_t>(table, e, block, in, scratch.stride);
-        else gather_rows<Gemm, float>(table, e, block, in, scratch.stride);
+        if (e.num_layers == 0) return blend_gathered(d, table, e, block);
+        gather_rows<Gemm>(table, e, block, in, scratch.stride);
     } else {
         if (e.num_layers == 0) {
             basis_rows<FloatRows>(d, block, scratch.last, scratch.last_stride);

@@ -24,11 +24,6 @@ static inline int32_t *append_nonzero(Vec v, int32_t first, int32_t *end) {
     return end;
 }
 
-static inline Vec load(const uint16_t *p) {  // bf16 is the upper half of fp32
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
-}
-
 static inline float sum(Vec a) {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
