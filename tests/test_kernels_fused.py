@@ -4,6 +4,7 @@ import torch
 
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import MoEDecoder, render
+from moeisr_basicsr.core.render import TORCH, FeatureWindow, Renderer
 from moeisr_basicsr.inference import upscale
 from moeisr_basicsr.kernels import cpu, fused_backend
 
@@ -48,13 +49,29 @@ def test_fused_equals_torch(family, experts, size, precision):
 
 
 @needs_kernels
-def test_cell_granularity_and_logits():
+@pytest.mark.parametrize('granularity', ['pixel', 'cell'])
+def test_routing_and_logits(granularity):
+    """What argmax takes, and the logits that budgets and cost weights see; on a part of the image too."""
     torch.manual_seed(1)
-    decoder = MoEDecoder(8, 3, 'liif', [[16], [16, 16]], mapper={'granularity': 'cell', 'num_layers': 1}).eval()
+    decoder = MoEDecoder(8, 3, 'liif', [[16], [16, 16]], mapper={'granularity': granularity, 'num_layers': 1}).eval()
+    sharpen(decoder.mapper)
+    with torch.no_grad():
+        decoder.mapper.query_out.bias.copy_(torch.randn(2))
+        decoder.mapper.split_query_in()[1].normal_()  # starts at zero, which would hide the cell
     feat = torch.randn(1, 8, 9, 7)
     backend = fused_backend(decoder, 'cpu')
-    assert torch.equal(render(decoder, feat, (27, 21), backend=backend).expert_map,
-                       render(decoder, feat, (27, 21)).expert_map)
+    expected = render(decoder, feat, (27, 21)).expert_map
+    assert expected.unique().numel() > 1
+    assert torch.equal(render(decoder, feat, (27, 21), backend=backend).expert_map, expected)
+
+    renderer = Renderer(decoder, (27, 21), (9, 7))
+    window = FeatureWindow(feat, 0, 0, (9, 7))
+    for part in (((0, 27), (0, 21)), ((5, 14), (10, 21))):
+        with torch.no_grad():
+            inputs = decoder.mapper, renderer.mapper_table(window), *renderer.near(window, *part), renderer.cell
+            logits, plain = backend.logits(*inputs), TORCH.logits(*inputs)
+        assert plain.std(dim=(0, 1)).min() > 0.1, 'logits that hardly differ would prove nothing'
+        torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
