@@ -261,6 +261,16 @@ def test_a_failure_in_the_middle_leaves_no_file(model, monkeypatch, capsys, exte
     assert sorted(os.listdir()) == ['a.png', f'out.{extension}'] and open(f'out.{extension}').read() == 'old'
 
 
+def test_only_a_lack_of_memory_is_called_so(model, monkeypatch):
+    def failing(*args):
+        raise RuntimeError('CUDA error: an illegal memory access was encountered')
+        yield
+    cv2.imwrite('a.png', noise((12, 7, 3)))
+    monkeypatch.setattr(upscale_run, 'upscale_strips', failing)
+    with pytest.raises(RuntimeError, match='illegal memory access'):
+        run(model, 'a.png', '-o', 'out.png', '--scale', '2')
+
+
 def test_a_full_disk_is_one_line(model, monkeypatch, capsys):
     from moeisr_basicsr.data import strip_writer
     os.mkdir('in')

@@ -8,6 +8,7 @@ from reference import centres, grid, sample_nearest
 from moeisr_basicsr.core import MoEDecoder, render
 from moeisr_basicsr.core.coords import pixel_centres
 from moeisr_basicsr.core.mapper import Mapper, nearest_axis
+from moeisr_basicsr.core.precision import full_fp32
 from moeisr_basicsr.core.render import TORCH, FeatureWindow, Near, Renderer
 
 
@@ -166,3 +167,18 @@ def test_standardise_gives_the_logits_mean_zero_and_the_spread_asked_for():
     torch.testing.assert_close(after.std(dim=0, correction=0), torch.full((4, ), 1.5), rtol=1e-3, atol=0)
     mapper.standardise(torch.zeros(4), torch.zeros(4))  # a constant logit keeps its scale, without a division by zero
     assert torch.equal(mapper(mapper.table(feat), coord, cell, (6, 7)).flatten(0, 1), after)
+
+
+def test_tf32_is_off_for_the_mapper_and_comes_back():
+    """The flags exist without a GPU; what they do can only be seen on one."""
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = True
+        with full_fp32(torch.device('cuda')):
+            assert [flag.allow_tf32 for flag in flags] == [False, False]
+        assert [flag.allow_tf32 for flag in flags] == [True, True]
+    finally:
+        for flag, value in zip(flags, before):
+            flag.allow_tf32 = value
