@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .experts import ExpertPool, apply_linear
@@ -53,7 +54,8 @@ class LIIFExperts(ExpertPool):
         """Expert j's first weight cut apart: for the features (D1, C, 3, 3), for coordinate and cell (D1, 4)."""
         weight = self.linears(j)[0].weight
         unfolded = self.in_channels * 9
-        return weight[:, :unfolded].unflatten(1, (-1, 3, 3)), weight[:, unfolded:]  # F.unfold is channel-major
+        kernel = rearrange(weight[:, :unfolded], 'd (c kh kw) -> d c kh kw', kh=3, kw=3)  # as F.unfold orders them
+        return kernel, weight[:, unfolded:]
 
     def tables(self, feat: Tensor, padding: int = 1) -> list[Tensor]:
         """The feature part of every expert's first layer at LR resolution.
@@ -68,7 +70,7 @@ class LIIFExperts(ExpertPool):
         biases = [self.linears(j)[0].bias for j in range(self.num_tables)]
         feat = feat.contiguous(memory_format=torch.channels_last)  # the convolution then writes rows of the table
         table = F.conv2d(feat, torch.cat(kernels), torch.cat(biases), padding=padding)  # (B, sum of D1, H, W)
-        table = table.permute(0, 2, 3, 1).flatten(1, 2)  # (B, T, sum of D1)
+        table = rearrange(table, 'b d h w -> b (h w) d')  # (B, T, sum of D1)
         tables = list(table.split([bias.shape[0] for bias in biases], dim=-1))
         return tables if self.num_tables > 1 else tables * len(self.experts)
 

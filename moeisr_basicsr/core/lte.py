@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .experts import ExpertPool
@@ -50,7 +51,7 @@ class LTEExperts(ExpertPool):
         """
         feat = feat.contiguous(memory_format=torch.channels_last)  # the convolutions then write rows of the tables
         maps = (nn.functional.conv2d(feat, conv.weight, conv.bias, padding=padding) for conv in (self.coef, self.freq))
-        return [table.permute(0, 2, 3, 1).flatten(1, 2) for table in maps]
+        return [rearrange(table, 'b d h w -> b (h w) d') for table in maps]
 
     def basis(self, tables: list[Tensor], queries: Queries) -> Tensor:
         """What the MLPs read: (4 N, 2 K). LTE, equations 4 and 5."""

@@ -10,6 +10,7 @@ Shapes: B images, C feature channels, T = H * W latent codes, Q queries, J exper
 """
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .coords import nearest_index, pixel_centres
@@ -77,7 +78,7 @@ class Mapper(nn.Module):
             x = self.convs(feat.to(self.query_in.weight.dtype))
             num_feat = x.shape[1]
             kernel = self.query_in.weight[:, :num_feat, None, None]
-            return F.conv2d(x, kernel, self.query_in.bias).permute(0, 2, 3, 1).flatten(1, 2)
+            return rearrange(F.conv2d(x, kernel, self.query_in.bias), 'b d h w -> b (h w) d')
 
     def split_query_in(self) -> tuple[Tensor, Tensor]:
         """Weights of the relative coordinate and of the cell, both (D, 2)."""
