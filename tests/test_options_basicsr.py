@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from basicsr.utils import options as basicsr_options
-from options_cases import BASICSR, problems, swap, write
+from options_cases import BASICSR, line_of, problems, swap, write
 
 from moeisr_basicsr.options import load_options, parse_options
 
@@ -33,6 +33,15 @@ def test_basicsr_files_pass_and_their_mistakes_do_not():
     assert 'num_block: must be a number' in problems(swap('num_block: 1', 'num_block: one', BASICSR))[0]
     assert "the key 'num_in_ch' is missing" in problems(swap('  num_in_ch: 3\n', '', BASICSR))[0]
     assert 'test_y_chanel' in problems(swap('test_y_channel', 'test_y_chanel', BASICSR))[0]
+
+
+def test_keys_of_basicsr_that_nothing_here_reads():
+    refused = swap('path:\n', 'path:\n  ignore_resume_networks: network_g\n', BASICSR)
+    assert problems(refused) == [f"run.yml:{line_of(refused, 'ignore_resume')}: path: ignore_resume_networks: a resumed "
+                                 'run takes its networks from the checkpoint; leave this key out.']
+    found = problems(swap('val_freq: ', 'use_pbar: true\n  val_freq: ', BASICSR))
+    assert len(found) == 1 and "use_pbar: unknown key. Did you mean 'pbar'?" in found[0]
+    load_options(write(f'crop_border: ~\nsuffix: ~\n{BASICSR}'))  # at the top, as BasicSR's own test_RCAN.yml
 
 
 def test_the_dictionary_is_that_of_basicsr(images_here, monkeypatch):

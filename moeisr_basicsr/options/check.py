@@ -6,7 +6,7 @@ from moeisr_basicsr.errors import UserError, did_you_mean
 from .kinds import Data, File, Int, Kind
 from .reader import Document, KeyPath, join_keys
 from .rules import check_together
-from .schema import UNSET, Key, Named, Section, Table, Typed
+from .schema import REFUSED, UNSET, Key, Named, Section, Table, Typed
 from .typed import Resolved, registered, registry, root_keys, section_keys
 
 FORCED_LAST = 10**9  # problems of the command line come after those of the file's last line
@@ -78,6 +78,8 @@ class Checker:
         for name in list(data):
             if name in keys.table:
                 self.value(data, name, keys.table[name], (*at, name))
+            elif (*at, name) in REFUSED:
+                self.add((*at, name), REFUSED[(*at, name)])
             elif not keys.open:
                 known = [key for key in keys.table if key not in data]
                 hint = did_you_mean(name, known) or (f' Allowed here: {", ".join(sorted(known))}.' if known else '')

@@ -98,7 +98,11 @@ PATH: Table = {
     'param_key_g': Key(Text(), 'params or params_ema', null=True),
     'resume_state': Key(File(), 'training state to go on from; --auto_resume finds it by itself', null=True,
                         default=None),
-    'ignore_resume_networks': Key(AnyOf((Text(), ListOf(Text()))), 'networks that resuming does not load', null=True),
+}
+
+# Keys of BasicSR that cannot be honoured here, and what is said about them.
+REFUSED = {
+    ('path', 'ignore_resume_networks'): 'a resumed run takes its networks from the checkpoint; leave this key out.',
 }
 
 LOGGER: Table = {
@@ -216,15 +220,18 @@ VIDEO = ('dataroot_flow', 'val_partition', 'num_frame', 'interval_list', 'random
          'cache_data', 'padding', 'use_duf_downsampling')
 DEGRADATION = tuple(f'{key}{stage}' for stage in ('', '2') for key in (
     'blur_kernel_size', 'kernel_list', 'kernel_prob', 'sinc_prob', 'blur_sigma', 'betag_range', 'betap_range'))
-BASICSR_DATASET: Table = {key: FREE for key in (*VIDEO, *DEGRADATION, 'meta_info', 'final_sinc_prob', 'use_flip')}
+BASICSR_DATASET: Table = {key: FREE for key in (*VIDEO, *DEGRADATION, 'meta_info', 'final_sinc_prob')}
 
-# Read by models of BasicSR other than SRModel, and by older files of BasicSR.
+# Read by models of BasicSR other than SRModel.
 RESTORATION = tuple(f'{key}{stage}' for stage in ('', '2') for key in (
     'resize_prob', 'resize_range', 'gaussian_noise_prob', 'noise_range', 'poisson_scale_range', 'gray_noise_prob',
     'jpeg_range'))
-BASICSR_TOP: Table = {key: FREE for key in (
-    *RESTORATION, 'second_blur_prob', 'gt_size', 'queue_size', 'gt_usm', 'l1_gt_usm', 'percep_gt_usm', 'gan_gt_usm',
-    'high_order_degradation', 'save_img', 'suffix', 'crop_border', 'flip_seq', 'center_frame_only')}
+BASICSR_TOP: Table = {
+    **{key: FREE for key in (*RESTORATION, 'second_blur_prob', 'gt_size', 'queue_size', 'gt_usm', 'l1_gt_usm',
+                             'percep_gt_usm', 'gan_gt_usm', 'high_order_degradation')},
+    **{key: Key(Kind(), 'ignored; some files of BasicSR still have it here', null=True)
+       for key in ('save_img', 'suffix', 'crop_border')},
+}
 BASICSR_TRAIN: Table = {
     **{key: FREE for key in ('net_d_iters', 'net_d_init_iters', 'tsa_iter', 'dcn_lr_mul', 'fix_flow', 'flow_lr_mul',
                              'lr_flow', 'r1_reg_weight', 'path_batch_shrink', 'path_reg_weight', 'net_g_reg_every',
@@ -233,7 +240,7 @@ BASICSR_TRAIN: Table = {
     **{key: Key(Typed('loss'), 'loss of an adversarial model', null=True)
        for key in ('gan_opt', 'ldl_opt', 'feature_matching_opt')},
 }
-BASICSR_VAL: Table = {key: FREE for key in ('flip_seq', 'center_frame_only', 'use_pbar')}
+BASICSR_VAL: Table = {key: FREE for key in ('flip_seq', 'center_frame_only')}
 
 _OURS: Table = {
     'dataroot_gt': Key(Data(), 'folder or LMDB of the HR images', required=True),
