@@ -15,7 +15,7 @@ REPLACED = ('train.py', 'test.py', 'utils/misc.py', 'utils/options.py', 'data/__
 # Sections that are handed on as a whole: their keys are arguments.
 ARGUMENTS = {init_dist: {'backend', 'port'}, MemcachedBackend: {'server_list_cfg', 'client_cfg', 'sys_path'}}
 # BasicSR's own recipes have these and nothing of it reads them, which the keys' descriptions say.
-IGNORED = {'DATASET_TRAIN: use_shuffle', 'BASICSR_TOP: crop_border'}
+IGNORED = {'DATASET_TRAIN: use_shuffle', 'BASICSR_TOP: crop_border', 'BASICSR_TOP: save_img'}
 
 
 def strings(package, leave_out):
