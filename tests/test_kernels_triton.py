@@ -50,6 +50,7 @@ for capability in map(int, sys.argv[1:]):
 
 def run(args, tmp_path, interpret):
     env = os.environ | {'TRITON_INTERPRET': '1' if interpret else '0', 'TRITON_CACHE_DIR': str(tmp_path),
+                        'MOEISR_KERNELS': 'auto',
                         'PYTHONPATH': os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
     done = subprocess.run([sys.executable, *args], env=env, cwd=HERE, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -12,7 +12,7 @@ from moeisr_basicsr.core import MoEDecoder, render
 from moeisr_basicsr.core.control import Budget, CostWeight
 from moeisr_basicsr.core.coords import grid_axis
 from moeisr_basicsr.core.render import TORCH, Tile, crop_window
-from moeisr_basicsr.kernels import triton_decode
+from moeisr_basicsr.kernels import fused_backend, select, triton_decode
 from moeisr_basicsr.kernels.triton_decode import Config, TritonBackend
 
 DEVICE = 'cpu' if triton_decode.interpreted() else 'cuda'
@@ -216,6 +216,44 @@ def test_smaller_blocks_where_the_device_refuses(monkeypatch):
     refusing.chunk = 8
     with pytest.raises(triton_decode.OutOfResources):
         backend.decode(decoder, tile)
+
+
+class Failing:
+    """A kernel whose first launch cannot compile."""
+
+    def __init__(self):
+        self.tried = 0
+
+    def __getitem__(self, programs):
+        def launch(*args, **options):
+            self.tried += 1
+            raise RuntimeError('Failed to find C compiler.\nPlease specify via CC.')
+        return launch
+
+
+@pytest.mark.parametrize('kernel', ['decode_kernel', 'route_kernel'])
+@pytest.mark.parametrize('family', ['liif', 'lte'])
+def test_a_launch_that_fails_is_found_before_the_first_image(monkeypatch, caplog, family, kernel):
+    decoder = make_decoder(family)
+    monkeypatch.setattr(select, '_RUNS', {})
+    select._say.cache_clear()
+    failing = Failing()
+    with monkeypatch.context() as broken:
+        broken.setattr(triton_decode, kernel, failing)
+        assert fused_backend(decoder, 'cuda', 'bf16') is None and fused_backend(decoder, 'cuda', 'bf16') is None
+    assert failing.tried == 1 and len(caplog.records) == 1 and 'Failed to find C compiler. Please' in caplog.text
+    assert isinstance(fused_backend(decoder, 'cuda', 'fp32'), TritonBackend), 'other code, which has not failed'
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('experts', [None, [[12]]])
+def test_the_trial_launches_every_expert(monkeypatch, experts):
+    decoder, launched = make_decoder(experts=experts), []
+    launch = TritonBackend._launch
+    monkeypatch.setattr(select, '_RUNS', {})
+    monkeypatch.setattr(TritonBackend, '_launch', lambda self, j, *args: launched.append(j) or launch(self, j, *args))
+    assert fused_backend(decoder, 'cuda') is not None and fused_backend(decoder, 'cuda') is not None
+    assert launched == list(range(decoder.num_experts))
 
 
 def test_wrong_arguments(monkeypatch):

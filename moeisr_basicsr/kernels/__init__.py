@@ -1,6 +1,7 @@
 """The decode of `core`, fused: C++ for CPU, Triton for CUDA.
 
-Optional: where a kernel cannot run, `core` computes the same.
+Optional: where a kernel cannot run, `core` computes the same. The environment variable MOEISR_KERNELS=off switches
+all of them off; 'auto', the default, uses those that run.
 """
 from .select import fused_backend
 

@@ -71,14 +71,23 @@ class Loaded(NamedTuple):
     reason: str
 
 
+def switched_off() -> bool:
+    """Whether the environment variable MOEISR_KERNELS forbids every fused kernel, on any device.
+
+    Raises:
+        ValueError: It is neither 'auto' nor 'off'.
+    """
+    switch = os.environ.get('MOEISR_KERNELS', 'auto')
+    if switch not in ('auto', 'off'):
+        raise ValueError(f"MOEISR_KERNELS must be 'auto' or 'off'; got '{switch}'.")
+    return switch == 'off'
+
+
 @lru_cache(maxsize=None)
 def load() -> Loaded:
     """Builds or loads the library once per process, and says once which path runs and why."""
     logger = logging.getLogger('basicsr.kernels')
-    switch = os.environ.get('MOEISR_KERNELS', 'auto')
-    if switch not in ('auto', 'off'):
-        raise ValueError(f"MOEISR_KERNELS must be 'auto' or 'off'; got '{switch}'.")
-    if switch == 'off':
+    if switched_off():
         return _say(logger.info, Loaded(None, (), 'torch code: MOEISR_KERNELS=off'))
     try:
         library = load_library()
