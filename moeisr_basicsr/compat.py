@@ -5,10 +5,7 @@ Two steps, both safe to repeat, neither touches a file of the installed packages
 - `install_shims` must run before anything imports BasicSR: it makes `import basicsr` possible. It runs at the import
   of this package (not under `__main__`), because spawned data workers import everything again.
 - `patch_basicsr` replaces single functions of the imported BasicSR. Each replacement says why it is needed.
-
-Safe reading serves our own code too: `ordered_yaml`, `parse_yml_value`, `load_torch_file`.
 """
-import ast
 import contextlib
 import functools
 import importlib
@@ -19,18 +16,14 @@ import subprocess
 import sys
 import types
 import warnings
-from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moeisr_basicsr.errors import UserError, did_you_mean
+from moeisr_basicsr.safe_reading import load_torch_file, ordered_yaml, parse_yml_value
 
 # Owners of `torch.library` definitions must stay alive: the operators vanish with the object that defined them.
 _LIBRARIES = []
-_INT = re.compile(r'^[-+]?[0-9]+$')
-_FLOAT = re.compile(r'^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$')
 _ASSIGNMENT = re.compile(r'opt((?:\["[^"\\\[\]]*"\])+)=value')
 # Every module of BasicSR 1.4.2 that calls `torch.load`.
 _LOADING_MODULES = ('basicsr.models.base_model', 'basicsr.train', *(f'basicsr.archs.{name}' for name in (
@@ -284,29 +277,6 @@ def _load_url(url: str, progress: bool = True) -> Any:
     return load_torch_file(path)
 
 
-def load_torch_file(path, map_location='cpu', **kwargs) -> Any:
-    """`torch.load` of tensors and plain containers; a file that holds anything else is refused, never run.
-
-    Raises:
-        UserError: The file is damaged, or holds objects other than tensors and plain containers.
-        OSError: The file is missing or cannot be read.
-    """
-    import torch
-    from torch import _weights_only_unpickler as unpickler
-
-    # The state of BasicSR's MultiStepRestartLR holds a Counter, which torch allows by itself from 2.5 on only.
-    unpickler._get_allowed_globals().setdefault('collections.Counter', Counter)
-    kwargs['weights_only'] = True
-    try:
-        return torch.load(path, map_location=map_location, **kwargs)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except Exception as error:  # a damaged pickle can end in almost any exception, a cut zip in OSError
-        reason = ' '.join(str(error).split())
-        raise UserError(f'{path}: not a file of weights that can be read without running its code ({reason:.200}).'
-                        ) from error
-
-
 def _patch_jpeg() -> None:
     """OpenCV 4.12 and later refuse a JPEG quality that is not an integer; BasicSR draws a float."""
     degradations = importlib.import_module('basicsr.data.degradations')
@@ -317,83 +287,3 @@ def _patch_jpeg() -> None:
         return original(img, int(quality))
 
     degradations.add_jpg_compression = add_jpg_compression
-
-
-class OrderedSafeLoader(yaml.SafeLoader):
-    """YAML that keeps the order of keys, reads 1e-4 as a float and never makes an object other than plain data.
-
-    Not the faster CSafeLoader: very deep nesting ends the whole process there.
-    """
-
-    def get_single_data(self) -> Any:
-        try:
-            return super().get_single_data()
-        except RecursionError:
-            raise UserError(f'{self.name}: lists or mappings are nested too deeply.') from None
-
-    def construct_ordered_mapping(self, node: yaml.MappingNode) -> OrderedDict:
-        self.flatten_mapping(node)  # `<<: *defaults`
-        pairs = self.construct_pairs(node)
-        try:
-            return OrderedDict(pairs)
-        except TypeError:
-            raise UserError(f'{_place(node)}: a key must be a plain name or number.') from None
-
-    def refuse_tag(self, node: yaml.Node) -> None:
-        raise UserError(f"{_place(node)}: the tag '{node.tag}' is not allowed; use plain values, lists and mappings.")
-
-
-def _place(node: yaml.Node) -> str:
-    return f'{node.start_mark.name}, line {node.start_mark.line + 1}'
-
-
-OrderedSafeLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
-                                  OrderedSafeLoader.construct_ordered_mapping)
-OrderedSafeLoader.add_constructor(None, OrderedSafeLoader.refuse_tag)
-# As in YAML 1.2; in 1.1, which PyYAML reads, 1e-4 is a string. Whole numbers are found before.
-OrderedSafeLoader.add_implicit_resolver('tag:yaml.org,2002:float', _FLOAT, list('-+.0123456789'))
-
-
-class OrderedDumper(yaml.SafeDumper):
-    """Writes an OrderedDict as a plain mapping in its own order."""
-
-
-OrderedDumper.add_representer(OrderedDict, lambda dumper, data: dumper.represent_dict(data.items()))
-
-
-def ordered_yaml() -> tuple[type, type]:
-    """Loader and dumper in place of BasicSR's, with which a file can run code and `lr: 1e-4` is a string."""
-    return OrderedSafeLoader, OrderedDumper
-
-
-def parse_yml_value(value: str) -> Any:
-    """Read the value of `--force_yml key=value` as BasicSR does, except that nothing is evaluated.
-
-    Anything but None, booleans, numbers (`!!float` too), lists and mappings is a string.
-
-    Raises:
-        UserError: A list or mapping that is not well formed, or `!!float` without a number.
-    """
-    text = value.strip()
-    if text == '~' or text.lower() in ('none', 'null'):
-        return None
-    if text.lower() in ('true', 'false'):
-        return text.lower() == 'true'
-    number = text.removeprefix('!!float').strip()
-    if text.startswith('!!float'):
-        if not _FLOAT.match(number):
-            raise UserError(f"--force_yml: '{value}' is not a number.")
-        return float(number)
-    if _INT.match(text):
-        return int(text)
-    if _FLOAT.match(text):
-        return float(text)
-    if text[:1] not in ('[', '{'):
-        return text
-    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        if text.startswith('['):
-            return ast.literal_eval(text)  # BasicSR accepts Python's lists: [None, 'a']
-    try:
-        return yaml.load(text, Loader=OrderedSafeLoader)
-    except (yaml.YAMLError, UserError):
-        raise UserError(f"--force_yml: '{value:.80}' is not a list or mapping.") from None

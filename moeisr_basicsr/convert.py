@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from moeisr_basicsr.checkpoint import FORMAT, RESERVED, build, read_model, read_safetensors, save_model
-from moeisr_basicsr.compat import load_torch_file
 from moeisr_basicsr.errors import UserError, did_you_mean
 from moeisr_basicsr.options import read_yaml
+from moeisr_basicsr.safe_reading import load_torch_file
 
 PARAM_KEYS = ('params_ema', 'params')  # the averaged weights are the better ones
 STORES = {'fp32': torch.float32, 'fp16': torch.float16}  # number formats of the weights in a model file

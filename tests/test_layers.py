@@ -11,14 +11,15 @@ import pytest
 PACKAGE = 'moeisr_basicsr'
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
-FOUNDATION = {'atomic_file', 'compat', 'errors', 'registration'}
+FOUNDATION = {'atomic_file', 'compat', 'errors', 'registration', 'safe_reading'}
 PARTS = {'archs', 'data', 'losses', 'metrics'}  # do not know each other: BasicSR's registries join them
 TOOLS = {'analysis', 'checkpoint', 'convert', 'inference', 'options', 'report', 'shipped'}
 BELOW_MODELS = {'core', 'kernels'} | FOUNDATION | TOOLS
 # What each part of the package may import from the package; '' is the package's own `__init__`.
 ALLOWED = {
     'core': set(), 'kernels': {'core'},
-    'errors': set(), 'registration': set(), 'compat': {'errors'}, 'atomic_file': {'compat', 'errors'},
+    'errors': set(), 'registration': set(), 'safe_reading': {'errors'}, 'compat': {'errors', 'safe_reading'},
+    'atomic_file': {'compat', 'errors'},
     **{part: {'core'} | FOUNDATION for part in PARTS},
     **{tool: BELOW_MODELS | PARTS | {''} for tool in TOOLS},  # '' for its version only
     'models': BELOW_MODELS,  # archs, losses, data and metrics come from BasicSR's builders
@@ -28,7 +29,8 @@ ALLOWED = {
     '': {'compat', 'models'} | PARTS,  # importing the package registers everything
 }
 # Outside packages, by their first name; parts not listed may import any.
-OUTSIDE = {'core': {'torch', 'einops'}, 'kernels': {'torch', 'triton', 'numpy'}, 'errors': set(), 'registration': set()}
+OUTSIDE = {'core': {'torch', 'einops'}, 'kernels': {'torch', 'triton', 'numpy'}, 'safe_reading': {'torch', 'yaml'},
+           'errors': set(), 'registration': set()}
 COMMAND_LINE = {'argparse', 'rich'}
 ASSEMBLED = ('basicsr.models', 'basicsr.train', 'basicsr.test')  # BasicSR's own upper layers
 MAY_IMPORT_ASSEMBLED = {'compat', 'models', 'engine', 'cli', 'data', 'options'}

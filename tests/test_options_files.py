@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from moeisr_basicsr.cli import main
-from moeisr_basicsr.compat import load_torch_file
 from moeisr_basicsr.options import load_options, read_yaml
+from moeisr_basicsr.safe_reading import load_torch_file
 
 FOLDER = Path(__file__).resolve().parents[1] / 'options'
 TRAINED = ('moeisr_edsr', 'moeisr_rdn', 'moeisr_swinir', 'moeisr_lte_edsr', 'liif_edsr', 'lte_edsr')

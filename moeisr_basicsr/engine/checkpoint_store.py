@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from moeisr_basicsr.atomic_file import link_or_copy, remove_temporaries, save_atomic, write_atomic
-from moeisr_basicsr.compat import load_torch_file
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.safe_reading import load_torch_file
 
 Weights = dict[str, dict[str, dict[str, torch.Tensor]]]  # {'net_g': {'params': ..., 'params_ema': ...}}
 

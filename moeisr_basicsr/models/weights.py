@@ -7,8 +7,8 @@ from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 
 from moeisr_basicsr.checkpoint import read_safetensors
-from moeisr_basicsr.compat import load_torch_file
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.safe_reading import load_torch_file
 
 from .parts import is_in
 

@@ -7,8 +7,8 @@ import copy
 from os import path as osp
 from typing import Any
 
-from moeisr_basicsr.compat import parse_yml_value
 from moeisr_basicsr.errors import UserError, did_you_mean
+from moeisr_basicsr.safe_reading import parse_yml_value
 
 from .check import Checker, OptionsError, known_keys
 from .kinds import Choice

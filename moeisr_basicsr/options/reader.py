@@ -3,7 +3,6 @@
 BasicSR reads YAML with the full loader, through which a stranger's file can run code. Here a tag that is not plain
 data is an error, and so is a key that stands twice.
 """
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.safe_reading import SCALARS, PlainLoader
 
 KeyPath = tuple[str | int, ...]
 MAX_NODES = 20_000  # an options file has hundreds; aliases of aliases could unfold into more than memory holds
@@ -32,21 +32,6 @@ class Document(NamedTuple):
     def where(self, keys: KeyPath) -> str:
         """`file:line` of a key; the file alone where its options have no lines."""
         return f'{self.path}:{self.line(keys)}' if self.lines else self.path
-
-
-SCALARS = tuple(f'tag:yaml.org,2002:{name}' for name in ('null', 'bool', 'int', 'float', 'str'))
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data only; 1e-4 is a number, as everywhere but in YAML 1.1, and a date is text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag in (*SCALARS, 'tag:yaml.org,2002:merge')]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'),
-                              list('-+.0123456789'))
 
 
 def read_yaml(path: str | Path) -> Document:
@@ -71,7 +56,7 @@ def read_yaml(path: str | Path) -> Document:
 
 def _read(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     try:
-        loader = _Loader(text)
+        loader = PlainLoader(text)
         node = loader.get_single_node()
         return (None, {}) if node is None else _Builder(loader, source).run(node)
     except yaml.YAMLError as error:
@@ -86,7 +71,7 @@ def _read(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
 class _Builder:
     """Turns YAML nodes into data, and notes lines on the way."""
 
-    def __init__(self, loader: _Loader, source: str):
+    def __init__(self, loader: PlainLoader, source: str):
         self.loader = loader
         self.source = source
         self.lines: dict[KeyPath, int] = {}

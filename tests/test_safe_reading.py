@@ -1,0 +1,91 @@
+"""Safe reading: values as the file means them; what is broken, hostile or no plain data is refused, and nothing runs."""
+import os
+import pickle
+from collections import Counter, OrderedDict
+
+import pytest
+import torch
+import yaml
+
+from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.safe_reading import load_torch_file, ordered_yaml, parse_yml_value
+
+
+def load_yaml(text):
+    return yaml.load(text, Loader=ordered_yaml()[0])
+
+
+@pytest.mark.parametrize(('text', 'value'), [
+    ('1e-4', 1e-4), ('1E5', 1e5), ('-2.5e+3', -2500.0), ('.5e-1', 0.05), ('!!float 1e-4', 1e-4), ('1.5', 1.5),
+    ('-.5', -0.5), ('3.', 3.0), ('3', 3), ('-3', -3), ('1e', '1e'), ('e5', 'e5'), ('1e-4x', '1e-4x'), ('x2', 'x2'),
+    ('~', None), ('true', True), ("'1e-4'", '1e-4'), ('09', '09'), ('2024-01-02', '2024-01-02'),
+])
+def test_yaml_scalars(text, value):
+    loaded = load_yaml(f'key: {text}')['key']
+    assert loaded == value and type(loaded) is type(value)
+
+
+def test_yaml_keeps_order_and_merges():
+    loaded = load_yaml('z: &base {b: 1, a: 2}\ny: {<<: *base, a: 3}\nx: [1, {k: v}]')
+    assert type(loaded) is OrderedDict and list(loaded) == ['z', 'y', 'x'] and list(loaded['z']) == ['b', 'a']
+    assert loaded['y'] == {'b': 1, 'a': 3}
+    loader, dumper = ordered_yaml()
+    assert yaml.load(yaml.dump(loaded, Dumper=dumper), Loader=loader) == loaded
+    assert yaml.dump(OrderedDict(b=1, a=2), Dumper=dumper) == 'b: 1\na: 2\n'
+
+
+def test_yaml_key_must_be_plain():
+    with pytest.raises(UserError, match='a key must be'):
+        load_yaml('[a, b]: 1')
+
+
+@pytest.mark.parametrize(('text', 'value'), [
+    ('1', 1), ('-7', -7), ('0.5', 0.5), ('1e-4', 1e-4), ('True', True), ('none', None), ('~', None), ('abc', 'abc'),
+    ('a b', 'a b'), ("[1, 'x', None]", [1, 'x', None]), ('[1, x, 1e-3]', [1, 'x', 1e-3]), ('{a: 1}', {'a': 1}),
+    ('1.2.3', '1.2.3'), ('!!float 3', 3.0), ('nan', 'nan'), ('[]', []),
+])
+def test_override_values(text, value):
+    parsed = parse_yml_value(text)
+    assert parsed == value and type(parsed) in (type(value), OrderedDict)
+
+
+def test_deeply_nested_override_is_a_user_error():
+    with pytest.raises(UserError, match='not a list'):
+        parse_yml_value('[' * 100_000)
+
+
+class Hostile:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path, )
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_hostile_weights_are_refused(tmp_path, monkeypatch, legacy):
+    target, path = tmp_path / 'hacked', tmp_path / 'net.pth'
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    torch.save({'params': Hostile(target)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match='net.pth: not a file of weights'):
+        load_torch_file(path, weights_only=False)
+    assert not target.exists()
+
+
+def test_plain_containers_are_read(tmp_path):
+    content = {'weight': torch.rand(2, 3), 'steps': Counter([2, 2, 9]), 'names': OrderedDict(a=[1, (2.5, None)])}
+    torch.save(content, tmp_path / 'state')
+    loaded = load_torch_file(tmp_path / 'state')
+    assert torch.equal(loaded.pop('weight'), content.pop('weight')) and loaded == content
+
+
+def test_damaged_and_missing_weights(tmp_path):
+    path = tmp_path / 'net.pth'
+    for content in (b'', b'junk', pickle.dumps([1])[:-1]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match='net.pth'):
+            load_torch_file(path)
+    with pytest.raises(FileNotFoundError):
+        load_torch_file(tmp_path / 'missing.pth')
