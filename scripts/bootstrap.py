@@ -22,7 +22,7 @@ STAMP = os.path.join(VENV, 'installed.sha256')
 UNFINISHED = os.path.join(VENV, 'install-unfinished')
 STARTED = 'MOEISR_BASICSR_BOOTSTRAPPED'
 SUPPORTED = ((3, 10), (3, 11), (3, 12))
-INPUTS = ('requirements.txt', 'setup.py', 'pyproject.toml')
+INPUTS = ('requirements.txt', 'requirements-triton.txt', 'setup.py', 'pyproject.toml')
 # Builds BasicSR's source package; must be there before the rest (see requirements.txt).
 BUILD_TOOLS = ('setuptools', 'wheel')
 
@@ -158,7 +158,7 @@ def _supported_python():
 
 
 def _install():
-    """Install the pinned requirements, then this project as an editable package."""
+    """Install the pinned requirements, this project as an editable package, and Triton where it can be had."""
     pip = [venv_python(), '-m', 'pip', 'install']
     with open(os.path.join(ROOT, 'requirements.txt')) as handle:
         tools = [line.strip() for line in handle if line.split('==')[0] in BUILD_TOOLS]
@@ -166,6 +166,10 @@ def _install():
     _call(pip + tools, 'installing the build tools')
     _call(pip + ['--no-build-isolation', '-r', os.path.join(ROOT, 'requirements.txt')], 'installing the requirements')
     _call(pip + ['--no-build-isolation', '--no-deps', '--editable', ROOT], 'installing this project')
+    try:
+        _call(pip + ['-r', os.path.join(ROOT, 'requirements-triton.txt')], 'installing Triton')
+    except SetupError:
+        print('Triton cannot be installed here: the tests of the CUDA kernels will be skipped', flush=True)
 
 
 def _call(command, what):

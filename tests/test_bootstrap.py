@@ -1,4 +1,5 @@
 """The set-up script, without its downloads: when it installs, what it keeps, and what it says when it cannot."""
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -10,6 +11,7 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'scripts' / 'bootstrap.py'
 REQUIREMENTS = SCRIPT.parents[1] / 'requirements.txt'
+TRITON = SCRIPT.parents[1] / 'requirements-triton.txt'
 
 
 @pytest.fixture
@@ -43,10 +45,11 @@ def installs(bootstrap):
 
 def test_first_run_installs_and_second_does_nothing(bootstrap):
     bootstrap.prepare()
-    tools, requirements, project = installs(bootstrap)
+    tools, requirements, project, triton = installs(bootstrap)
     assert tools == ['setuptools==1', 'wheel==3']
     assert '--no-build-isolation' in requirements and '-r' in requirements
     assert {'--no-build-isolation', '--no-deps', '--editable'} < set(project)
+    assert triton[-1].endswith('requirements-triton.txt')
     bootstrap.prepare()
     assert bootstrap.calls == []
 
@@ -58,7 +61,7 @@ def test_changed_requirements_install_into_the_same_environment(bootstrap, tmp_p
     kept = tmp_path / '.venv' / 'kept'
     kept.touch()
     bootstrap.prepare()
-    assert len(installs(bootstrap)) == 3 and kept.exists()
+    assert len(installs(bootstrap)) == 4 and kept.exists()
 
 
 def test_interrupted_install_starts_afresh(bootstrap, tmp_path, monkeypatch):
@@ -72,7 +75,7 @@ def test_interrupted_install_starts_afresh(bootstrap, tmp_path, monkeypatch):
         bootstrap.prepare()
     monkeypatch.setattr(bootstrap, '_install', install)
     bootstrap.prepare()
-    assert len(installs(bootstrap)) == 3 and not (tmp_path / '.venv' / 'half_a_package').exists()
+    assert len(installs(bootstrap)) == 4 and not (tmp_path / '.venv' / 'half_a_package').exists()
 
 
 def test_broken_environment_is_made_again(bootstrap):
@@ -80,7 +83,7 @@ def test_broken_environment_is_made_again(bootstrap):
     installs(bootstrap)
     os.remove(bootstrap.venv_python())
     bootstrap.prepare()
-    assert len(installs(bootstrap)) == 3
+    assert len(installs(bootstrap)) == 4
 
 
 def test_without_ensurepip_pip_comes_from_outside(bootstrap, monkeypatch):
@@ -110,6 +113,21 @@ def test_failed_install_leaves_no_stamp(bootstrap, monkeypatch, capsys):
     assert not bootstrap._read(bootstrap.STAMP) and os.path.exists(bootstrap.UNFINISHED)
 
 
+def test_the_environment_is_complete_without_triton(bootstrap, monkeypatch, capsys):
+    record = bootstrap._call
+
+    def refuse(command, what):
+        record(command, what)
+        if 'Triton' in what:
+            raise bootstrap.SetupError(what)
+
+    monkeypatch.setattr(bootstrap, '_call', refuse)
+    assert bootstrap.main(lambda: 0) == 0 and 'CUDA kernels will be skipped' in capsys.readouterr().out
+    installs(bootstrap)
+    bootstrap.prepare()
+    assert bootstrap.calls == [], 'not tried again at each start'
+
+
 def test_run_passes_the_exit_code_and_the_environment(bootstrap, monkeypatch):
     monkeypatch.setattr(bootstrap, 'venv_python', lambda: sys.executable)
     monkeypatch.setenv('PYTHONPATH', '/nowhere')
@@ -125,6 +143,14 @@ def test_the_requirements_pin_everything_once_per_python():
                  if ';' not in line or f'python_version {marker} ' in line]
         assert len(names) == len(set(names))
         assert [name for name in names if name.startswith('opencv')] == ['opencv-python']
+
+
+def test_triton_is_the_one_that_pytorch_asks_for():
+    """Otherwise pip would exchange the one that came with PyTorch for CUDA; the build for CPUs asks for none."""
+    pin = [line for line in TRITON.read_text().splitlines() if not line.startswith('#')]
+    assert len(pin) == 1 and re.fullmatch(r"triton==[\d.]+; platform_system == 'Linux' and .*'x86_64'", pin[0])
+    wanted = [line.split(';')[0].strip() for line in importlib.metadata.requires('torch') if line.startswith('triton')]
+    assert all(line == pin[0].split(';')[0] for line in wanted)
 
 
 def test_the_ci_command_fails_when_a_test_fails(tmp_path):
