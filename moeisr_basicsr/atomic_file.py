@@ -36,7 +36,8 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -
         _sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise SaveError(error.errno or errno.EIO, f'{reason}: cannot write {path}; earlier files are untouched') from error
+        raise SaveError(error.errno or errno.EIO,
+                        f'{reason}: cannot write {path}; earlier files are untouched') from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

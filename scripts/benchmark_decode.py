@@ -369,8 +369,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--precisions', nargs='+', choices=tuple(LIMITS), default=list(LIMITS))
     parser.add_argument('--repeats', type=int, default=3, metavar='N', help='rounds (default 3)')
     parser.add_argument('--shared-layers', type=int, choices=range(5), default=0,
-                        help="leading hidden layers that the experts have in common: 0 as in the paper (default), 4 as in "
-                             "this package's recipes")
+                        help="leading hidden layers that the experts have in common: 0 as in the paper (default), 4 as "
+                             "in this package's recipes")
     parser.add_argument('--peer', metavar='DIR', help='a checkout of yinboc/liif: the ratios are against its own code')
     parser.add_argument('--train', action='store_true', help='training steps too')
     parser.add_argument('--memory', action='store_true', help='peak memory too (always without --quick)')

@@ -115,8 +115,8 @@ def run(args: argparse.Namespace) -> None:
     jobs = find_jobs(root, args.output)
     tests = images_in(root / name for name in TEST_SETS)
     if not tests:
-        raise UserError(f'{root} holds none of the test sets {", ".join(TEST_SETS)}; without them nothing shows that no '
-                        'test image is among the training images.')
+        raise UserError(f'{root} holds none of the test sets {", ".join(TEST_SETS)}; without them nothing shows that '
+                        'no test image is among the training images.')
     same, least = same_pictures([Path(job.path) for job in jobs], tests)
     for source, test in same.items():
         print(f'{source} is left out: it shows the test image {test}.')
@@ -129,8 +129,8 @@ def run(args: argparse.Namespace) -> None:
               'sources': {_below(root, job.path): sha256(job.path) for job in jobs}}
     log = Path(args.output).with_suffix('.json')
     write_atomic(log, lambda file: file.write(json.dumps(record, indent=1, sort_keys=True).encode() + b'\n'))
-    print(f'{len(tests)} test images compared; the nearest pair that is left differs in {least} of {HASH_SIDE**2} bits. '
-          f'Checksums: {log}')
+    print(f'{len(tests)} test images compared; the nearest pair that is left differs in {least} of {HASH_SIDE**2} '
+          f'bits. Checksums: {log}')
     print(f'content SHA-256 {record["content_sha256"]}')
 
 

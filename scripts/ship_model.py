@@ -72,8 +72,9 @@ def ship(args: argparse.Namespace) -> Path:
     if not re.fullmatch(r'[a-z][a-z0-9_]*', args.name):
         raise UserError(f"--name must be small letters, digits and '_', beginning with a letter; got '{args.name}'.")
     document = schema.load(args.results)
-    notes = {**recipe_notes(args.recipe, args.force_yml), **second_recipe_notes(args.then), 'results': json.dumps(results_of(document)),
-             'training_data': args.data, 'license': args.license, 'summary': args.summary}
+    notes = {**recipe_notes(args.recipe, args.force_yml), **second_recipe_notes(args.then),
+             'results': json.dumps(results_of(document)), 'training_data': args.data, 'license': args.license,
+             'summary': args.summary}
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / f'{args.name}.safetensors'
         convert(args.checkpoint, made, store=args.store, notes=notes)

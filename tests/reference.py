@@ -18,7 +18,8 @@ def centres(size):
 
 def sample_nearest(image, coord):
     """(B, C, H, W) at (B, Q, 2) -> (B, Q, C)."""
-    return F.grid_sample(image, coord.flip(-1).unsqueeze(1), mode='nearest', align_corners=False)[:, :, 0].transpose(1, 2)
+    sampled = F.grid_sample(image, coord.flip(-1).unsqueeze(1), mode='nearest', align_corners=False)  # (B, C, 1, Q)
+    return sampled[:, :, 0].transpose(1, 2)
 
 
 def corners(feat, coord):

@@ -41,7 +41,7 @@ ENCODER = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
 
 
 def small(family, channels=8):
-    """`family` may also be 'shared', LIIF with one first layer for all experts, or 'nested', all hidden layers shared."""
+    """`family` may also be 'shared', LIIF with one first layer for all experts, or 'nested', with all hidden layers."""
     mapper = {'num_layers': 2, 'num_feat': 12, 'hidden': 10}
     return MoEDecoder(channels, 3, 'lte' if family == 'lte' else 'liif', EXPERTS[family], mapper,
                       **OPTIONS[family]).eval()

@@ -16,7 +16,7 @@ KINDS = list(EXPERTS)
 
 
 def make_decoder(family='liif', experts=None, seed=0, **options):
-    """`family` may also be 'shared', LIIF with one first layer for all experts, or 'nested', all hidden layers shared."""
+    """`family` may also be 'shared', LIIF with one first layer for all experts, or 'nested', with all hidden layers."""
     torch.manual_seed(seed)
     decoder = MoEDecoder(6, 3, FAMILY.get(family, 'liif'), experts or EXPERTS[family],
                          mapper={'num_layers': 2, 'num_feat': 8, 'hidden': 8}, **OPTIONS.get(family, {}), **options)

@@ -1,4 +1,4 @@
-"""Safe reading: values as the file means them; what is broken, hostile or no plain data is refused, and nothing runs."""
+"""Safe reading: values as the file means them; what is broken, hostile or no plain data is refused, nothing runs."""
 import os
 import pickle
 from collections import Counter, OrderedDict

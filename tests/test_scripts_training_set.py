@@ -110,7 +110,8 @@ def test_rows_are_complete_options_for_evaluation(tmp_path, monkeypatch):
     networks = {name: small_rows.test_options(name, args)['network_g'] for name in small_rows.ROWS}
     assert networks['liif_seed0'] == networks['liif_seed1'] != networks['liif_2x128_seed0']
     assert networks['nested_liif_routed_seed0'] == networks['nested_liif_seed1'] != networks['moeisr_liif_seed1']
-    for trained, routed in (('moeisr_liif_seed0', 'moeisr_liif_routed_seed0'), ('moeisr_lte_seed1', 'moeisr_lte_routed_seed1'),
+    for trained, routed in (('moeisr_liif_seed0', 'moeisr_liif_routed_seed0'),
+                            ('moeisr_lte_seed1', 'moeisr_lte_routed_seed1'),
                             ('rdn_moeisr_liif', 'rdn_moeisr_liif_routed')):  # the weights of one must fit the other
         assert {'hidden_dim': 256} | networks[trained] == {'hidden_dim': 256} | networks[routed]
     assert networks['ablation_mapper_1_layer']['mapper']['num_layers'] == 1

@@ -88,7 +88,7 @@ def test_every_expert_works_and_none_does_everything(net):
 
 @pytest.mark.parametrize('factor', FACTORS)
 def test_bf16_gives_the_same_picture(net, factor):
-    """To two levels of 8 bits, where the routing agrees: rounded features let near ties of the mapper fall the other way.
+    """To two levels of 8 bits, where the routing agrees: rounded features let near ties of the mapper fall otherwise.
 
     Most of the difference comes from the encoder in bf16.
     """

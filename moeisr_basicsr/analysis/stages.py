@@ -92,8 +92,8 @@ class Stages:
 
     def dense_folded(self) -> None:
         """The dense baseline by the same code."""
-        everywhere = None if self.dense.num_experts == 1 else torch.full(self.size, heaviest(self.dense), dtype=torch.uint8,
-                                                                         device=self.device)
+        everywhere = None if self.dense.num_experts == 1 else torch.full(
+            self.size, heaviest(self.dense), dtype=torch.uint8, device=self.device)
         with evaluation(self.dense, self.device.type, self.setting.precision):
             render_fixed(self.dense, self.feat, self.size, everywhere, self.cell, self.dense_backend)
 

@@ -21,7 +21,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
                         help='results files, or folders that hold a results.json')
     parser.add_argument('-o', '--output', metavar='OUT.html', help='page to write; an earlier one is replaced')
     parser.add_argument('--csv', metavar='FILE', help='also write every row of the files, one line each')
-    parser.add_argument('--baseline', metavar='NAME', help='row that differences and shares of the dense cost refer to (default: the first one)')
+    parser.add_argument('--baseline', metavar='NAME',
+                        help='row that differences and shares of the dense cost refer to (default: the first one)')
     parser.add_argument('--images', type=parse_images, default=6, metavar='N',
                         help='images to show crops of; 0 for none (default 6)')
     parser.epilog = EPILOG

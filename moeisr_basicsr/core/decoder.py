@@ -49,8 +49,8 @@ class MoEDecoder(nn.Module):
         **family_options: Options of the family (both: shared_layers; lte: hidden_dim).
 
     Attributes:
-        scores_are_fitted: Whether a loss fits the mapper's scores to the experts' losses. Training then routes as the test
-            does, and the gates' gradient ends at the mapper's offsets.
+        scores_are_fitted: Whether a loss fits the mapper's scores to the experts' losses. Training then routes as the
+            test does, and the gates' gradient ends at the mapper's offsets.
     """
 
     def __init__(self, in_channels: int, out_channels: int = 3, family: str = 'liif',
@@ -144,7 +144,7 @@ class MoEDecoder(nn.Module):
 
     def decode(self, queries: Queries, tables: list[Tensor], routing: Routing, image: int,
                keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The queries of one image of the batch: (Q, C_out); and every expert's answers (Q, J, C_out) if they all ran."""
+        """The queries of one image of the batch: (Q, C_out); and every expert's answers (Q, J, C_out) if all ran."""
         evaluate = partial(self._evaluate, tables)
         if self.num_experts == 1:
             return evaluate(0, queries), None

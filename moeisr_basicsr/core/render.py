@@ -244,7 +244,8 @@ class Renderer:
         """
         count = math.ceil((cols[1] - cols[0]) * self.lr_size[1] / self.size[1] / self.tile)
         for top, bottom, expert_map in self.strips(window, rows, cols):
-            output = torch.empty(1, self.decoder.out_channels, bottom - top, cols[1] - cols[0], device=window.feat.device)
+            output = torch.empty(1, self.decoder.out_channels, bottom - top, cols[1] - cols[0],
+                                 device=window.feat.device)
             for left, right in spans(*cols, count):
                 piece = None if expert_map is None else expert_map[:, left - cols[0]:right - cols[0]]
                 tile_rows = GridAxis(self.rows.index[:, top:bottom] - window.top, self.rows.rel[:, top:bottom])

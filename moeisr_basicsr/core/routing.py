@@ -56,9 +56,9 @@ def route_gumbel(logits: Tensor, noise: Tensor, tau: float) -> Routing:
 def route_fitted(logits: Tensor, offset: Tensor) -> Routing:
     """The routing of the test, argmax, whose gates teach the experts' offsets and nothing else.
 
-    Where the mapper's scores are fitted to the experts' losses, the gates have nothing to teach them; what is left for a
-    balance loss is how much each expert is preferred everywhere. (An offset per expert instead of a loss on the scores
-    is the idea of Wang et al., arXiv 2408.15664; theirs moves by a rule, ours by its gradient.)
+    Where the mapper's scores are fitted to the experts' losses, the gates have nothing to teach them; what is left for
+    a balance loss is how much each expert is preferred everywhere. (An offset per expert instead of a loss on the
+    scores is the idea of Wang et al., arXiv 2408.15664; theirs moves by a rule, ours by its gradient.)
 
     Args:
         logits: (B, Q, J), scores plus offsets.

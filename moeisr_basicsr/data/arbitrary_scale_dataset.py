@@ -26,9 +26,9 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
     """HR images; the LR image is made on the fly by bicubic shrinking.
 
     Training follows LIIF: a factor s is drawn, an HR patch of round(lq_size * s) is cut out at random and shrunk to
-    lq_size with 8 (or 16) bits, both are flipped and transposed, and `sample_q` of the HR patch's pixels become queries.
-    An HR image that is smaller than the patch gets the largest factor that it allows; smaller than lq_size times the
-    least factor is an error that names it.
+    lq_size with 8 (or 16) bits, both are flipped and transposed, and `sample_q` of the HR patch's pixels become
+    queries. An HR image that is smaller than the patch gets the largest factor that it allows; smaller than lq_size
+    times the least factor is an error that names it.
 
     Validation takes the whole image at the fixed `scale`: the LR size is floor(HR / s), the HR image is cropped to
     round(LR * s); for a whole s that is floor(HR / s) * s.

@@ -10,19 +10,19 @@ from torch import Tensor, nn
 class MoEExpertLoss(nn.Module):
     """L1 of every expert on every query, and the relative L1 that the routing is to expect.
 
-    Experts trained on their own queries only are poor elsewhere, so that a budget that moves queries costs quality. Here
-    each one also learns all queries.
+    Experts trained on their own queries only are poor elsewhere, so that a budget that moves queries costs quality.
+    Here each one also learns all queries.
 
     The straight-through gradient (MoEISR, section 3) tells the mapper <dL/ds, f_j>: how the loss would change if expert
     j's answer were added. It is the loss linearised, and an answer that overshoots the truth by far looks best. With
     `routing_weight` the gates weigh the experts' losses instead of their answers: sum_j g_j |f_j - gt| has the same
-    value, and its gradient to g_j is expert j's own loss. Errors grow about as the scale factor does; divided by it, they
-    make depth worth as much in dB at x2 as at x4.
+    value, and its gradient to g_j is expert j's own loss. Errors grow about as the scale factor does; divided by it,
+    they make depth worth as much in dB at x2 as at x4.
 
     With `fit_temperature` the mapper's scores are instead fitted to these losses, negative and in units of the
-    temperature, by least squares. Its scores then are what each query would lose by another expert, on one scale for all
-    queries: a cost weight has a unit, and first moves the queries that lose least. Gates teach an order, whose scale is
-    whatever the training left. At equal cost the README's rows have the same quality either way.
+    temperature, by least squares. Its scores then are what each query would lose by another expert, on one scale for
+    all queries: a cost weight has a unit, and first moves the queries that lose least. Gates teach an order, whose
+    scale is whatever the training left. At equal cost the README's rows have the same quality either way.
 
     These choices are ours, not the paper's.
 

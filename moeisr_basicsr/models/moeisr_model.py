@@ -33,9 +33,9 @@ class PartDraws(NamedTuple):
 class MoEISRModel(ArbitraryScaleModel):
     """ArbitraryScaleModel for `MoEISR`.
 
-    Reads from `train` also: `balance_opt` (a loss of the gates, MoEBalanceLoss), `experts_opt` (a loss of every expert on
-    every query, MoEExpertLoss), `temperature`, and `mapper_spread` (the deviation of the mapper's logits at the start, 1
-    by default; 0 leaves them as initialised).
+    Reads from `train` also: `balance_opt` (a loss of the gates, MoEBalanceLoss), `experts_opt` (a loss of every expert
+    on every query, MoEExpertLoss), `temperature`, and `mapper_spread` (the deviation of the mapper's logits at the
+    start, 1 by default; 0 leaves them as initialised).
     """
 
     whole_batch_losses = ('l_balance',)

@@ -151,7 +151,8 @@ def experts_loss(data: dict) -> Problems:
     if loss.get('fit_temperature') is not None and not loss.get('routing_weight'):
         yield ('train', 'experts_opt', 'fit_temperature'), 'needs a routing_weight above 0, the weight of the fit.'
     if loss.get('fit_temperature') is not None and section(data, 'train', 'temperature'):
-        yield ('train', 'temperature'), 'has no part in a fitted routing (experts_opt: fit_temperature): it has no noise.'
+        yield ('train', 'temperature'), ('has no part in a fitted routing (experts_opt: fit_temperature): it has no '
+                                         'noise.')
     kind, experts, shared = (network.get(key) for key in ('expert_grad', 'experts', 'shared_layers'))
     deepest = max(map(len, experts), default=0) if isinstance(experts, list) and all(map(numbers, experts)) else 4
     if kind != 'naive' and (kind == 'sampled' or not isinstance(shared, int) or shared < deepest):
