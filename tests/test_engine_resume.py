@@ -215,6 +215,15 @@ def test_a_restart_by_the_same_torchrun_goes_on_and_another_torchrun_begins_anew
     assert len(list((tmp_path / 'experiments').iterdir())) == 2
 
 
+def test_networks_that_the_checkpoint_does_not_hold_come_from_their_files(tmp_path):
+    """BasicSR's models may have frozen ones beside those that train and are saved."""
+    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == exit_codes.OK
+    opt = run_options(tmp_path, auto_resume=True, **{'train:total_iter': 1})
+    opt['path'].update(pretrain_network_g='started_from.pth', pretrain_network_identity='identity.pth')
+    path = Trainer(opt, Ranks(), SimpleNamespace(signal=0)).opt['path']
+    assert path['pretrain_network_g'] is None and path['pretrain_network_identity'] == 'identity.pth'
+
+
 def test_a_restart_before_the_first_folder_goes_on_with_no_older_run(tmp_path, monkeypatch):
     assert train(run_options(tmp_path, **{'train:total_iter': 2})) == exit_codes.OK
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')  # the first attempt died at once

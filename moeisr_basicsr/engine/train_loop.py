@@ -10,7 +10,7 @@ from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.models.non_finite import NonFiniteLossError
 
 from . import exit_codes
-from .checkpoint_store import Checkpoint, CheckpointStore, DamagedCheckpoint
+from .checkpoint_store import Checkpoint, CheckpointStore, DamagedCheckpoint, Weights
 from .data_loading import Place, TrainData, evaluation_loaders
 from .distributed import Ranks, launched, seed_everything
 from .experiment import belongs_to, copy_options, make_folders
@@ -69,7 +69,7 @@ class Trainer:
         fresh = checkpoint is None and not restarted and not path.get('resume_state')
         reports += ranks.together(lambda: make_folders(opt, fresh, ranks.launch))
         opt['manual_seed'] = self._seed(opt, checkpoint)
-        opt['path'] = {**path, **({} if checkpoint is None else without_pretrained(path))}
+        opt['path'] = {**path, **({} if checkpoint is None else without_pretrained(checkpoint.weights))}
         self.opt = opt
         self.iteration = 0 if checkpoint is None else checkpoint.iteration
         self.logger = start_logger(opt, ranks, 'train')
@@ -252,6 +252,9 @@ def find_checkpoint(opt: dict, store: CheckpointStore, report, restarted: bool) 
         raise UserError(f'path: resume_state: {damage}.') from damage
 
 
-def without_pretrained(path: dict) -> dict:
-    """The `pretrain_network_*` entries as None: a resumed run takes its weights from the checkpoint."""
-    return {key: None for key in path if key.startswith('pretrain_network')}
+def without_pretrained(weights: Weights) -> dict:
+    """The `pretrain_network_*` entries of the networks in a checkpoint as None: a resumed run has their weights there.
+
+    A model may have others that never train, such as the identity network of a face loss: these come from their files.
+    """
+    return {f'pretrain_network_{name.removeprefix("net_")}': None for name in weights}
