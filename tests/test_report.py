@@ -309,7 +309,7 @@ def test_from_test_to_report(tested, tmp_path, capsys, monkeypatch):
     assert np.array_equal(truth, cv2.imread(str(tested.parent / 'val' / '0.png'))[:, :32, ::-1])
     # nothing outside the file; the same bytes again, in place of what was there
     assert not re.search(r'(?:src|href)="(?!data:)|url\(|@import|<script|<link', text)
-    (tmp_path / 'report.html').write_text('old')
+    (tmp_path / 'report.html').write_text(text.partition('<style>')[0])
     assert main(['report', *inputs, '-o', 'report.html', '--images', '2']) == 0
     assert (tmp_path / 'report.html').read_text() == text and not list(tmp_path.glob('.*'))
     assert 'report.html' in capsys.readouterr().out
@@ -355,13 +355,14 @@ def test_pictures_that_do_not_fit_are_left_out(tested, tmp_path):
     (['none.json', '-o', 'r.html'], 'none.json: cannot read'), (['empty', '-o', 'r.html'], 'holds no results.json'),
     (['text.json', '-o', 'r.html'], 'it is no JSON'), (['version.json', '-o', 'r.html'], 'version must be 1'),
     (['good.json'], '-o OUT.html'), (['good.json', '-o', 'no/r.html'], 'folder no does not exist'),
-    (['good.json', '-o', 'empty'], 'is a folder'), (['good.json', '--csv', './good.json'], 'results to read'),
+    (['good.json', '-o', 'empty.html'], 'is a folder'), (['good.json', '--csv', './good.json'], "must end in '.csv'"),
     (['good.json', './good.json', '-o', 'r.html'], 'given twice'), (['loader.json', '-o', 'r.html'], 'no rows of'),
     (['good.json', '-o', 'r.html', '--baseline', 'desne'], "Did you mean 'dense'"),
-    (['good.json', '-o', 'r.html', '--csv', 'r.html'], 'both')])
+    (['good.json', '-o', 'r.html', '--csv', 'r.html'], "must end in '.csv'")])
 def test_mistakes_are_one_line(arguments, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'empty').mkdir()
+    (tmp_path / 'empty.html').mkdir()
     good = results('dense', image_row())
     for name, document in (('good', good), ('version', {**good, 'version': 2}),
                            ('loader', results('dense', {'case': 'data-stages'}))):

@@ -8,10 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moeisr_basicsr.analysis import schema
-from moeisr_basicsr.analysis.chart import Bar, Panel, save_chart
+from moeisr_basicsr.analysis.chart import Bar, Panel, draw_chart
 from moeisr_basicsr.analysis.environment import environment
 from moeisr_basicsr.engine.data_profile import STAGES, loader_speed, open_loader, stage_times
 from moeisr_basicsr.options import parse_options
+
+from .outputs import save_picture
 
 LABELS = {'read': 'read, decode', 'resize': 'crop, shrink to LR', 'queries': 'augment, draw queries',
           'tensor': 'LR patch to tensor'}
@@ -49,7 +51,7 @@ def profile_data(args: argparse.Namespace) -> int:
     if args.json:
         schema.save(args.json, schema.document('profile', environment('none'), rows))
     if args.plot:
-        save_chart(args.plot, panels(rows))
+        save_picture(args.plot, draw_chart(panels(rows)))
     return 0
 
 

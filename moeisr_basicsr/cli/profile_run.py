@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moeisr_basicsr.analysis import schema
-from moeisr_basicsr.analysis.chart import Bar, Panel, save_chart
+from moeisr_basicsr.analysis.chart import Bar, Panel, draw_chart
 from moeisr_basicsr.analysis.complexity import parameters
 from moeisr_basicsr.analysis.environment import environment
 from moeisr_basicsr.analysis.stages import Setting, Stages
@@ -25,6 +25,7 @@ from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import make_control, target_size
 from moeisr_basicsr.options import check_network, read_yaml
 
+from .outputs import save_picture
 from .upscale_run import choose_device
 
 # stage of a row's `time_ms` -> (label, parts of its `macs`)
@@ -61,7 +62,7 @@ class Profiler:
         if self.args.json:
             schema.save(self.args.json, results)
         if self.args.plot:
-            save_chart(self.args.plot, panels)
+            save_picture(self.args.plot, draw_chart(panels))
         return 0
 
     def model(self) -> dict:

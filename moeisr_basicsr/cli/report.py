@@ -1,6 +1,5 @@
 """`basicsr report`."""
 import argparse
-from pathlib import Path
 
 from moeisr_basicsr.errors import UserError
 
@@ -19,8 +18,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     parser.add_argument('results', nargs='+', metavar='RESULTS',
                         help='results files, or folders that hold a results.json')
-    parser.add_argument('-o', '--output', metavar='OUT.html', help='page to write; an earlier one is replaced')
-    parser.add_argument('--csv', metavar='FILE', help='also write every row of the files, one line each')
+    parser.add_argument('-o', '--output', metavar='OUT.html', help='page to write; an earlier page is replaced')
+    parser.add_argument('--csv', metavar='FILE.csv',
+                        help='also write every row of the files, one line each; an earlier such table is replaced')
     parser.add_argument('--baseline', metavar='NAME',
                         help='row that differences and shares of the dense cost refer to (default: the first one)')
     parser.add_argument('--images', type=parse_images, default=6, metavar='N',
@@ -38,16 +38,18 @@ def parse_images(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Read, then write."""
     if not args.output and not args.csv:
-        raise UserError('nothing to write: give -o OUT.html, --csv FILE, or both.')
-    if args.output and args.csv and Path(args.output).resolve() == Path(args.csv).resolve():
-        raise UserError(f'-o and --csv both name {args.output}; give two files.')
+        raise UserError('nothing to write: give -o OUT.html, --csv FILE.csv, or both.')
     from moeisr_basicsr.atomic_file import write_atomic
     from moeisr_basicsr.report.collect import collect, read_sources
-    from moeisr_basicsr.report.flat import flat_csv
-    from moeisr_basicsr.report.page import render
+    from moeisr_basicsr.report.flat import flat_csv, is_flat_csv
+    from moeisr_basicsr.report.page import is_page, render
+
+    from .outputs import check_output
+    if args.output:
+        check_output('-o', args.output, '.html', is_page)
+    if args.csv:
+        check_output('--csv', args.csv, '.csv', is_flat_csv)
     sources = read_sources(args.results)
-    for name in filter(None, (args.output, args.csv)):
-        check_target(name, [source.file for source in sources])
     contents = {}
     if args.output:
         contents[args.output] = render(collect(sources), args.baseline, args.images)
@@ -57,18 +59,3 @@ def run(args: argparse.Namespace) -> int:
         write_atomic(name, lambda file, content=content: file.write(content.encode()))
         print(f'{name}: {len(content.encode()) / 2**20:.1f} MiB from {len(sources)} file{"s" * (len(sources) > 1)}')
     return 0
-
-
-def check_target(name: str, inputs: list[Path]) -> None:
-    """Refuse what cannot be written before any work.
-
-    Raises:
-        UserError: The folder is missing, or the file is a folder or one of the inputs.
-    """
-    path = Path(name)
-    if not path.parent.is_dir():
-        raise UserError(f'{name}: the folder {path.parent} does not exist; make it first.')
-    if path.is_dir():
-        raise UserError(f'{name} is a folder; give the name of a file.')
-    if path.resolve() in [file.resolve() for file in inputs]:
-        raise UserError(f'{name} is one of the results to read; give another name to write.')

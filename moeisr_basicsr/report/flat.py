@@ -23,6 +23,11 @@ def flat_csv(sources: list[Source]) -> str:
     return text.getvalue()
 
 
+def is_flat_csv(content: bytes) -> bool:
+    """Whether a file's content is a table of `flat_csv`."""
+    return content.startswith(','.join(FIRST).encode())
+
+
 def flat(value: Any, name: str = '') -> dict[str, Any]:
     """{'macs.total': 3.2, 'scale.0': 2.0} of nested dictionaries and lists; null is empty."""
     if isinstance(value, dict):

@@ -1,4 +1,6 @@
 """The page: one HTML file that needs no other."""
+import html
+
 from .charts import legend, series_of, share_charts, trade_offs
 from .collect import Report
 from .costs import correlation_table, cost_tables, profile_table
@@ -11,6 +13,8 @@ from .style import STYLE
 # The browser itself enforces that nothing is loaded or run.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 TITLE = 'Super-resolution results'
+GENERATOR = void('meta', name='generator', content='moeisr_basicsr report')
+HEAD_BYTES = 2048  # hold all before the style
 
 
 def render(report: Report, baseline: str | None = None, max_images: int = 6) -> str:
@@ -28,11 +32,18 @@ def render(report: Report, baseline: str | None = None, max_images: int = 6) -> 
     pictures, picture_notes = picture_section(report, max_images)
     notes = list(dict.fromkeys(report.notes + environment_notes(report) + picture_notes))
     head = [void('meta', charset='utf-8'), void('meta', http_equiv='Content-Security-Policy', content=POLICY),
-            void('meta', name='viewport', content='width=device-width, initial-scale=1'),
+            GENERATOR, void('meta', name='viewport', content='width=device-width, initial-scale=1'),
             void('meta', name='color-scheme', content='light dark'), tag('title', TITLE), tag('style', Markup(STYLE))]
     body = [tag('h1', TITLE), header(report, notes), quality(report, base), cost(report, base), trade_off(report),
             routing(report), section('Pictures', RULE, pictures)]
     return '<!DOCTYPE html>\n' + tag('html', tag('head', head), tag('body', tag('main', body)), lang='en') + '\n'
+
+
+def is_page(content: bytes) -> bool:
+    """Whether a file's content is a page of `render`; the first ones had no generator, but title and policy."""
+    head = content[:HEAD_BYTES].decode(errors='replace')
+    return head.startswith('<!DOCTYPE html>\n<html') and (
+        GENERATOR in head or (tag('title', TITLE) in head and html.escape(POLICY) in head))
 
 
 def section(title: str, about: str, parts: list[Markup | None]) -> Markup | None:
