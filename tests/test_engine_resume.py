@@ -224,6 +224,50 @@ def test_networks_that_the_checkpoint_does_not_hold_come_from_their_files(tmp_pa
     assert path['pretrain_network_g'] is None and path['pretrain_network_identity'] == 'identity.pth'
 
 
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'datasets:train:dataroot_gt': 'empty'}, 'no image'),  # before the model
+    ({'path:pretrain_network_g': 'other.pth'}, 'does not fit'),
+    ({'datasets:train:lq_size': 80}, 'too small'),  # at the first batch
+])
+def test_a_start_that_fails_leaves_the_earlier_run_where_it_was(tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    assert train(run_options(tmp_path, **{'train:total_iter': 2})) == exit_codes.OK
+    (tmp_path / 'empty').mkdir()
+    torch.save({'params': {'weight': torch.zeros(1)}}, 'other.pth')
+    before = {path: path.read_bytes() for path in (tmp_path / 'experiments').rglob('*') if path.is_file()}
+    for _ in range(2):
+        with pytest.raises(UserError, match=words):
+            train(run_options(tmp_path, **changes))
+    assert {path: path.read_bytes() for path in (tmp_path / 'experiments').rglob('*') if path.is_file()} == before
+    with pytest.raises(UserError, match=words):
+        train(run_options(tmp_path, name='other', **changes))
+    assert [path.name for path in (tmp_path / 'experiments').iterdir()] == ['run']
+
+
+def test_a_failure_after_a_step_keeps_both_runs(tmp_path, monkeypatch):
+    assert train(run_options(tmp_path, **{'train:total_iter': 2})) == exit_codes.OK
+
+    def fail():
+        raise UserError('a damaged image')
+    interrupt(monkeypatch, 3, fail)
+    with pytest.raises(UserError, match='damaged'):
+        train(run_options(tmp_path))
+    assert len(list((tmp_path / 'experiments').iterdir())) == 2
+
+
+def test_auto_resume_without_a_checkpoint_says_so_and_where_there_is_one(tmp_path):
+    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == exit_codes.OK
+    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == exit_codes.OK
+    run = tmp_path / 'experiments' / 'run'
+    for state in (run / 'training_states').iterdir():
+        state.unlink()
+    assert train(run_options(tmp_path, auto_resume=True, **{'train:total_iter': 1})) == exit_codes.OK
+    log = ''.join(path.read_text() for path in run.glob('*.log'))
+    first = min(tmp_path.glob('experiments/run_archived_*'))
+    assert 'has no checkpoint; starting from iteration 0.' in log
+    assert f'The newest checkpoint of an earlier run of this name is in {first}.' in log
+
+
 def test_a_restart_before_the_first_folder_goes_on_with_no_older_run(tmp_path, monkeypatch):
     assert train(run_options(tmp_path, **{'train:total_iter': 2})) == exit_codes.OK
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')  # the first attempt died at once

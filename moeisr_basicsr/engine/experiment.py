@@ -1,12 +1,24 @@
 """Folders of a run. Nothing that an earlier run left is ever lost: a fresh run archives it."""
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from moeisr_basicsr.atomic_file import write_atomic
 
 LAUNCH_FILE = '.torchrun'  # in the folder of a run: the name of the torchrun that it belongs to
+
+
+class Fresh(NamedTuple):
+    """A folder that a run starts with anew."""
+    folder: Path
+    earlier: Path | None  # where the earlier one of this name is now
+
+    def reports(self) -> list[str]:
+        """What the log says of it."""
+        return [] if self.earlier is None else [f'{self.folder} already existed; it is now {self.earlier}']
 
 
 def tensorboard_folder(opt: dict) -> Path:
@@ -38,7 +50,31 @@ def belongs_to(opt: dict, launch: str) -> bool:
         return False
 
 
-def make_folders(opt: dict, fresh: bool, launch: str | None = None) -> list[str]:
+def earlier_runs(folder: str | os.PathLike) -> str:
+    """A hint at the newest archive of a run that holds a checkpoint; an empty string if there is none."""
+    folder = Path(folder)
+    states = folder.parent.glob(f'{folder.name}_archived_*/training_states/*.state')
+    saved = sorted(state.parents[1] for state in states)
+    return f' The newest checkpoint of an earlier run of this name is in {saved[-1]}.' if saved else ''
+
+
+def undo(fresh: list[Fresh]) -> None:
+    """After a start that failed, earlier runs are where they were, unless this one has made something already."""
+    if any(_is_work(path) for folder, _ in fresh for path in folder.rglob('*')):
+        return
+    for folder, earlier in fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+        if earlier is not None and not folder.exists():
+            earlier.rename(folder)
+
+
+def _is_work(path: Path) -> bool:
+    """Whether a run without a step, or a test without a picture, does not leave such a file."""
+    return path.is_file() and not (path.suffix in ('.log', '.yml', '.yaml') or path.name == LAUNCH_FILE
+                                   or path.name.startswith('events.out.'))
+
+
+def make_folders(opt: dict, fresh: bool, launch: str | None = None) -> list[Fresh]:
     """Folders of a run, an earlier one of the same name archived where this one starts anew.
 
     Args:
@@ -47,22 +83,20 @@ def make_folders(opt: dict, fresh: bool, launch: str | None = None) -> list[str]
         launch: Name of the torchrun that the run then belongs to.
 
     Returns:
-        What was archived, for the log.
+        The folders that begin anew; none where the run continues.
     """
     path = opt['path']
     root = Path(path['experiments_root'] if opt['is_train'] else path['results_root'])
-    moved = []
+    begun = []
     if fresh:
-        for folder in (root, tensorboard_folder(opt)) if opt['is_train'] else (root,):
-            target = archive(folder)
-            if target is not None:
-                moved.append(f'{folder} already existed; it is now {target}')
+        begun = [Fresh(folder, archive(folder))
+                 for folder in ((root, tensorboard_folder(opt)) if opt['is_train'] else (root,))]
     keys = ('models', 'training_states', 'log', 'visualization') if opt['is_train'] else ('log', 'visualization')
     for folder in (root, *(path[key] for key in keys)):
         Path(folder).mkdir(parents=True, exist_ok=True)
     if launch is not None:
         write_atomic(root / LAUNCH_FILE, lambda file: file.write(launch.encode()))
-    return moved
+    return begun
 
 
 def copy_options(opt: dict, folder: str | os.PathLike) -> None:

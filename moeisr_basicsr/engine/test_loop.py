@@ -13,7 +13,7 @@ from moeisr_basicsr.models.evaluation import Evaluated, mean_row
 from . import exit_codes
 from .data_loading import evaluation_loaders
 from .distributed import Ranks, launched, seed_everything
-from .experiment import copy_options, make_folders
+from .experiment import copy_options, make_folders, undo
 from .logs import start_logger
 from .signals import StopRequest
 
@@ -39,7 +39,16 @@ def test(opt: dict) -> int:
 def _test(opt: dict, ranks: Ranks, stop: StopRequest) -> int:
     opt = {**opt, 'rank': ranks.rank, 'world_size': ranks.world_size, 'dist': ranks.world_size > 1,
            'val': {'suffix': None, 'save_img': False, **(opt.get('val') or {})}}  # BasicSR's models expect both
-    reports = ranks.together(lambda: make_folders(opt, fresh=True))
+    fresh = ranks.together(lambda: make_folders(opt, fresh=True))
+    try:
+        return _evaluate(opt, ranks, stop, [report for folder in fresh for report in folder.reports()])
+    except Exception:
+        if ranks.is_main:
+            undo(fresh)
+        raise
+
+
+def _evaluate(opt: dict, ranks: Ranks, stop: StopRequest, reports: list[str]) -> int:
     logger = start_logger(opt, ranks, 'test')
     for report in reports:
         logger.warning(report)

@@ -13,7 +13,7 @@ from . import exit_codes
 from .checkpoint_store import Checkpoint, CheckpointStore, DamagedCheckpoint, Weights
 from .data_loading import Place, TrainData, evaluation_loaders
 from .distributed import Ranks, launched, seed_everything
-from .experiment import belongs_to, copy_options, make_folders
+from .experiment import belongs_to, copy_options, earlier_runs, make_folders, undo
 from .logs import MetricsFile, TrainLog, start_logger, start_tensorboard
 from .resume import (model_state, model_weights, plain, rng_state, set_model_state, set_model_weights, set_rng_state)
 from .signals import StopRequest
@@ -38,6 +38,9 @@ def train(opt: dict) -> int:
         trainer = Trainer(opt, ranks, stop)
         try:
             return trainer.run()
+        except UserError:
+            trainer.undo_folders()  # of data, noticed by the first batch
+            raise
         except NonFiniteLossError as error:
             trainer.logger.error(f'Training stopped. {error}')
             return exit_codes.NON_FINITE
@@ -67,7 +70,21 @@ class Trainer:
         restarted = is_restart(opt, ranks)
         checkpoint = ranks.together(lambda: find_checkpoint(opt, self.store, reports.append, restarted))
         fresh = checkpoint is None and not restarted and not path.get('resume_state')
-        reports += ranks.together(lambda: make_folders(opt, fresh, ranks.launch))
+        self.fresh = ranks.together(lambda: make_folders(opt, fresh, ranks.launch))
+        try:
+            self._set_up(opt, checkpoint, reports + [report for folder in self.fresh for report in folder.reports()])
+        except Exception:
+            self.undo_folders()
+            raise
+
+    def undo_folders(self) -> None:
+        """A start that fails leaves the earlier run of the same name where it was."""
+        if self.ranks.is_main:
+            undo(self.fresh)
+
+    def _set_up(self, opt: dict, checkpoint: Checkpoint | None, reports: list[str]) -> None:
+        """Logs, model, data and the place in them. `reports` go to the log."""
+        ranks, path = self.ranks, opt['path']
         opt['manual_seed'] = self._seed(opt, checkpoint)
         opt['path'] = {**path, **({} if checkpoint is None else without_pretrained(checkpoint.weights))}
         self.opt = opt
@@ -75,6 +92,9 @@ class Trainer:
         self.logger = start_logger(opt, ranks, 'train')
         for report in reports:
             self.logger.warning(report)
+        if opt.get('auto_resume') and checkpoint is None:
+            root = path['experiments_root']
+            self.logger.warning(f'--auto_resume: {root} has no checkpoint; starting from iteration 0.{earlier_runs(root)}')
         if ranks.is_main:
             self.store.clean()
             copy_options(opt, path['experiments_root'])
