@@ -51,7 +51,10 @@ def test_all_mistakes_at_once_with_their_lines():
 @pytest.mark.parametrize(('old', 'new', 'part', 'words'), [
     ('num_gpu: auto', 'num_gpus: auto', 'num_gpus', "unknown key. Did you mean 'num_gpu'?"),
     ('num_gpu: auto', 'num_gpu: all', 'num_gpu', 'must be one of auto, or a whole number of at least 0'),
-    ('name: run', 'name: 7', 'name: 7', "name: must be text; got 7. Put it in quotes"),
+    ('name: run', 'name: 7', 'name: 7', "name: must be text that names one folder, without / and \\; got 7. Put it in"),
+    ('name: run', 'name: ../photos', 'name: ../', "that names one folder, without / and \\; got '../photos'."),
+    ('type: EDSREncoder', 'type: TinyEncoder', 'TinyEncoder', "registered network: EDSREncoder, "),
+    ('type: EDSREncoder', 'type: TinyEncoder', 'TinyEncoder', "A class of your own is known with --import FILE.py."),
     ('name: run\n', '', 'model_type', "the key 'name' is missing"),
     ('MoEISRModel', 'MoEISRMode', 'MoEISRMode', "Did you mean 'MoEISRModel'?"),
     ('type: ArbitraryScaleImageDataset', 'type: ArbitraryScaleImagesDataset', 'ImagesDataset',

@@ -12,7 +12,7 @@ from basicsr.models.base_model import BaseModel
 from torch import Tensor, nn
 
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.models.weights import bare_weights
+from moeisr_basicsr.models.weights import bare_weights, describe_misfits, misfits
 
 from .checkpoint_store import Weights
 
@@ -92,16 +92,18 @@ def set_model_weights(model: BaseModel, weights: Weights) -> list[str]:
         if name not in weights:
             notes.append(f'{name} is not in the checkpoint and starts anew')
             continue
-        try:
-            net.load_state_dict(weights[name]['params'])
-            if hasattr(model, f'{name}_ema'):
-                if 'params_ema' not in weights[name]:
-                    notes.append(f'the checkpoint has no EMA of {name}: it starts from the current weights')
-                getattr(model, f'{name}_ema').load_state_dict(weights[name].get('params_ema', weights[name]['params']))
-        except (KeyError, RuntimeError) as error:
-            reason = ' '.join(str(error).split())
+        if 'params' not in weights[name]:
+            raise UserError(f'The checkpoint has no [params] of {name}; it has {", ".join(map(str, weights[name]))}.')
+        found = misfits(net.state_dict(), weights[name]['params'])
+        if found:
             raise UserError(f'The checkpoint does not fit network_{name.removeprefix("net_")} of the options: '
-                            f'{reason[:300]}') from error
+                            f'{describe_misfits(found)}. Resume with the options of the run that saved it, or start '
+                            'anew under another name.')
+        net.load_state_dict(weights[name]['params'])
+        if hasattr(model, f'{name}_ema'):
+            if 'params_ema' not in weights[name]:
+                notes.append(f'the checkpoint has no EMA of {name}: it starts from the current weights')
+            getattr(model, f'{name}_ema').load_state_dict(weights[name].get('params_ema', weights[name]['params']))
     return notes
 
 

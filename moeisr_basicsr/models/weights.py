@@ -1,6 +1,6 @@
 """Weights in and out of files, without ever running code from a file."""
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from basicsr.utils import get_root_logger
@@ -45,6 +45,19 @@ def read_weights(path: str | os.PathLike, param_key: str | None = 'params') -> d
     return {name.removeprefix('module.'): value for name, value in weights.items()}
 
 
+def misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Names by what is wrong with them: 'missing' from `weights`, 'unknown' to the network, 'of another shape'."""
+    found = {'missing': sorted(own.keys() - weights.keys()), 'unknown': sorted(weights.keys() - own.keys()),
+             'of another shape': sorted(name for name in own.keys() & weights.keys()
+                                        if own[name].shape != weights[name].shape)}
+    return {what: names for what, names in found.items() if names}
+
+
+def describe_misfits(found: Mapping[str, list[str]]) -> str:
+    """In words, with an example of each."""
+    return ', '.join(f'{len(names)} {what} (such as {names[0]})' for what, names in found.items())
+
+
 def load_weights(net: nn.Module, path: str | os.PathLike, strict: bool = True,
                  param_key: str | None = 'params', leave_out: Sequence[str] = ()) -> None:
     """Fill `net` from a file.
@@ -58,15 +71,12 @@ def load_weights(net: nn.Module, path: str | os.PathLike, strict: bool = True,
     """
     weights = {name: value for name, value in read_weights(path, param_key).items() if not is_in(name, leave_out)}
     own = {name: value for name, value in net.state_dict().items() if not is_in(name, leave_out)}
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    other = sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape)
-    if strict and (missing or extra or other):
-        found = [f'{len(names)} {what} (such as {names[0]})'
-                 for what, names in (('missing', missing), ('unknown', extra), ('of another shape', other)) if names]
-        raise UserError(f'{path} does not fit the network {type(net).__name__}: {", ".join(found)}. Check network_g, '
-                        'or set path: strict_load_g to false.')
-    for what, names in (('not in the file', missing), ('not in the network', extra), ('of another shape', other)):
-        if names:
-            get_root_logger().warning(f'{path}: {what}, left alone: {", ".join(names)}')
+    found = misfits(own, weights)
+    if strict and found:
+        raise UserError(f'{path} does not fit the network {type(net).__name__}: {describe_misfits(found)}. Check '
+                        'network_g, or set path: strict_load_g to false.')
+    other = found.get('of another shape', [])
+    for what, names in found.items():
+        get_root_logger().warning(f'{path}: parameters {what}, left alone: {", ".join(names)}')
     net.load_state_dict({name: value for name, value in weights.items() if name in own and name not in other},
                         strict=False)

@@ -90,11 +90,22 @@ class Text(Kind):
         return problem
 
 
+class FolderName(Text):
+    """Text that names one folder."""
+
+    def words(self) -> str:
+        return 'text that names one folder, without / and \\'
+
+    def accepts(self, value: Any) -> bool:
+        return super().accepts(value) and value not in ('.', '..') and not set(value) & set('/\\\0')
+
+
 @dataclass(frozen=True)
 class Choice(Kind):
     """One of some names; `names` may be a function, for registries that fill up later."""
     names: Sequence[str] | Callable[[], Sequence[str]]
     noun: str = 'one of'
+    advice: str = ''  # after the message
 
     def known(self) -> list[str]:
         """The names."""
@@ -110,7 +121,7 @@ class Choice(Kind):
 
     def problem(self, value: Any) -> str | None:
         problem = super().problem(value)
-        return problem and problem + did_you_mean(str(value), self.known())
+        return problem and problem + did_you_mean(str(value), self.known()) + self.advice
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ metrics, optimizers and schedulers are not listed here: they are the arguments o
 from dataclasses import dataclass
 from typing import Any
 
-from .kinds import AnyOf, Block, Bool, Choice, Data, File, Int, Kind, ListOf, Null, Number, Text
+from .kinds import AnyOf, Block, Bool, Choice, Data, File, FolderName, Int, Kind, ListOf, Null, Number, Text
 
 UNSET = object()
 
@@ -75,7 +75,7 @@ COUNT = Int(least=0)
 WEIGHTS = 'weights (.pth or .safetensors) to start from'
 
 TOP: Table = {
-    'name': Key(Text(), 'name of the run; its folder is experiments/<name> or results/<name>', required=True),
+    'name': Key(FolderName(), 'name of the run; its folder is experiments/<name> or results/<name>', required=True),
     'model_type': Key(Text(), 'ArbitraryScaleModel, MoEISRModel, or a model of BasicSR', required=True),
     'scale': Key(FACTOR, 'factor given to every dataset; leave it out to train at many factors'),
     'num_gpu': Key(AnyOf((Choice(('auto', )), COUNT)), 'GPUs; auto takes all, 0 the CPU', default='auto'),
@@ -182,7 +182,7 @@ IO_BACKEND = Section({
 })
 
 DATASET: Table = {
-    'name': Key(Text(), 'name in logs and folders', required=True),
+    'name': Key(FolderName(), 'name in logs and folders', required=True),
     'io_backend': Key(IO_BACKEND, 'disk or lmdb'),
     'scale': Key(FACTOR, 'factor, or [rows, columns]'),
     'crop_border': Key(AnyOf((COUNT, ListOf(COUNT, length=2))),

@@ -67,6 +67,9 @@ class Resolved(NamedTuple):
     open: bool = False  # whether unknown keys pass
 
 
+OWN_CLASS = ' A class of your own is known with --import FILE.py.'
+
+
 class Type(NamedTuple):
     """One sort of sections with a `type`."""
     noun: str  # for messages
@@ -185,7 +188,11 @@ def _dataset_keys(entry: str, phase: str) -> Resolved:
 
 
 def _names(name: str) -> Callable[[], list[str]]:
-    return lambda: [key.removesuffix('_basicsr') for key in registry(name).keys()]
+    """Ours first: messages show the first few."""
+    def names() -> list[str]:
+        entries = sorted(registry(name), key=lambda entry: entry[1].__module__.split('.')[0] != 'moeisr_basicsr')
+        return [key.removesuffix('_basicsr') for key, _ in entries]
+    return names
 
 
 TYPES: dict[str, Type] = {
@@ -248,7 +255,9 @@ def section_keys(kind: Kind, value: Any, name: str) -> Resolved:
     if isinstance(kind, Typed):
         entry = TYPES[kind.what]
         chosen = value.get('type')
-        table = {'type': Key(Choice(entry.names, noun=f'the name of {entry.noun}:'), 'class', required=True)}
+        advice = OWN_CLASS if entry.noun.startswith('a registered') else ''
+        choice = Choice(entry.names, noun=f'the name of {entry.noun}:', advice=advice)
+        table = {'type': Key(choice, 'class', required=True)}
         if not isinstance(chosen, str) or chosen not in entry.names():
             return Resolved(table, open=True)  # the name is reported; what its keys may be is not known
         keys = entry.keys(chosen, name)
