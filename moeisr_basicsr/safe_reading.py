@@ -2,6 +2,7 @@
 import ast
 import contextlib
 import re
+import warnings
 from collections import Counter, OrderedDict
 from typing import Any
 
@@ -118,10 +119,12 @@ def load_torch_file(path, map_location='cpu', **kwargs) -> Any:
     unpickler._get_allowed_globals().setdefault('collections.Counter', Counter)
     kwargs['weights_only'] = True
     try:
-        return torch.load(path, map_location=map_location, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about pickle protocols; what cannot be read gets our own line
+            return torch.load(path, map_location=map_location, **kwargs)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # a damaged pickle can end in almost any exception, a cut zip in OSError
-        reason = ' '.join(str(error).split())
-        raise UserError(f'{path}: not a file of weights that can be read without running its code ({reason:.200}).'
-                        ) from error
+        # torch's own reason is left out: it advises to read the file with weights_only=False, which runs its code
+        raise UserError(f'{path} is no checkpoint that can be read: it is damaged, another kind of file, or holds more '
+                        'than tensors and plain values. Nothing in it was run.') from error

@@ -69,7 +69,7 @@ def test_hostile_weights_are_refused(tmp_path, monkeypatch, legacy):
     target, path = tmp_path / 'hacked', tmp_path / 'net.pth'
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     torch.save({'params': Hostile(target)}, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UserError, match='net.pth: not a file of weights'):
+    with pytest.raises(UserError, match='net.pth is no checkpoint .* Nothing in it was run.$'):
         load_torch_file(path, weights_only=False)
     assert not target.exists()
 
@@ -83,9 +83,10 @@ def test_plain_containers_are_read(tmp_path):
 
 def test_damaged_and_missing_weights(tmp_path):
     path = tmp_path / 'net.pth'
-    for content in (b'', b'junk', pickle.dumps([1])[:-1]):
+    for content in (b'', b'junk', b'\xff\xd8\xff\xe0\0\x10JFIF', pickle.dumps([1])[:-1]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match='net.pth'):
+        with pytest.raises(UserError, match='net.pth is no checkpoint that can be read: it is damaged') as caught:
             load_torch_file(path)
+        assert 'weights_only' not in str(caught.value)  # torch's advice is the unsafe way
     with pytest.raises(FileNotFoundError):
         load_torch_file(tmp_path / 'missing.pth')
