@@ -112,6 +112,8 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
     (('upscale', 'images/a.png', '-o', 'images/a.png', *UPSCALE[4:], '--scale', '2'), 'would be overwritten'),
     (('upscale', 'images/a.png', '-o', 'a.gif', *UPSCALE[4:], '--scale', '2'), 'images are written as .jpeg, .jpg'),
     (('upscale', 'images/a.png', '-o', 'moe.safetensors', *UPSCALE[4:], '--scale', '2'), 'moe.safetensors is a file'),
+    (('upscale', 'images/a.png', '-o', 'typo.yml/x.png', *UPSCALE[4:], '--scale', '2'), 'typo.yml is a file, not a'),
+    (('upscale', 'images', '-o', 'typo.yml/x/y', *UPSCALE[4:], '--scale', '2'), 'typo.yml is a file, not a folder'),
     ((*UPSCALE, '--scale', '2', '--ext', 'jpg'), 'out.png and --ext jpg contradict each other'),
     (('upscale', 'corrupt.png', *UPSCALE[2:], '--scale', '2'), 'corrupt.png'),
     (('upscale', 'nothing.png', *UPSCALE[2:], '--scale', '2'), 'nothing.png: the file is empty'),

@@ -232,6 +232,19 @@ def test_two_images_of_one_name(model, capsys):
     assert not os.path.exists('out')
 
 
+def test_an_image_that_is_given_twice_is_done_once(model, capsys):
+    os.mkdir('in')
+    for name in ('a.png', 'b.png'):
+        cv2.imwrite(f'in/{name}', noise((9, 8, 3)))
+    os.symlink('a.png', 'in/link.png')
+    assert run(model, 'in/b.png', 'in', './in/../in/a.png', os.path.abspath('in/b.png'), '-o', 'out', '--scale',
+               '2') == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ['in/b.png', 'in/a.png', 'in/link.png']
+    assert sorted(os.listdir('out')) == ['a_x2.png', 'b_x2.png', 'link_x2.png']
+    assert run(model, 'in/a.png', 'in/a.png', '-o', 'one.png', '--scale', '2') == 0 and os.path.isfile('one.png')
+
+
 def test_processes_share_the_images(model, monkeypatch):
     os.mkdir('in')
     for name in 'abcde':

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from moeisr_basicsr.data.image_io import SUFFIXES, is_image_name
 from moeisr_basicsr.errors import UserError, did_you_mean, did_you_mean_file
 
+from .outputs import check_folder
+
 OUTPUT_SUFFIXES = {'.png': 'png', '.jpg': 'jpg', '.jpeg': 'jpg', '.tif': 'tif', '.tiff': 'tif', '.webp': 'webp'}
 
 
@@ -24,9 +26,10 @@ def plan(args: argparse.Namespace) -> list[Job]:
         args: Reads `inputs`, `output`, `scale`, `size`, `ext`, `expert_map`, `overwrite`, `resume`.
 
     Raises:
-        UserError: An input is missing or no image; two images have the same output file; an output file exists.
+        UserError: An input is missing or no image; two images have the same output file; an output file exists, or a
+            file where a folder is needed.
     """
-    sources = [path for name in args.inputs for path in find_images(Path(name))]
+    sources = find_sources(args.inputs)
     output = Path(args.output)
     given = output.suffix.lower()
     is_file = not output.is_dir() and given in OUTPUT_SUFFIXES
@@ -40,6 +43,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
                         f'{did_you_mean(given, OUTPUT_SUFFIXES)}')
     if not is_file and output.exists() and not output.is_dir():
         raise UserError(f'{output} is a file; name a folder, or a file that ends in {known}.')
+    check_folder(output.parent if is_file else output)
     label = factor_label(args)
     jobs = []
     for source in sources:
@@ -50,6 +54,18 @@ def plan(args: argparse.Namespace) -> list[Job]:
     jobs = check_existing(jobs, args.overwrite, args.resume)
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     return jobs[rank::world_size]
+
+
+def find_sources(names: list[str]) -> list[Path]:
+    """The images that files and folders name, each once, also where its folder is named too.
+
+    Raises:
+        UserError: See `find_images`.
+    """
+    sources: dict[Path, Path] = {}
+    for path in (path for name in names for path in find_images(Path(name))):
+        sources.setdefault(path.parent.resolve() / path.name, path)  # a link of another name has its own output
+    return list(sources.values())
 
 
 def find_images(path: Path) -> list[Path]:
