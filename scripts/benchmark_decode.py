@@ -397,7 +397,7 @@ def main(argv: list[str] | None = None) -> None:
         benchmark.run_memory()
     if args.json:
         kernel = ', '.join(sorted({type(backend).__name__ for backend in benchmark.fused.values()})) or 'torch'
-        schema.save(args.json, schema.document('benchmark', environment(benchmark.device, kernel), benchmark.rows))
+        schema.save(args.json, schema.document('benchmark', environment(kernel, benchmark.device), benchmark.rows))
 
 
 if __name__ == '__main__':

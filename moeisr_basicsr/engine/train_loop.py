@@ -94,7 +94,8 @@ class Trainer:
             self.logger.warning(report)
         if opt.get('auto_resume') and checkpoint is None:
             root = path['experiments_root']
-            self.logger.warning(f'--auto_resume: {root} has no checkpoint; starting from iteration 0.{earlier_runs(root)}')
+            self.logger.warning(f'--auto_resume: {root} has no checkpoint; starting from iteration 0.'
+                                f'{earlier_runs(root)}')
         if ranks.is_main:
             self.store.clean()
             copy_options(opt, path['experiments_root'])
