@@ -171,6 +171,19 @@ def test_help(capsys):
     assert __version__ in capsys.readouterr().out
 
 
+def test_help_of_train_and_test_names_what_fits_each(capsys):
+    def shown(command):
+        with pytest.raises(SystemExit):
+            main([command, '--help'])
+        return ' '.join(capsys.readouterr().out.split())
+    training = ('--auto_resume', '--debug', 'train:ema_decay', 'datasets:train:', 'options/moeisr_edsr.yml')
+    testing = ('val:budget', 'path:pretrain_network_g', 'options/test_moeisr_edsr.yml')
+    assert all((word in shown('train'), word in shown('test')) == (True, False) for word in training)
+    assert all((word in shown('train'), word in shown('test')) == (False, True) for word in testing)
+    for word in ('--auto_resume', '--debug'):
+        assert fails(capsys, 'test', '-opt', 'typo.yml', word).startswith(f'unknown argument {word}.')
+
+
 def test_keys_are_listed(capsys):
     code, output, _ = run(capsys, 'train', '--keys')
     assert code == 0 and 'train: temperature: start\n' in output

@@ -8,17 +8,21 @@ from pathlib import Path
 from moeisr_basicsr.errors import UserError
 
 
-def add_options_file(parser: argparse.ArgumentParser) -> None:
+def add_options_file(parser: argparse.ArgumentParser, is_train: bool) -> None:
     """What `basicsr train` and `basicsr test` take; the names and meanings are BasicSR's."""
-    parser.add_argument('-opt', metavar='YAML', help='options file, for example options/moeisr_edsr.yml')
+    options, changes = ('moeisr_edsr', 'train:ema_decay=0.999 datasets:train:batch_size_per_gpu=4') if is_train else (
+        'test_moeisr_edsr', 'val:budget=0.3 path:pretrain_network_g=mine.pth')
+    parser.add_argument('-opt', metavar='YAML', help=f'options file, for example options/{options}.yml')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm'), default='none',
                         help='how processes are started: none for one, pytorch under torchrun, slurm under srun')
-    parser.add_argument('--auto_resume', action='store_true', help='go on from the newest checkpoint of this run')
-    parser.add_argument('--debug', action='store_true',
-                        help='a short trial: the name gets the prefix debug_, all happens every 8 iterations')
+    if is_train:
+        parser.add_argument('--auto_resume', action='store_true', help='go on from the newest checkpoint of this run')
+        parser.add_argument('--debug', action='store_true',
+                            help='a short trial: the name gets the prefix debug_, all happens every 8 iterations')
+    else:
+        parser.set_defaults(auto_resume=False, debug=False)
     parser.add_argument('--force_yml', nargs='+', metavar='KEY:KEY=VALUE',
-                        help='change the options file for this run, for example train:ema_decay=0.999 '
-                             'datasets:train:batch_size_per_gpu=4')
+                        help=f'change the options file for this run, for example {changes}')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument('--keys', action='store_true', help='list the keys that an options file may have, and stop')
     add_import(parser)

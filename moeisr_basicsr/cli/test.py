@@ -13,7 +13,7 @@ Results and pictures go to results/NAME in the current folder, where NAME is the
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
-    add_options_file(parser)
+    add_options_file(parser, is_train=False)
     parser.epilog = EPILOG
 
 

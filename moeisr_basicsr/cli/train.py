@@ -19,7 +19,7 @@ exit codes: 0 done, 1 a checkpoint could not be written, 2 wrong options or file
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
-    add_options_file(parser)
+    add_options_file(parser, is_train=True)
     parser.epilog = EPILOG
 
 
