@@ -97,6 +97,20 @@ def test_dense_decoder_of_other_widths(options, tmp_path, capsys):
     assert '--dense-hidden belongs to the profile of upscaling' in capsys.readouterr().err
 
 
+def test_shares_that_say_nothing_of_pictures_are_said_to(options, tmp_path, capsys):
+    save_model(tmp_path / 'net.safetensors', build(MOEISR), MOEISR)
+    Image.new('RGB', (6, 5)).save(tmp_path / 'lq.png')
+    trained, untrained = ('--model', str(tmp_path / 'net.safetensors')), ('-opt', options(MOEISR))
+    image = ('--image', str(tmp_path / 'lq.png'))
+    for words, noise, random in ((trained, True, False), (untrained, False, True), ((*trained, *image), False, False),
+                                 ((*trained, '--budget', '0.6'), False, False),
+                                 ((*trained, '--cost-weight', '1'), False, False)):
+        size = () if '--image' in words else ('--lq-size', '5x6')
+        assert main(['profile', *words, *size, '--scale', '2', '--repeats', '1', '--no-plain', '--device', 'cpu']) == 0
+        shown = ' '.join(capsys.readouterr().out.split())
+        assert ('The input is noise' in shown, 'The weights are random' in shown) == (noise, random), words
+
+
 def test_dense_network_has_no_mapper(options, tmp_path, capsys):
     target = tmp_path / 'out.json'
     assert main(['profile', '-opt', options(LTE), '--lq-size', '5x5', '--scale', '2', '--repeats', '1', '--precision',
@@ -104,7 +118,8 @@ def test_dense_network_has_no_mapper(options, tmp_path, capsys):
     row, = schema.load(target)['rows']
     assert row['routing'] == {'loads': [1.0], 'mean_cost': 1.0} and row['macs']['mapper'] == 0
     assert row['macs']['tables'] + row['macs']['experts'] == row['macs']['dense_folded']
-    assert row['precision'] == 'bf16' and 'map' not in capsys.readouterr().out.split()
+    shown = capsys.readouterr().out
+    assert row['precision'] == 'bf16' and 'map' not in shown.split() and 'random' not in shown
 
 
 def test_training_step(options, tmp_path, capsys):

@@ -19,7 +19,8 @@ medians of runs that take turns; memory is the peak beyond what was in use befor
 heaviest expert on every pixel, or one of the widths that --dense-hidden says: folded by this package's code, plain as
 published (one chunk timed, times their number). The published LIIF decoder is --dense-hidden 256 256 256 256, LTE's
 256 256 256.
-With -opt the weights are random, and so is the routing; the input is noise unless --image names one.
+With -opt the weights are random, and so is the routing. The input is noise unless --image names one; trained networks
+send nearly all of it to their dearest experts.
 
 --data measures the loader that training would build, on the CPU. One batch is not timed, nor what workers load ahead;
 files that the system has not in memory yet count with the time of the disk, and `cache: memory` with the time that

@@ -31,6 +31,10 @@ from .upscale_run import choose_device
 # stage of a row's `time_ms` -> (label, parts of its `macs`)
 STAGES = {'encode': ('encode', ('encoder', )), 'map': ('map', ('mapper', )),
           'decode': ('decode', ('tables', 'experts')), 'total': ('all', ('total', ))}
+# what to know of the experts' shares where no picture was given and the routing is the network's own
+NOTES = {'noise': 'The input is noise, which a trained network sends nearly all to its dearest experts; --image FILE '
+                  'gives the shares of a picture.',
+         'random': 'The weights are random, and so are the shares; --model FILE gives those of a trained network.'}
 TRAIN_LABELS = {'chosen_experts': 'chosen experts', 'unchosen_experts': 'unchosen experts', 'tables': 'LR tables'}
 
 
@@ -95,6 +99,8 @@ class Profiler:
             self.show_stages(rows[-1])
         if self.net.num_experts > 1:
             self.show_experts(rows)
+            if args.image is None and args.budget is None and not args.cost_weight:
+                self.console.print(NOTES['random' if args.model is None else 'noise'])
         return rows, kernel, upscaling_panels(rows)
 
     def training(self) -> tuple[list[dict], str, list[Panel]]:
