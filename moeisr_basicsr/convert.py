@@ -5,7 +5,6 @@ encoder's names become ours; `sub_mean` and `add_mean`, which the official code 
 """
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -116,7 +115,7 @@ def read_checkpoint(checkpoint: Path, param_key: str | None
             return None, weights, source
         notes = {key: value for key, value in metadata.items() if key not in RESERVED}
         return read_model(checkpoint).network_opt, weights, {**source, **notes}
-    content = load_checkpoint(checkpoint)
+    content = load_torch_file(checkpoint)
     if not isinstance(content, Mapping):
         raise UserError(f'{checkpoint} holds no weights but a {type(content).__name__}.')
     if isinstance(content.get('model'), Mapping) and 'sd' in content['model']:
@@ -139,21 +138,6 @@ def stored(weights: Mapping[str, Tensor], store: str, source: str) -> dict[str, 
             raise UserError(f'{source}: {name} has a value of {weights[name].abs().max():.3g}; fp16 goes to '
                             f'{torch.finfo(dtype).max:.0f}. Store it as fp32.')
     return result
-
-
-def load_checkpoint(path: Path) -> Any:
-    """The tensors and plain values of a .pth file.
-
-    Raises:
-        UserError: It holds anything else, or is damaged.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about pickle protocols; what cannot be read gets our own line
-            return load_torch_file(path)
-    except UserError as error:
-        raise UserError(f'{path} is no checkpoint that can be converted: it is damaged, another kind of file, or holds '
-                        'more than tensors and plain values. Nothing in it was run.') from error
 
 
 def weights_key(content: Mapping[str, Any], source: str, param_key: str | None) -> str | None:

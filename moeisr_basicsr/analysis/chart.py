@@ -1,7 +1,6 @@
 """Horizontal stacked bars as a PNG, drawn with Pillow."""
 import math
 from collections.abc import Sequence
-from os import PathLike
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
@@ -49,11 +48,6 @@ def draw_chart(panels: Sequence[Panel]) -> Image.Image:
         _draw_bars(draw, panel.bars, colours, (left, right), top + 66, font)
         top += height
     return image
-
-
-def save_chart(path: str | PathLike, panels: Sequence[Panel]) -> None:
-    """`draw_chart` to a file; its ending names the format."""
-    draw_chart(panels).save(path)
 
 
 def _panel_height(panel: Panel) -> int:
