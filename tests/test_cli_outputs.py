@@ -14,7 +14,7 @@ RESULTS = schema.document('test', {'torch': '2', 'threads': 1, 'cpu': '', 'devic
 # Each looks a little like what the commands write.
 OTHERS = {'photo.jpg': 'a photo', 'mine.json': '{"format": "mine"}', 'list.json': '[1, 2]', 'text.json': 'hello',
           'mine.html': '<!DOCTYPE html>\n<html lang="en"><head><title>Super-resolution results</title></head></html>',
-          'mine.csv': 'file,model,price\na,b,3\n'}
+          'mine.csv': 'file,model,price\na,b,3\n', 'tested.json': json.dumps(RESULTS)}
 PROFILE = ('profile', '-opt', 'missing.yml')
 REPORT = ('report', 'missing.json')
 
@@ -35,6 +35,7 @@ def contents(folder):
     (PROFILE, ('--json', 'mine.json'), '--json mine.json: this file exists'),
     (PROFILE, ('--json', 'list.json'), '--json list.json: this file exists'),
     (PROFILE, ('--json', 'text.json'), '--json text.json: this file exists'),
+    (PROFILE, ('--json', 'tested.json'), '--json tested.json: this file exists'),
     (PROFILE, ('--json', 'folder.json'), 'folder.json is a folder'),
     (PROFILE, ('--json', 'nodir/p.json'), 'the folder nodir does not exist; make it first'),
     (PROFILE, ('--json', 'photo.jpg/sub/p.json'), 'photo.jpg is a file, not a folder'),
@@ -64,7 +65,7 @@ def test_files_of_others_are_refused_before_any_work(folder, capsys, command, wo
 
 def test_earlier_results_and_pictures_are_replaced(folder):
     (folder / 'net.yml').write_text(yaml.safe_dump({'network_g': DENSE}))
-    schema.save('p.json', RESULTS)
+    schema.save('p.json', {**RESULTS, 'command': 'profile'})
     (folder / 'p.png').touch()  # empty, as mktemp leaves it
     heights = []
     for scales in (['2'], ['2', '3']):

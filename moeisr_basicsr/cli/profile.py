@@ -52,7 +52,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--dense-hidden', type=parse_count, nargs='+', metavar='N',
                         help="hidden widths of the dense decoder to compare with (default: the heaviest expert's)")
     parser.add_argument('--no-plain', action='store_true', help='do not time the plain dense decoder')
-    parser.add_argument('--json', metavar='FILE.json', help='write the results; an earlier results file is replaced')
+    parser.add_argument('--json', metavar='FILE.json', help='write the results; an earlier profile is replaced')
     parser.add_argument('--plot', metavar='FILE.png', help='draw the results; an earlier such picture is replaced')
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument('--train', action='store_true',
@@ -114,9 +114,9 @@ def parse_step(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Measure, then show and write."""
     import_modules(args.modules)
-    from .outputs import check_output, is_picture, is_results
+    from .outputs import check_output, is_picture, is_profile
     if args.json:
-        check_output('--json', args.json, '.json', is_results)
+        check_output('--json', args.json, '.json', is_profile)
     if args.plot:
         check_output('--plot', args.plot, '.png', is_picture)
     if args.data:
