@@ -6,7 +6,7 @@
     python scripts/small_rows.py test moeisr_liif_routed_seed0 --cost-weight 2 --sets Set5 B100 --suffix _cost_weight_2
 
 Run from the folder that holds `datasets` (see options/test_small.yml and scripts/make_training_set.py). A row is an
-options file with a few changes; all rows share data, iterations and seeds. Each command is printed as the `basicsr`
+options file with a few changes; the main rows share data, iterations and seeds. Each command is printed as the `basicsr`
 command that it is. Training goes on where an interrupted run stopped.
 """
 import argparse
@@ -26,6 +26,7 @@ from moeisr_basicsr.options import force  # noqa: E402
 
 OPTIONS = Path(__file__).resolve().parents[1] / 'options'
 TEST_OPTIONS = OPTIONS / 'test_small.yml'
+SEEDS = (0, 1, 2)  # the third of dense LIIF, MoEISR-LIIF and its control of equal cost only
 MAIN_ITERATIONS, ROUTING_ITERATIONS, ENCODER_ITERATIONS, SHARING_ITERATIONS = 6000, 600, 2000, 300
 CONTROL_WIDTHS = (64, 128, 176, 256)  # of two hidden layers; 128 takes the multiply-adds of MoEISR-LIIF
 LTE = ('network_g:decoder=lte', 'network_g:experts=[[], [64], [128, 128], [256, 256, 256]]')  # as small_moeisr_lte.yml
@@ -46,7 +47,7 @@ class Row(NamedTuple):
 
 
 def seeds(options: str, *changes: str) -> dict[str, Row]:
-    return {f'_seed{seed}': Row(options, MAIN_ITERATIONS, (f'manual_seed={seed}', *changes)) for seed in (0, 1)}
+    return {f'_seed{seed}': Row(options, MAIN_ITERATIONS, (f'manual_seed={seed}', *changes)) for seed in SEEDS}
 
 
 def main_rows() -> dict[str, Row]:
@@ -73,7 +74,7 @@ def routing_rows() -> dict[str, Row]:
     """The trained MoEISR rows with a mapper fitted to their experts: what is evaluated and shipped."""
     return {f'{kind}_routed_seed{seed}': fitted(f'{kind}_seed{seed}', f'manual_seed={seed}', *changes)
             for kind, changes in (('moeisr_liif', ()), ('nested_liif', NESTED), ('moeisr_lte', LTE))
-            for seed in (0, 1)}
+            for seed in SEEDS}
 
 
 def ablation_rows() -> dict[str, Row]:

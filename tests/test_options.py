@@ -11,7 +11,8 @@ pytestmark = pytest.mark.usefixtures('images_here')
 
 
 def test_a_good_file_passes_and_gets_defaults():
-    opt = load_options(write(GOOD))
+    opt = load_options(write(swap('experts: [[8], [8, 8]]', 'experts: [[8.0], [8, 1e1]]')))
+    assert repr(opt['network_g']['experts']) == '[[8], [8, 10]]'
     assert opt['train']['total_iter'] == 100 and isinstance(opt['train']['total_iter'], int)
     assert opt['train']['optim_g']['lr'] == 1e-4
     assert opt['train']['pixel_opt']['loss_weight'] == 1.0
@@ -84,6 +85,12 @@ def test_all_mistakes_at_once_with_their_lines():
     ('betas: [0.9, 0.99]', 'beta: [0.9, 0.99]', 'beta', "Did you mean 'betas'?"),
     ('type: MultiStepLR', 'type: MultistepLR', 'MultistepLR', "Did you mean 'MultiStepLR'?"),
     ('milestones: [10]', 'milestone: [10]', 'optim', "the key 'milestones' is missing"),
+    ('    type: MultiStepLR\n', '', 'optim',
+     "the key 'type' is missing (class). It must be the name of a scheduler: "),
+    ('  scheduler:\n    type: MultiStepLR\n    milestones: [10]\n    gamma: 0.5\n', '', 'train',
+     "key 'scheduler' is missing (learning rate over the iterations). Its `type` must be the name of a scheduler: "),
+    ('type: ArbitraryScaleImageDataset', 'type: ArbitraryScalePairedDataset', 'scale_range',
+     "scale_range: unknown key; 'ArbitraryScaleImageDataset' has it, 'ArbitraryScalePairedDataset' has not."),
     ('total_iter: 1e2', 'total_iter: 1.5', 'total_iter', 'must be a whole number'),
     ('total_iter: 1e2', 'totaliter: 10', 'totaliter', "unknown key. Did you mean 'total_iter'?"),
     ('type: L1Loss', 'type: L2Loss', 'L2Loss', "Did you mean 'L1Loss'?"),

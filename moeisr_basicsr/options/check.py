@@ -3,10 +3,10 @@ from typing import Any
 
 from moeisr_basicsr.errors import UserError, did_you_mean
 
-from .kinds import Data, File, Int, Kind
+from .kinds import Choice, Data, File, Kind
 from .reader import Document, KeyPath, join_keys
 from .rules import check_together
-from .schema import REFUSED, UNSET, Key, Named, Section, Table, Typed
+from .schema import REFUSED, UNSET, Key, Named, Section, Typed
 from .typed import Resolved, registered, registry, root_keys, section_keys
 
 FORCED_LAST = 10**9  # problems of the command line come after those of the file's last line
@@ -80,6 +80,8 @@ class Checker:
                 self.value(data, name, keys.table[name], (*at, name))
             elif (*at, name) in REFUSED:
                 self.add((*at, name), REFUSED[(*at, name)])
+            elif name in keys.elsewhere:
+                self.add((*at, name), f"unknown key; '{keys.elsewhere[name]}' has it, '{data['type']}' has not.")
             elif not keys.open:
                 known = [key for key in keys.table if key not in data]
                 hint = did_you_mean(name, known) or (f' Allowed here: {", ".join(sorted(known))}.' if known else '')
@@ -89,7 +91,7 @@ class Checker:
                 continue
             if key.required:
                 about = f' ({key.about})' if key.about else ''
-                self.add(at, f"the key '{name}' is missing{about}.")
+                self.add(at, f"the key '{name}' is missing{about}.{allowed(key.kind, name)}")
             elif key.default is not UNSET:
                 data[name] = key.default
 
@@ -105,14 +107,14 @@ class Checker:
                     return  # one missing folder is one mistake, however many datasets name it
                 self.missing.add(value)
             self.add(at, problem)
-        elif isinstance(key.kind, Int):
-            data[name] = int(value)  # 1e5 is a float in YAML
         elif isinstance(key.kind, Named):
             item = Key(key.kind.item, '')
             for entry in value:
                 self.value(value, entry, item, (*at, entry))
         elif isinstance(key.kind, (Section, Typed)):
             self.section(value, section_keys(key.kind, value, name), at)
+        else:
+            data[name] = key.kind.convert(value)
 
     def model_type(self, name: Any) -> None:
         """The model must be registered."""
@@ -122,8 +124,15 @@ class Checker:
                                        f'{did_you_mean(name, known)}')
 
 
-def known_keys(data: dict, keys: tuple[str, ...], is_train: bool) -> tuple[Table, bool]:
-    """The keys allowed in the section at `keys`, and whether others pass too; for `--force_yml`."""
+def allowed(kind: Kind, name: str) -> str:
+    """The names that a missing key could have, as a sentence; nothing where any value would do."""
+    if isinstance(kind, Typed):
+        return allowed(section_keys(kind, {}, name).table['type'].kind, name).replace('It', 'Its `type`', 1)
+    return f' It must be {kind.words()}.' if isinstance(kind, Choice) else ''
+
+
+def known_keys(data: dict, keys: tuple[str, ...], is_train: bool) -> Resolved:
+    """The keys allowed in the section at `keys`; for `--force_yml`."""
     resolved, value = root_keys(data, is_train), data
     for place, name in enumerate(keys):
         value = value.get(name) if isinstance(value, dict) else None

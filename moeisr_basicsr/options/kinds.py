@@ -27,6 +27,10 @@ class Kind:
         """What is wrong with `value`, or None."""
         return None if self.accepts(value) else f'must be {self.words()}; got {show(value)}.'
 
+    def convert(self, value: Any) -> Any:
+        """The form in which an accepted `value` is handed on."""
+        return value
+
 
 @dataclass(frozen=True)
 class Bool(Kind):
@@ -71,6 +75,9 @@ class Int(Number):
 
     def accepts(self, value: Any) -> bool:
         return super().accepts(value) and value == value // 1
+
+    def convert(self, value: Any) -> int:
+        return int(value)  # 1e5 is a float in YAML
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,9 @@ class ListOf(Kind):
         return (isinstance(value, (list, tuple)) and (self.length is None or len(value) == self.length)
                 and all(self.item.accepts(entry) for entry in value))
 
+    def convert(self, value: Any) -> list:
+        return [self.item.convert(entry) for entry in value]
+
 
 @dataclass(frozen=True)
 class AnyOf(Kind):
@@ -149,6 +159,9 @@ class AnyOf(Kind):
 
     def accepts(self, value: Any) -> bool:
         return any(kind.accepts(value) for kind in self.kinds)
+
+    def convert(self, value: Any) -> Any:
+        return next(kind for kind in self.kinds if kind.accepts(value)).convert(value)
 
 
 @dataclass(frozen=True)

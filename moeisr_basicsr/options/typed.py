@@ -5,7 +5,8 @@ register keeps its freedom: unknown keys of their datasets and models pass, and 
 **kwargs.
 """
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,7 @@ class Resolved(NamedTuple):
     """The keys of a section."""
     table: Table
     open: bool = False  # whether unknown keys pass
+    elsewhere: Mapping[str, str] = MappingProxyType({})  # keys that are unknown here, and the type that has them
 
 
 OWN_CLASS = ' A class of your own is known with --import FILE.py.'
@@ -171,8 +173,9 @@ def _class_keys(name: str) -> Callable[[str, str], Resolved]:
 def _metric_keys(entry: str, _: str) -> Resolved:
     function = registered('METRIC', entry)
     # BasicSR's metrics take **kwargs only because it hands them `better` as well.
-    table, is_open = signature_keys(function, ('img', 'img2', 'scale'), closed=is_known(function))
-    return Resolved({**table, 'better': Key(Choice(('higher', 'lower')), 'which value is the best one')}, is_open)
+    keys = signature_keys(function, ('img', 'img2', 'scale'), closed=is_known(function))
+    better = Key(Choice(('higher', 'lower')), 'which value is the best one')
+    return keys._replace(table={**keys.table, 'better': better})
 
 
 def _dataset_keys(entry: str, phase: str) -> Resolved:
@@ -180,7 +183,8 @@ def _dataset_keys(entry: str, phase: str) -> Resolved:
     in_train = {} if phase.split('_')[0] == 'train' else {'required': False}
     table = {**DATASET, **{key: Key(**{**vars(row), **in_train}) for key, row in DATASET_TRAIN.items()}}
     if entry in DATASET_OURS:
-        return Resolved({**table, **DATASET_OURS[entry]})
+        elsewhere = {key: other for other, rows in DATASET_OURS.items() for key in rows}
+        return Resolved({**table, **DATASET_OURS[entry]}, elsewhere=elsewhere)
     if is_known(dataset):
         return Resolved({**table, **IMAGES, **BASICSR_DATASET})
     # A class of somebody else may mean something else by `dataroot_gt`: only what the loader reads is checked.
@@ -261,5 +265,5 @@ def section_keys(kind: Kind, value: Any, name: str) -> Resolved:
         if not isinstance(chosen, str) or chosen not in entry.names():
             return Resolved(table, open=True)  # the name is reported; what its keys may be is not known
         keys = entry.keys(chosen, name)
-        return Resolved({**keys.table, **table}, keys.open)
+        return keys._replace(table={**keys.table, **table})
     return Resolved({}, open=True)
