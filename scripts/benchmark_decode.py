@@ -19,10 +19,9 @@ START = time.perf_counter()  # --quick counts the imports too
 import argparse  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
-import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
@@ -38,11 +37,14 @@ from moeisr_basicsr.analysis.plain import CHUNK, plain_image, plain_pixels  # no
 from moeisr_basicsr.analysis.rendering import clustered_map, render_fixed  # noqa: E402
 from moeisr_basicsr.analysis.train_steps import PATCH, QUERIES, SCALE, TrainSteps  # noqa: E402
 from moeisr_basicsr.archs.moeisr_arch import MoEISR  # noqa: E402
+from moeisr_basicsr.cli.outputs import check_output, is_results_of  # noqa: E402
 from moeisr_basicsr.core import MoEDecoder, make_cell, output_size  # noqa: E402
 from moeisr_basicsr.core.render import TORCH, Backend, FeatureWindow, Renderer  # noqa: E402
+from moeisr_basicsr.errors import UserError  # noqa: E402
 from moeisr_basicsr.inference import evaluation  # noqa: E402
 from moeisr_basicsr.kernels import fused_backend  # noqa: E402
 
+from benchmark_case import Case, Clock, note  # noqa: E402
 from liif_peer import load_peer  # noqa: E402
 
 QUICK_SECONDS = 44  # of 50, so that a case in progress can end
@@ -56,50 +58,13 @@ QUICK_CHECK_SIZE = 48  # LR pixels per side of the image on which outputs are co
 GRADIENT_LIMIT = 5e-3  # of its norm: a ReLU whose input is rounding noise may flip, and one alone makes 1e-3
 
 
-class Case:
-    """One thing to time.
-
-    Args:
-        name: As printed.
-        work: Runs it once.
-        fraction: Which part of the whole `work` does; its time is scaled up.
-        loads: Name of its expert map; None for a dense decoder.
-        backend: What decodes; None for cases that are not compared with the plain algorithm.
-        precision: Of encoder and experts.
-        guess: At most this part of the whole plain algorithm's time, to know whether there is time for it.
-    """
-
-    def __init__(self, name: str, work: Callable[[], object], fraction: float = 1.0, loads: str | None = None,
-                 backend: Backend | None = None, precision: str = 'fp32', guess: float = 0.0):
-        self.name, self.work, self.fraction, self.guess = name, work, fraction, guess
-        self.loads, self.backend, self.precision = loads, backend, precision
-        self.times: list[float] = []
-        self.difference: float | None = None
-
-    @property
-    def ms(self) -> float:
-        """Median milliseconds."""
-        return statistics.median(self.times)
-
-
-class Clock:
-    """The time that is left, counted from the start of the process."""
-
-    def __init__(self, limit: float):
-        self.limit = limit
-
-    def fits(self, seconds: float = 0.0) -> bool:
-        """Whether that much time is left."""
-        return time.perf_counter() - START + seconds <= self.limit
-
-
 class Benchmark:
     """The networks, the options and the rows so far."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.device = torch.device(args.device)
-        self.clock = Clock(QUICK_SECONDS if args.quick else math.inf)
+        self.clock = Clock(START, QUICK_SECONDS if args.quick else math.inf)
         torch.manual_seed(0)
         self.net = MoEISR({'type': 'EDSREncoder'}, shared_layers=args.shared_layers).to(self.device).eval()
         self.moe = self.net.decoder
@@ -355,11 +320,6 @@ def checked_pixels(size: tuple[int, int]) -> Tensor:
     return torch.cat([border, inside]).unique()
 
 
-def note(line: str) -> None:
-    """A line that is no result."""
-    print(f'# {line}', flush=True)
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -377,8 +337,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--memory-lq-size', type=int, default=512, metavar='N', help=argparse.SUPPRESS)
     parser.add_argument('--device', default='cpu', help='default cpu')
     parser.add_argument('--threads', type=int, metavar='N', help='default: as many as PyTorch takes')
-    parser.add_argument('--json', metavar='FILE', help='keep all results')
+    parser.add_argument('--json', metavar='FILE', help='keep all results; replaces an earlier benchmark only')
     args = parser.parse_args(argv)
+    if args.json:
+        try:
+            check_output('--json', args.json, '.json', partial(is_results_of, 'benchmark'))
+        except (UserError, OSError) as error:
+            parser.error(str(error))
     args.scales = args.scales or ([4.0, 8.0] if args.quick else [2.0, 3.0, 4.0, 6.0, 8.0, 12.0])
     return args
 

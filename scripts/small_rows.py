@@ -6,8 +6,8 @@
     python scripts/small_rows.py test moeisr_liif_routed_seed0 --cost-weight 2 --sets Set5 B100 --suffix _cost_weight_2
 
 Run from the folder that holds `datasets` (see options/test_small.yml and scripts/make_training_set.py). A row is an
-options file with a few changes; the main rows share data, iterations and seeds. Each command is printed as the `basicsr`
-command that it is. Training goes on where an interrupted run stopped.
+options file with a few changes; the main rows share data, iterations and seeds. Each command is printed as the
+`basicsr` command that it is. Training goes on where an interrupted run stopped.
 """
 import argparse
 import json

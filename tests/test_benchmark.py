@@ -34,14 +34,14 @@ def make(spec):
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    for name in ('benchmark_decode', 'liif_peer', 'models'):
+    for name in ('benchmark_decode', 'benchmark_case', 'liif_peer', 'models'):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(torch.Tensor, 'cuda', torch.Tensor.cuda)  # the peer's patch is undone afterwards
     monkeypatch.setenv('MOEISR_KERNELS', 'off')
     module = importlib.import_module('benchmark_decode')
     monkeypatch.setattr(module, 'fused_backend', lambda decoder, device, precision: TorchBackend())
     yield module
-    for name in ('benchmark_decode', 'liif_peer', 'models'):
+    for name in ('benchmark_decode', 'benchmark_case', 'liif_peer', 'models'):
         sys.modules.pop(name, None)
 
 
@@ -155,3 +155,17 @@ def test_peer_that_is_no_checkout(script, tmp_path):
 def test_torch_code_is_the_baseline_of_backends(script):
     benchmark = script.Benchmark(script.parse_args([*TINY, '--quick']))
     assert benchmark.backend('torch', 'moe', 'fp32') is TORCH
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('mine.json', '{"precious": 1}', 'not an earlier output of this option'),
+    ('test.json', '{"format": "moeisr_basicsr.results", "command": "test"}', 'not an earlier output of this option'),
+    ('mine.txt', '', "must end in '.json'"),
+])
+def test_json_replaces_a_benchmark_only(script, tmp_path, capsys, name, content, message):
+    target = tmp_path / name
+    target.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*TINY, '--json', str(target)])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert target.read_text() == content

@@ -1,4 +1,4 @@
-"""Files that `basicsr profile` and `basicsr report` write: checked before any work; only their own are replaced."""
+"""Files that profiles, reports and benchmarks write: checked before any work; only their own are replaced."""
 import json
 from collections.abc import Callable
 from os import PathLike
@@ -56,13 +56,13 @@ def check_folder(folder: Path) -> None:
             return
 
 
-def is_profile(content: bytes) -> bool:
-    """Whether this is a results document of `basicsr profile`, of any version; a test's takes longer to make anew."""
+def is_results_of(command: str, content: bytes) -> bool:
+    """Whether this is a results document, of any version, that `command` wrote; a test's takes long to make anew."""
     try:
         results = json.loads(content)
     except (ValueError, RecursionError):
         return False
-    return isinstance(results, dict) and results.get('format') == schema.FORMAT and results.get('command') == 'profile'
+    return isinstance(results, dict) and results.get('format') == schema.FORMAT and results.get('command') == command
 
 
 def is_picture(content: bytes) -> bool:

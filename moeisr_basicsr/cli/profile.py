@@ -1,6 +1,7 @@
 """`basicsr profile`."""
 import argparse
 import re
+from functools import partial
 
 from moeisr_basicsr.errors import UserError
 
@@ -114,9 +115,9 @@ def parse_step(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Measure, then show and write."""
     import_modules(args.modules)
-    from .outputs import check_output, is_picture, is_profile
+    from .outputs import check_output, is_picture, is_results_of
     if args.json:
-        check_output('--json', args.json, '.json', is_profile)
+        check_output('--json', args.json, '.json', partial(is_results_of, 'profile'))
     if args.plot:
         check_output('--plot', args.plot, '.png', is_picture)
     if args.data:
