@@ -1,0 +1,80 @@
+"""The build of the fused CPU kernels: switched off, impossible, or begun by two processes at once."""
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from moeisr_basicsr.kernels import cpu
+from moeisr_basicsr.kernels.build import BuildError, load_library
+
+CHILD = """
+import torch
+from moeisr_basicsr.kernels import cpu
+from moeisr_basicsr.kernels.build import BuildError, load_library
+print(cpu.available(), cpu.reason())
+if cpu.available():
+    out = torch.zeros(1, 2, 2)
+    axis = cpu.GridAxis(torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 0.5))
+    expert = dict(w_rel=torch.zeros(2, 32), hidden=[], last=(torch.ones(1, 32), torch.zeros(1)))
+    expert_map = torch.zeros(2, 2, dtype=torch.uint8)
+    cpu.decode(cpu.PackedExperts([expert]), [torch.ones(1, 1, 32)], axis, axis, expert_map, out)
+    assert (out == 32).all(), out
+"""
+
+
+def start_child(folder, **variables):
+    env = {**os.environ, 'TORCH_EXTENSIONS_DIR': str(folder), 'MOEISR_KERNELS': 'auto', **variables}
+    return subprocess.Popen([sys.executable, '-c', CHILD], env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def finish_child(child):
+    out, err = child.communicate(timeout=240)
+    assert child.returncode == 0, err
+    return out.strip()
+
+
+def test_switched_off(tmp_path):
+    assert finish_child(start_child(tmp_path, MOEISR_KERNELS='off')).startswith('False torch code: MOEISR_KERNELS=off')
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_compiler_falls_back(tmp_path):
+    out = finish_child(start_child(tmp_path, CXX='/nonexistent/c++'))
+    assert out.startswith('False torch code') and 'the C++ build failed' in out and '\n' not in out
+    assert not list(tmp_path.rglob('*.so')) and not list(tmp_path.rglob('build_*'))
+
+
+def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path / 'file'))
+    with pytest.raises(BuildError, match='file'):
+        load_library()
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get('CXX', 'c++')) is None or platform.system() != 'Linux' or
+                    platform.machine() != 'x86_64', reason='no C++ compiler for x86-64 Linux')
+def test_the_sources_compile():
+    """Where they could: the other tests are skipped after a build that failed."""
+    load_library()
+
+
+@pytest.mark.skipif(not cpu.available(), reason=f'the fused kernels cannot run here: {cpu.reason()}')
+def test_concurrent_first_builds(tmp_path):
+    """Two processes start on a cache without library, after a killed build: both end with the kernels."""
+    folder = tmp_path / 'moeisr_basicsr'
+    (folder / 'build_killed').mkdir(parents=True)
+    (folder / 'build.lock').write_text('')  # left by a process that died: the lock itself died with it
+    outputs = []
+    children = [start_child(tmp_path) for _ in range(2)]
+    waiters = [threading.Thread(target=lambda c=child: outputs.append(finish_child(c))) for child in children]
+    for waiter in waiters:
+        waiter.start()
+    for waiter in waiters:
+        waiter.join()
+    assert len(outputs) == 2 and all(out.startswith('True') for out in outputs), outputs
+    assert len(list(folder.glob('*.so'))) == 1
