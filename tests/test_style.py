@@ -18,5 +18,12 @@ def test_no_line_is_too_wide():
             for number in too_wide(path.read_text(encoding='utf-8'))] == []
 
 
+def test_no_prose_is_too_wide():
+    """Tables cannot be wrapped."""
+    for path in ROOT.glob('*.md'):
+        lines = path.read_text(encoding='utf-8').splitlines()
+        assert [number for number in too_wide('\n'.join(lines)) if not lines[number - 1].startswith('|')] == [], path
+
+
 def test_the_check_itself():
     assert too_wide(f'{"x" * 120}\n{"x" * 121}\n{"ä" * 120}\n') == [2]
