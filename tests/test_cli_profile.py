@@ -1,5 +1,6 @@
 """`basicsr profile` through the command's own entry point, on tiny networks."""
 import json
+import re
 
 import pytest
 import torch
@@ -58,6 +59,8 @@ def test_results_agree_with_the_closed_forms(options, tmp_path, capsys):
         assert picture.format == 'PNG' and picture.size[1] > 300
     shown = capsys.readouterr().out
     assert f'{parameters(net).total:,}' in shown and 'x2x3.5' in shown and 'dense plain' in shown
+    numbers = re.findall(r'^│ +(\d+) │', shown.partition('hidden layers')[2], re.MULTILINE)
+    assert numbers == [str(number) for number in range(1, len(net.expert_macs) + 1)]  # as in reports and pictures
 
 
 def test_model_file_image_and_budget(tmp_path):

@@ -150,7 +150,7 @@ class Profiler:
         for column in ('expert', 'hidden layers', 'thousand MACs', *(factor(row['scale']) for row in rows)):
             table.add_column(column, justify='right')
         for j, depth in enumerate(self.net.decoder.depths):
-            table.add_row(str(j), str(depth), thousands(rows[0]['macs']['each_expert'][j]),
+            table.add_row(str(j + 1), str(depth), thousands(rows[0]['macs']['each_expert'][j]),
                           *(f'{100 * row["routing"]["loads"][j]:.1f} %' for row in rows))
         table.add_section()
         table.add_row('mean', '', '', *(thousands(row['macs']['experts']) for row in rows))
@@ -219,7 +219,7 @@ def upscaling_panels(rows: list[dict]) -> list[Panel]:
             Bar(f'{label} dense {name}', {'encoder': counts['encoder'],
                                           'dense decoder': row['macs'][f'dense_{name}'] / 1e3})
             for name in ('folded', 'plain')]
-        shares.append(Bar(label, {f'expert {j}': 100 * load for j, load in enumerate(row['routing']['loads'])}))
+        shares.append(Bar(label, {f'expert {j}': 100 * load for j, load in enumerate(row['routing']['loads'], 1)}))
     panels = [Panel('Time, ms', times), Panel('Thousand multiply-adds per output pixel', macs)]
     return panels + ([Panel('Share of the pixels, %', shares)] if len(rows[0]['routing']['loads']) > 1 else [])
 
