@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
-from PIL import Image
+from PIL import Image, ImageCms
 
 from moeisr_basicsr.checkpoint import load_model, save_model
 from moeisr_basicsr.cli import main, upscale_run
@@ -134,6 +134,18 @@ def test_depth_alpha_and_grey_survive(model, kind, dtype, extension):
     assert np.abs(colours.reshape(wanted.shape) - wanted).max() <= (0.51 if dtype == np.uint8 else 1)
     if has_alpha:
         np.testing.assert_array_equal(output[..., -1], resize(source[..., -1], (24, 21)))
+
+
+def test_colour_profile_and_camera_survive(model):
+    profile, exif = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes(), Image.Exif()
+    exif.update({271: 'Camera', 274: 6})  # make; to be turned by 90 degrees
+    Image.fromarray(noise((12, 7, 3))).save('a.jpg', icc_profile=profile, exif=exif.tobytes())
+    for target in ('out.png', 'out.jpg', 'out.webp', 'out.tif'):
+        assert run(model, 'a.jpg', '-o', target, '--scale', '2') == 0
+        with Image.open(target) as output:
+            assert output.size == (24, 14) and output.info['icc_profile'] == profile
+            assert output.getexif().get(271) == (None if target == 'out.tif' else 'Camera')
+            assert output.getexif().get(274, 1) == 1
 
 
 def test_what_a_format_cannot_hold_is_an_error_and_not_lost(model, capsys):

@@ -136,7 +136,8 @@ class ImageFile:
         target, source = self.target, self.target.source
         if target.job.target.suffix.lower() in FORMATS:
             channels = (1 if source.was_grey else 3) + (source.alpha is not None)
-            self.writer = StripWriter(target.job.target, *target.size, channels, source.bit_depth, self.profile)
+            self.writer = StripWriter(target.job.target, *target.size, channels, source.bit_depth, self.profile,
+                                      source.exif)
         return self
 
     @property
@@ -160,4 +161,5 @@ class ImageFile:
             pixels = np.concatenate(self.waiting)  # (R, S, C)
             colours, alpha = (pixels, None) if source.alpha is None else (pixels[..., :-1], pixels[..., -1])
             rgb = np.broadcast_to(colours, (*colours.shape[:2], 3))
-            write_image(self.target.job.target, rgb, alpha, source.bit_depth, source.was_grey, self.profile)
+            write_image(self.target.job.target, rgb, alpha, source.bit_depth, source.was_grey, self.profile,
+                        source.exif)

@@ -18,6 +18,7 @@ from PIL import Image, ImageCms
 
 from moeisr_basicsr.errors import UserError, did_you_mean
 
+from .exif import kept_exif
 from .strip_writer import FORMATS, AtomicFile, StripWriter
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.webp', '.bmp')
@@ -74,6 +75,7 @@ class ImageData(NamedTuple):
     was_grey: bool  # the file holds no colours
     icc_profile: bytes | None
     num_frames: int  # pages or animation frames in the file; only the first is read
+    exif: bytes | None  # of the camera, as `kept_exif` returns it
 
 
 def read_image(source: str | os.PathLike | bytes, name: str | None = None) -> ImageData:
@@ -160,7 +162,8 @@ def check_writable(path: str | os.PathLike, size: tuple[int, int], bit_depth: in
 
 
 def write_image(path: str | os.PathLike, rgb: np.ndarray, alpha: np.ndarray | None = None, bit_depth: int = 8,
-                grey: bool = False, icc_profile: bytes | None = None, quality: int = 95) -> None:
+                grey: bool = False, icc_profile: bytes | None = None, exif: bytes | None = None,
+                quality: int = 95) -> None:
     """Write an image with everything it has. The file appears complete or not at all; an existing one is replaced.
 
     Args:
@@ -170,6 +173,7 @@ def write_image(path: str | os.PathLike, rgb: np.ndarray, alpha: np.ndarray | No
         bit_depth: 8 or 16.
         grey: Write one channel, the luma of `rgb`.
         icc_profile: Colour profile to embed; left out where it does not fit a grey or colour image.
+        exif: As `ImageData` has it; BMP and TIFF files are written without.
         quality: Of JPEG and WebP, 1 to 100.
 
     Raises:
@@ -181,13 +185,14 @@ def write_image(path: str | os.PathLike, rgb: np.ndarray, alpha: np.ndarray | No
         icc_profile = None
     height, width, channels = pixels.shape
     if Path(path).suffix.lower() in FORMATS:
-        with StripWriter(path, height, width, channels, bit_depth, icc_profile) as writer:
+        with StripWriter(path, height, width, channels, bit_depth, icc_profile, exif) as writer:
             writer.write(pixels)
         return
     output = AtomicFile(path)
     try:
         with output.naming():
-            options = {} if icc_profile is None else {'icc_profile': icc_profile}
+            extras = {'icc_profile': icc_profile, 'exif': exif}
+            options = {name: value for name, value in extras.items() if value is not None}
             if channels == 2:  # WebP has no grey
                 pixels = np.concatenate([pixels[..., :1].repeat(3, axis=2), pixels[..., 1:]], axis=2)
             image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
@@ -277,7 +282,7 @@ def _read_8_bit(image: Image.Image, name: str) -> ImageData:
     image.load()
     if image.mode not in (*GREY_MODES, *ALPHA_MODES, *COLOUR_MODES):
         raise UserError(f"{name}: images of mode '{image.mode}' are not supported; store it with 8 or 16 bits.")
-    profile = image.info.get('icc_profile') or None
+    profile, exif = image.info.get('icc_profile') or None, kept_exif(image)
     has_alpha = image.mode in ALPHA_MODES or 'transparency' in image.info
     was_grey = image.mode in GREY_MODES
     orientation = image.getexif().get(ORIENTATION, 1)
@@ -292,7 +297,7 @@ def _read_8_bit(image: Image.Image, name: str) -> ImageData:
     pixels = _upright(pixels, orientation)
     alpha = np.ascontiguousarray(pixels[..., -1]) if has_alpha else None
     colours = pixels[..., :-1] if has_alpha else pixels
-    return ImageData(_three_channels(colours), alpha, 8, was_grey, profile, num_frames)
+    return ImageData(_three_channels(colours), alpha, 8, was_grey, profile, num_frames, exif)
 
 
 def _cmyk_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
@@ -311,7 +316,7 @@ def _read_16_bit(image: Image.Image, data: bytes, name: str) -> ImageData:
         raise UserError(f'{name}: 16-bit TIFF with separate colour planes is not supported; store it interleaved.')
     orientation = 1 if image.format == 'TIFF' else image.getexif().get(ORIENTATION, 1)  # OpenCV turns TIFF by itself
     num_frames = getattr(image, 'n_frames', 1)
-    profile = image.info.get('icc_profile') or None
+    profile, exif = image.info.get('icc_profile') or None, kept_exif(image)
     image.load()  # raises where the file is damaged; OpenCV would return half a picture
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
@@ -324,7 +329,7 @@ def _read_16_bit(image: Image.Image, data: bytes, name: str) -> ImageData:
         rgb = 65535 - rgb  # white is 0
     if has_alpha and tags.get(TIFF_EXTRA, (2,))[0] == 1:
         rgb = _divide_by_alpha(rgb, alpha)
-    return ImageData(rgb, alpha, 16, was_grey, profile, num_frames)
+    return ImageData(rgb, alpha, 16, was_grey, profile, num_frames, exif)
 
 
 def _png_colour_type(image: Image.Image, data: bytes) -> int | None:

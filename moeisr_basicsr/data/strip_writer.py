@@ -18,6 +18,8 @@ import numpy as np
 from moeisr_basicsr.atomic_file import TEMPORARY_SUFFIX
 from moeisr_basicsr.errors import UserError
 
+from .exif import PREFIX
+
 FORMATS = {'.png': 'png', '.tif': 'tiff', '.tiff': 'tiff'}
 LEVEL = 4  # of zlib; level 6 takes twice the time and saves 8 % on photographs
 PNG_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
@@ -76,13 +78,14 @@ class StripWriter:
         channels: C.
         bit_depth: 8 or 16.
         icc_profile: Colour profile to embed.
+        exif: As `kept_exif` returns it; TIFF files are written without.
 
     Raises:
         UserError: Another suffix, a size that the format cannot hold, or the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike, height: int, width: int, channels: int = 3, bit_depth: int = 8,
-                 icc_profile: bytes | None = None):
+                 icc_profile: bytes | None = None, exif: bytes | None = None):
         kind = FORMATS.get(Path(path).suffix.lower())
         if kind is None:
             raise UserError(f'{path}: strips can be written to {", ".join(FORMATS)} only.')
@@ -95,7 +98,8 @@ class StripWriter:
         self.output = AtomicFile(path)
         try:
             with self.output.naming():
-                self.encoder = (_Png if kind == 'png' else _Tiff)(self.output.file, self.shape, bit_depth, icc_profile)
+                self.encoder = (_Png(self.output.file, self.shape, bit_depth, icc_profile, exif) if kind == 'png' else
+                                _Tiff(self.output.file, self.shape, bit_depth, icc_profile))
         except BaseException:
             self.output.discard()
             raise
@@ -152,7 +156,8 @@ class StripWriter:
 class _Png:
     """PNG (ISO 15948): one zlib stream over filtered rows, cut into IDAT chunks."""
 
-    def __init__(self, file: BinaryIO, shape: tuple[int, int, int], bit_depth: int, icc_profile: bytes | None):
+    def __init__(self, file: BinaryIO, shape: tuple[int, int, int], bit_depth: int, icc_profile: bytes | None,
+                 exif: bytes | None):
         height, width, channels = shape
         self.file = file
         self.pixel_bytes = channels * bit_depth // 8
@@ -163,6 +168,8 @@ class _Png:
         self.chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, bit_depth, PNG_COLOUR_TYPES[channels], 0, 0, 0))
         if icc_profile is not None:
             self.chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(icc_profile))
+        if exif is not None:
+            self.chunk(b'eXIf', exif.removeprefix(PREFIX))
 
     def chunk(self, kind: bytes, data: bytes) -> None:
         if data or kind == b'IEND':
