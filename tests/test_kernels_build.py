@@ -9,7 +9,8 @@ import threading
 import pytest
 
 from moeisr_basicsr.kernels import cpu
-from moeisr_basicsr.kernels.build import BuildError, load_library
+from moeisr_basicsr.kernels.build import BuildError, _cache_root, load_library
+from moeisr_basicsr.kernels.native import OLDER
 
 CHILD = """
 import torch
@@ -24,6 +25,10 @@ if cpu.available():
     cpu.decode(cpu.PackedExperts([expert]), [torch.ones(1, 1, 32)], axis, axis, expert_map, out)
     assert (out == 32).all(), out
 """
+
+
+needs_kernels = pytest.mark.skipif(not cpu.available(),
+                                   reason=f'the fused kernels cannot run here: {cpu.reason()}')
 
 
 def start_child(folder, **variables):
@@ -41,6 +46,16 @@ def finish_child(child):
 def test_switched_off(tmp_path):
     assert finish_child(start_child(tmp_path, MOEISR_KERNELS='off')).startswith('False torch code: MOEISR_KERNELS=off')
     assert not list(tmp_path.iterdir())
+
+
+@needs_kernels
+@pytest.mark.parametrize('newest', [isa for isa in OLDER if isa in cpu.supported_isas()])
+def test_older_instructions_on_request(newest):
+    built = _cache_root().parent  # by this process: the library holds them all
+    said = finish_child(start_child(built, MOEISR_KERNELS=newest))
+    fp32 = 'avx2' if newest == 'avx2' else 'avx512'
+    bf16 = newest if newest == 'avx512_bf16' else fp32  # without its instructions computed in fp32
+    assert said == f'True fused C++ kernels: fp32 by {fp32}, bf16 by {bf16}'
 
 
 def test_no_compiler_falls_back(tmp_path):
@@ -63,7 +78,7 @@ def test_the_sources_compile():
     load_library()
 
 
-@pytest.mark.skipif(not cpu.available(), reason=f'the fused kernels cannot run here: {cpu.reason()}')
+@needs_kernels
 def test_concurrent_first_builds(tmp_path):
     """Two processes start on a cache without library, after a killed build: both end with the kernels."""
     folder = tmp_path / 'moeisr_basicsr'

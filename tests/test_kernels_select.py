@@ -124,5 +124,5 @@ def test_the_switch_reaches_every_kernel(triton, monkeypatch, caplog):
     assert fused_backend(decoder, 'cuda') is None and fused_backend(decoder, 'cpu') is None
     assert triton.seen == [] and [record.levelname for record in caplog.records] == ['INFO']
     monkeypatch.setenv('MOEISR_KERNELS', 'of')
-    with pytest.raises(ValueError, match="'auto' or 'off'; got 'of'"):
+    with pytest.raises(ValueError, match="one of auto, off, avx2, avx512, avx512_bf16; got 'of'"):
         fused_backend(decoder, 'cuda')

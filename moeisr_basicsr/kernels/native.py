@@ -15,6 +15,8 @@ from moeisr_basicsr.kernels.build import BuildError, load_library
 # Ways to compute, in the order of csrc/api.cpp, enum Isa, from 1; for each precision the later is the faster.
 ISAS = {'fp32': ('avx2', 'avx512', 'amx_fp32'), 'bf16': ('avx512_bf16', 'amx_bf16')}
 ALL_ISAS = ISAS['fp32'] + ISAS['bf16']
+OLDER = {'avx2': ('avx2', ), 'avx512': ('avx2', 'avx512'), 'avx512_bf16': ('avx2', 'avx512', 'avx512_bf16')}
+SWITCH = 'MOEISR_KERNELS'  # environment variable: 'auto', 'off', or one of OLDER, the newest that may run
 FUNCTIONS = ('moeisr_supported', 'moeisr_decode', 'moeisr_table', 'moeisr_needed', 'moeisr_route')
 
 
@@ -71,16 +73,25 @@ class Loaded(NamedTuple):
     reason: str
 
 
-def switched_off() -> bool:
-    """Whether the environment variable MOEISR_KERNELS forbids every fused kernel, on any device.
+def switch() -> str:
+    """The environment variable MOEISR_KERNELS, checked.
 
     Raises:
-        ValueError: It is neither 'auto' nor 'off'.
+        ValueError: It is not one of the allowed values.
     """
-    switch = os.environ.get('MOEISR_KERNELS', 'auto')
-    if switch not in ('auto', 'off'):
-        raise ValueError(f"MOEISR_KERNELS must be 'auto' or 'off'; got '{switch}'.")
-    return switch == 'off'
+    value, allowed = os.environ.get(SWITCH, 'auto'), ('auto', 'off', *OLDER)
+    if value not in allowed:
+        raise ValueError(f"{SWITCH} must be one of {', '.join(allowed)}; got '{value}'.")
+    return value
+
+
+def switched_off() -> bool:
+    """Whether MOEISR_KERNELS forbids every fused kernel, on any device.
+
+    Raises:
+        ValueError: As `switch`.
+    """
+    return switch() == 'off'
 
 
 @lru_cache(maxsize=None)
@@ -96,7 +107,8 @@ def load() -> Loaded:
     for name in FUNCTIONS:
         getattr(library, name).restype = c_int64
     bits = library.moeisr_supported()
-    isas = tuple(isa for i, isa in enumerate(ALL_ISAS, start=1) if bits >> i & 1)
+    wanted = OLDER.get(switch(), ALL_ISAS)
+    isas = tuple(isa for i, isa in enumerate(ALL_ISAS, start=1) if bits >> i & 1 and isa in wanted)
     if not isas:
         return _say(logger.warning, Loaded(None, (), 'torch code, slower: the processor has no AVX2'))
     return _say(logger.info, Loaded(library, isas, f'fused C++ kernels: fp32 by {best_isa(isas, "fp32")}, '
