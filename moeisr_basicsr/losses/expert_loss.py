@@ -22,7 +22,7 @@ class MoEExpertLoss(nn.Module):
     With `fit_temperature` the mapper's scores are instead fitted to these losses, negative and in units of the
     temperature, by least squares. Its scores then are what each query would lose by another expert, on one scale for
     all queries: a cost weight has a unit, and first moves the queries that lose least. Gates teach an order, whose
-    scale is whatever the training left. At equal cost the README's rows have the same quality either way.
+    scale is whatever the training left. At equal cost the rows of RESULTS.md have the same quality either way.
 
     These choices are ours, not the paper's.
 
