@@ -43,7 +43,7 @@ def test_step_follows_the_written_loss():
     assert log['l_pix'] == pytest.approx(l1.item(), rel=1e-6)
     assert log['l_balance'] == pytest.approx(balance.item(), rel=1e-5)
     assert log['tau'] == 2.0
-    assert [log['load/expert_0'], log['load/expert_1']] == pytest.approx(load.tolist())
+    assert [log['load/expert_1'], log['load/expert_2']] == pytest.approx(load.tolist())
     assert log['mean_cost'] == pytest.approx((load * net.expert_costs).sum().item())
 
 
@@ -119,7 +119,7 @@ def test_a_fitted_mapper_follows_the_written_one():
     loss = routed.abs().mean() + 0.3 * error.mean() + 1e-3 * fit + 0.5 * 2 * (load - 0.5).square().sum()
     loss.backward()
     log = first.get_current_log()
-    assert log['load/expert_0'] == pytest.approx(chosen[..., 0].float().mean().item())
+    assert log['load/expert_1'] == pytest.approx(chosen[..., 0].float().mean().item())
     assert log['l_experts'] == pytest.approx((0.3 * error.mean() + 1e-3 * fit).item(), rel=1e-4)
     for name, gradient in gradients_of(first).items():
         torch.testing.assert_close(gradient, dict(net.named_parameters())[name].grad, rtol=1e-3, atol=1e-6, msg=name)
@@ -155,7 +155,7 @@ def test_every_parameter_has_a_gradient_with_an_idle_expert():
             model.net_g.decoder.mapper.query_out.bias.copy_(torch.tensor([1e4, -1e4]))  # expert 1 gets no query
         model.feed_data(query_batch())
         model.optimize_parameters(1)
-        assert model.get_current_log()['load/expert_1'] == 0
+        assert model.get_current_log()['load/expert_2'] == 0
         assert all(gradient is not None for gradient in gradients_of(model).values()), grad
 
 
@@ -339,7 +339,7 @@ def test_whole_patches_train_like_queries_of_all_their_pixels(network):
         model.optimize_parameters(1)
         assert model.get_current_log()['l_pix'] == pytest.approx(expected.item(), rel=1e-6)
     else:
-        assert log['load/expert_0'] + log['load/expert_1'] == pytest.approx(1) and log['l_balance'] >= 0
+        assert log['load/expert_1'] + log['load/expert_2'] == pytest.approx(1) and log['l_balance'] >= 0
         assert model.batch.queries == 2 * 12 * 10
 
 

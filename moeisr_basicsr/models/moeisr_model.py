@@ -144,7 +144,7 @@ class MoEISRModel(ArbitraryScaleModel):
     def statistics(self, gates: Tensor, tau: float | None) -> dict[str, Tensor]:
         """Share of the queries of each expert, mean relative cost of a query, temperature."""
         load = gates.double().mean(dim=(0, 1))  # (J,)
-        values = OrderedDict((f'load/expert_{j}', share) for j, share in enumerate(load.unbind()))
+        values = OrderedDict((f'load/expert_{j}', share) for j, share in enumerate(load.unbind(), 1))
         values['mean_cost'] = (load * self.expert_costs).sum()
         if tau is not None:
             values['tau'] = torch.as_tensor(tau)

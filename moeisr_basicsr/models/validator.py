@@ -81,7 +81,7 @@ def report(result: Evaluated, best: dict, current_iter: int | str, tb_logger: ob
     if tb_logger:
         for name, value in result.metrics.items():
             tb_logger.add_scalar(f'metrics/{result.dataset}/{name}', value, current_iter)
-        for j, load in enumerate(result.loads):
+        for j, load in enumerate(result.loads, 1):
             tb_logger.add_scalar(f'val_load/{result.dataset}/expert_{j}', load, current_iter)
         if result.mean_cost is not None:
             tb_logger.add_scalar(f'val_cost/{result.dataset}', result.mean_cost, current_iter)
