@@ -28,7 +28,7 @@ OPTIONS = Path(__file__).resolve().parents[1] / 'options'
 TEST_OPTIONS = OPTIONS / 'test_small.yml'
 SEEDS = (0, 1, 2)  # the third of dense LIIF, MoEISR-LIIF and its control of equal cost only
 MAIN_ITERATIONS, ROUTING_ITERATIONS, ENCODER_ITERATIONS, SHARING_ITERATIONS = 6000, 600, 2000, 300
-CONTROL_WIDTHS = (64, 128, 176, 256)  # of two hidden layers; 128 takes the multiply-adds of MoEISR-LIIF
+CONTROL_WIDTHS = (64, 128, 192, 256)  # of two hidden layers; 192 takes the multiply-adds of MoEISR-LIIF
 LTE = ('network_g:decoder=lte', 'network_g:experts=[[], [64], [128, 128], [256, 256, 256]]')  # as small_moeisr_lte.yml
 # Experts of one to four hidden layers as exits of one network.
 NESTED = ('network_g:experts=[[256], [256, 256], [256, 256, 256], [256, 256, 256, 256]]', 'network_g:shared_layers=4',
@@ -80,7 +80,7 @@ def routing_rows() -> dict[str, Row]:
 def ablation_rows() -> dict[str, Row]:
     """One choice changed at a time: of the mapper of moeisr_liif_routed_seed0, and which layers experts share.
 
-    Compare them at one cost (`test --budget 0.2`): as routed, each has its own.
+    Compare them at one cost (`test --budget 0.1`): as routed, each has its own.
     """
     gates = ('train:experts_opt:fit_temperature=~', 'train:experts_opt:routing_weight=8')
     annealed = f'train:temperature={{type: linear, start: 5.0, end: 0.5, total_iter: {ROUTING_ITERATIONS}}}'
