@@ -12,8 +12,14 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint such as `` Did you mean 'scale'?`` for an unknown name; an empty string if nothing is near."""
-    near = difflib.get_close_matches(str(name), [str(entry) for entry in known], n=1, cutoff=0.5)
+    """A hint such as `` Did you mean 'scale'?`` for an unknown name; an empty string if nothing is near.
+
+    Slips of the pen come first, then the beginning of a name (RDN for RDNEncoder), then what is less alike.
+    """
+    name, known = str(name), [str(entry) for entry in known]
+    begins = sorted((entry for entry in known if len(name) > 2 and entry.lower().startswith(name.lower())), key=len)
+    near = (difflib.get_close_matches(name, known, n=1, cutoff=0.75) or begins
+            or difflib.get_close_matches(name, known, n=1, cutoff=0.5))
     return f" Did you mean '{near[0]}'?" if near else ''
 
 

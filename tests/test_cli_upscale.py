@@ -267,7 +267,21 @@ def test_processes_share_the_images(model, monkeypatch):
         monkeypatch.setenv('RANK', rank)
         assert run(model, 'in', '-o', 'out', '--scale', '2', *(['--resume'] if rank == '1' else [])) == 0
         done.append(len(os.listdir('out')))
-    assert done[0] == 3
+    assert done == [3, 5]
+
+
+def test_a_folder_takes_its_own_results(model, capsys):
+    os.mkdir('in')
+    for name in 'ab':
+        cv2.imwrite(f'in/{name}.png', noise((5, 5, 3)))
+    assert run(model, 'in', '-o', 'in', '--scale', '2', '--expert-map') == 0
+    before = sorted(os.listdir('in'))
+    os.remove('in/b_x2.png')
+    assert run(model, 'in', '-o', 'in', '--scale', '2', '--expert-map', '--resume') == 0
+    assert sorted(os.listdir('in')) == before == ['a.png', 'a_x2.png', 'a_x2_experts.png', 'b.png', 'b_x2.png',
+                                                  'b_x2_experts.png']
+    assert run(model, 'in', '-o', 'in', '--scale', '2', '--expert-map', '--overwrite') == 2
+    assert 'a_x2.png is an input: it would be overwritten' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('extension', ['png', 'jpg'])

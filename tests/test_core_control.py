@@ -69,6 +69,16 @@ def test_tied_pixels_are_split_in_pixel_order():
     assert (costs[1:] <= costs[:-1]).all(), 'the dearer experts must come first in pixel order'
 
 
+@pytest.mark.parametrize('budget', [.3, .6, .9])
+@pytest.mark.parametrize('logits', [torch.zeros(10_000, 4), torch.tensor([[1., -9., -9., 1.]]).repeat(10_000, 1),
+                                    torch.randint(-4, 5, (10_000, 4), generator=torch.Generator().manual_seed(0)) / 2.])
+def test_budget_is_met_where_experts_tie(logits, budget):
+    costs = torch.tensor([.25, .5, .75, 1.])
+    control = Budget(budget, costs)
+    control.observe(logits)
+    assert costs[control.route(logits, costs)].mean().item() == pytest.approx(budget, abs=1e-4)
+
+
 def test_result_does_not_depend_on_the_strips():
     logits = draw_logits(4)
     assert torch.equal(spend(0.4, logits, pieces=1), spend(0.4, logits, pieces=13))

@@ -281,6 +281,7 @@ def test_shared_layers_need_equal_widths(family, experts, count, message):
 @pytest.mark.parametrize(('options', 'message'), [
     ({'family': 'lif'}, 'decoder must be one of'), ({'experts': []}, 'experts must list'),
     ({'experts': [256]}, 'experts must list'), ({'experts': [[0]]}, 'experts must list'), ({'tau': 0}, 'tau'),
+    ({'experts': [[]] * 257}, '256 experts at most; got 257'),
     ({'expert_grad': 'fast'}, 'expert_grad'), ({'sample_rate': 0}, 'sample_rate'),
     ({'family': 'lte', 'hidden_dim': 7}, 'hidden_dim'), ({'mapper': {'num_layers': 6}}, 'num_layers'),
     ({'mapper': {'granularity': 'image'}}, 'granularity')])

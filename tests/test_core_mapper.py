@@ -1,4 +1,5 @@
 """The mapper: folded against unfolded, one decision per cell, grid against scattered, fp32 under autocast."""
+import subprocess
 import sys  # core.render is also a function's name
 
 import pytest
@@ -182,3 +183,18 @@ def test_tf32_is_off_for_the_mapper_and_comes_back():
     finally:
         for flag, value in zip(flags, before):
             flag.allow_tf32 = value
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, 'fp32_precision'), reason='PyTorch before 2.9')
+def test_tf32_by_its_newer_names():
+    """In a process of its own: who has used them cannot go back."""
+    subprocess.run([sys.executable, '-c', """
+import torch
+from moeisr_basicsr.core.precision import full_fp32
+settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+for setting in settings:
+    setting.fp32_precision = 'tf32'
+with full_fp32(torch.device('cuda')):
+    assert [setting.fp32_precision for setting in settings] == ['ieee', 'ieee']
+assert [setting.fp32_precision for setting in settings] == ['tf32', 'tf32']
+"""], check=True)

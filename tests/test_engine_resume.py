@@ -68,6 +68,16 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(tmp_path, monk
     assert_equal_runs(tmp_path, uninterrupted)
 
 
+def test_a_stop_before_the_first_iteration_leaves_no_checkpoint(tmp_path, monkeypatch, uninterrupted):
+    """What the first iteration does once only, as to scale a new mapper's logits, needs a run that starts anew."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, '_asked_to_stop', lambda self: signal.SIGTERM)
+        assert train(run_options(tmp_path)) == 143
+    assert not list((tmp_path / 'experiments').rglob('*.state'))
+    assert train(run_options(tmp_path, auto_resume=True)) == exit_codes.OK
+    assert_equal_runs(uninterrupted, tmp_path)
+
+
 def test_a_killed_run_goes_on_exactly_from_its_last_checkpoint(tmp_path, monkeypatch, uninterrupted):
     """Killed at 12, 16 and 18 with checkpoints at 7 and 14; the second time the newest checkpoint is cut off."""
     for at, newest in ((12, 7), (16, 14), (18, 14)):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from basicsr.models import build_model
-from tiny_runs import DENSE, change, gradients_of, image_batch, model_options, query_batch, weights_of
+from tiny_runs import DENSE, NETWORK, change, gradients_of, image_batch, model_options, query_batch, weights_of
 
 from moeisr_basicsr.core import gumbel_noise
 from moeisr_basicsr.errors import UserError
@@ -369,6 +369,23 @@ def test_first_step_spreads_the_logits_once(parts):
     model.optimize_parameters(2)
     for name, value in weights_of(model).items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize('network, changes', [
+    (NETWORK, {'train:restart': ['decoder.mapper']}),
+    (DENSE, {'path:strict_load_g': False}),
+], ids=['restarted', 'from a dense network'])
+def test_a_mapper_that_is_not_pretrained_is_spread(tmp_path, network, changes):
+    source = build_model(model_options(**{'network_g': network, 'train:mapper_spread': 0} | (
+        {'model_type': 'ArbitraryScaleModel', 'train:balance_opt': None} if network is DENSE else {})))
+    torch.save({'params': weights_of(source), 'params_ema': weights_of(source)}, tmp_path / 'net.pth')
+    model = build_model(model_options(**{'path:pretrain_network_g': str(tmp_path / 'net.pth'),
+                                         'train:optim_g:lr': 1e-12, **changes}))
+    batch = query_batch()
+    model.feed_data(batch)
+    model.optimize_parameters(1)
+    logits = model.net_g.decoder.logits(model.net_g.encode(batch['lq']), batch['coord'], batch['cell']).flatten(0, 1)
+    torch.testing.assert_close(logits.std(dim=0, correction=0), torch.ones(2), rtol=1e-3, atol=0)
 
 
 def test_pretrained_mapper_keeps_its_scale(tmp_path):

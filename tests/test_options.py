@@ -54,7 +54,7 @@ def test_all_mistakes_at_once_with_their_lines():
     ('num_gpu: auto', 'num_gpu: all', 'num_gpu', 'must be one of auto, or a whole number of at least 0'),
     ('name: run', 'name: 7', 'name: 7', "name: must be text that names one folder, without / and \\; got 7. Put it in"),
     ('name: run', 'name: ../photos', 'name: ../', "that names one folder, without / and \\; got '../photos'."),
-    ('type: EDSREncoder', 'type: TinyEncoder', 'TinyEncoder', "registered network: EDSREncoder, "),
+    ('type: EDSREncoder', 'type: TinyEncoder', 'TinyEncoder', "registered encoder: EDSREncoder, "),
     ('type: EDSREncoder', 'type: TinyEncoder', 'TinyEncoder', "A class of your own is known with --import FILE.py."),
     ('name: run\n', '', 'model_type', "the key 'name' is missing"),
     ('MoEISRModel', 'MoEISRMode', 'MoEISRMode', "Did you mean 'MoEISRModel'?"),
@@ -72,6 +72,10 @@ def test_all_mistakes_at_once_with_their_lines():
     ('  val:\n    name', '  valid:\n    name', 'valid', "a dataset must be called train, val, val_2"),
     ('type: MoEISR\n', 'type: MoEIRS\n', 'MoEIRS', "Did you mean 'MoEISR'?"),
     ('type: EDSREncoder', 'type: EDSREncodr', 'EDSREncodr', "Did you mean 'EDSREncoder'?"),
+    ('type: EDSREncoder', 'type: RDN', 'RDN', "SwinIREncoder; got 'RDN'. Did you mean 'RDNEncoder'?"),
+    ('type: MultiStepLR', 'type: Cosin', 'Cosin', "Did you mean 'CosineAnnealingLR'?"),
+    ('dataroot_gt: images\n    scale_r', 'dataroot_gt: images/a.png\n    scale_r', 'a.png', 'images/a.png is a file;'),
+    ('pretrain_network_g: ~', 'pretrain_network_g: images', 'pretrain', 'images is a folder; must be the path of a file'),
     ('num_feat: 8', 'num_feat: eight', 'num_feat', "must be a whole number of at least 1; got 'eight'"),
     ('skip: none', 'skip: bicubc', 'skip', "Did you mean 'bicubic'?"),
     ('skip: none', 'skp: none', 'skp', "Did you mean 'skip'?"),
@@ -110,6 +114,16 @@ def test_each_mistake_is_named(old, new, part, words):
     assert any(problem.startswith('run.yml:') for problem in found)
     if 'missing' not in words:
         assert found[0].startswith(f'run.yml:{line_of(text, part)}: ')
+
+
+def test_a_mistake_is_told_once():
+    target = '[[.5, .5], [.4, .6], [.3, .7]]'
+    text = swap('type: MoEBalanceLoss', f'type: MoEBalanceLoss\n    scale_bounds: [2, 3]\n    target: {target}')
+    load_options(write(text))
+    found = problems(swap('experts: [[8], [8, 8]]', 'experts: [[8]]', text))
+    assert len(found) == 1 and found[0].endswith('must have a share for each of the 1 experts; got 2.')
+    found = problems(swap('experts: [[8], [8, 8]]', 'experts: [8]', text))
+    assert len(found) == 1 and 'experts: must be a list of entries' in found[0]
 
 
 def leaves(value, keys=()):

@@ -1,10 +1,10 @@
 """--force_yml: one key for one run; nothing in an entry is evaluated."""
 
 import pytest
-from options_cases import GOOD, write
+from options_cases import GOOD, swap, write
 
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.options import load_options
+from moeisr_basicsr.options import OptionsError, load_options
 
 pytestmark = pytest.mark.usefixtures('images_here')
 
@@ -37,7 +37,6 @@ def test_force_yml(entry, keys, value):
     ('train:ema_decay', 'write it as key:key=value'),
     ('=3', 'write it as key:key=value'),
     ('name:x=3', "'name' has no key 'x'|'name' is a value"),
-    ('datasets:val_7:scale=2', "'datasets' has no key 'val_7'"),
     ('train:optim_g:lr=__import__("os").system("touch ran")', 'must be a number'),
     ('train:optim_g:lr=[__import__("os").system("touch ran")]', ''),
     ('train:optim_g:lr=!!python/object/apply:os.system ["touch ran"]', ''),
@@ -49,3 +48,25 @@ def test_force_yml_refuses_and_runs_nothing(images_here, entry, words):
     assert '\n' not in str(caught.value) and str(caught.value).startswith('--force_yml ')
     assert any(word in str(caught.value) for word in words.split('|'))
     assert not (images_here / 'ran').exists()
+
+
+def test_a_named_entry_is_added_or_left_out():
+    """Users choose the names of datasets and metrics."""
+    opt = load_options(write(GOOD), ['datasets:val_2:name=second', 'datasets:val_2:type=ArbitraryScaleImageDataset',
+                                     'datasets:val_2:dataroot_gt=images', 'datasets:val_2:scale=3.5',
+                                     'val:metrics:ssim:type=calculate_ssim_sr', 'val:metrics:psnr=none'])
+    assert list(opt['datasets']) == ['train', 'val', 'val_2'] and opt['datasets']['val_2']['scale'] == 3.5
+    assert list(opt['val']['metrics']) == ['ssim']
+    assert list(load_options(write(GOOD), ['datasets:val=none'])['datasets']) == ['train']
+    with pytest.raises(OptionsError) as caught:
+        load_options(write(GOOD), ['datasets:vall:scale=2'])
+    assert all(problem.startswith('--force_yml datasets:vall:scale=2: datasets: vall: ')
+               for problem in caught.value.problems)
+    assert "must be called train, val, val_2, ... in training. Did you mean 'val'?" in str(caught.value)
+
+
+def test_a_run_without_validation_needs_none_of_its_datasets(images_here):
+    text = swap('dataroot_gt: images\n    scale: 2', 'dataroot_gt: nowhere\n    scale: 2')
+    with pytest.raises(OptionsError, match='no folder nowhere'):
+        load_options(write(text))
+    assert list(load_options(write(text), ['val=none'])['datasets']) == ['train']

@@ -50,10 +50,12 @@ def plan(args: argparse.Namespace) -> list[Job]:
         target = output if is_file else output / f'{source.stem}_{label}.{args.ext or "png"}'
         expert_map = target.with_name(f'{target.stem}_experts.png') if args.expert_map else None
         jobs.append(Job(source, target, expert_map))
+    if args.resume:
+        jobs = without_results(jobs, args.inputs)
     check_collisions(jobs)
-    jobs = check_existing(jobs, args.overwrite, args.resume)
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    return jobs[rank::world_size]
+    # Shared before a look at what exists: by then another rank may have written its first files.
+    return check_existing(jobs[rank::world_size], args.overwrite, args.resume)
 
 
 def find_sources(names: list[str]) -> list[Path]:
@@ -93,6 +95,13 @@ def factor_label(args: argparse.Namespace) -> str:
         return f'{args.size[1]}x{args.size[0]}'
     rows, cols = (f'{factor:.6g}' for factor in args.scale)
     return f'x{rows}' if rows == cols else f'x{rows}x{cols}'
+
+
+def without_results(jobs: list[Job], names: list[str]) -> list[Job]:
+    """Without the images that lie in a given folder because an earlier run of these jobs put them there."""
+    named = {Path(name).resolve() for name in names}
+    results = {path.resolve() for job in jobs for path in (job.target, job.expert_map) if path is not None}
+    return [job for job in jobs if job.source.resolve() in named or job.source.resolve() not in results]
 
 
 def check_collisions(jobs: list[Job]) -> None:

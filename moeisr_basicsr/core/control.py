@@ -33,6 +33,12 @@ def route_by_cost(logits: Tensor, costs: Tensor, cost_weight: float) -> Tensor:
     return (logits.double() - cost_weight * costs.double()).argmax(dim=-1)
 
 
+def route_below(logits: Tensor, costs: Tensor, cost_weight: float) -> Tensor:
+    """`route_by_cost` just below a kappa: ties go to the dearest expert, from which a query has not moved yet."""
+    dearest_first = costs.argsort(descending=True)
+    return dearest_first[route_by_cost(logits[..., dearest_first], costs[dearest_first], cost_weight)]
+
+
 class CostWeight:
     """Routing with a fixed kappa."""
 
@@ -122,10 +128,10 @@ class Budget:
 
     def _route(self, logits: Tensor, costs: Tensor) -> Tensor:
         lower, upper = self.solve()
-        cheap = route_by_cost(logits, costs, upper)
+        cheap = route_below(logits, costs, upper)  # a kappa at an edge counts for the bin above it
         if lower == upper:
             return cheap
-        dear = route_by_cost(logits, costs, lower)
+        dear = route_below(logits, costs, lower)
         extra = (self.costs.to(logits.device)[dear] - self.costs.to(logits.device)[cheap])
         spent = extra.cumsum(0)
         granted = spent <= self.spare * (1 + 1e-12)

@@ -142,7 +142,7 @@ def check_experts(experts: Sequence[Sequence[int]]) -> list[list[int]]:
     """The hidden widths of every expert as lists of positive integers.
 
     Raises:
-        ValueError: There is no expert, or an entry is not a list of positive integers.
+        ValueError: There is no expert or more than 256, or an entry is not a list of positive integers.
     """
     ok = isinstance(experts, Sequence) and not isinstance(experts, str) and len(experts) > 0 and all(
         isinstance(hidden, Sequence) and not isinstance(hidden, str)
@@ -151,4 +151,6 @@ def check_experts(experts: Sequence[Sequence[int]]) -> list[list[int]]:
     if not ok:
         raise ValueError('experts must list the hidden widths of each expert, for example '
                          f'[[256], [256, 256]]; got {experts!r}.')
+    if len(experts) > 256:  # expert maps are bytes
+        raise ValueError(f'there may be 256 experts at most; got {len(experts)}.')
     return [list(hidden) for hidden in experts]

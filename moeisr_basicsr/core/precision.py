@@ -1,6 +1,7 @@
 """Where fp32 must mean fp32."""
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -16,7 +17,12 @@ def full_fp32(device: torch.device) -> Iterator[None]:
             yield
             return
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        allowed = matmul.allow_tf32
+        try:
+            allowed, _ = matmul.allow_tf32, cudnn.allow_tf32
+        except RuntimeError:  # set by the names of PyTorch 2.9, `fp32_precision`: the older ones may not be mixed in
+            with unrounded(matmul), unrounded(cudnn.conv):
+                yield
+            return
         matmul.allow_tf32 = False
         try:
             with cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic,
@@ -24,3 +30,13 @@ def full_fp32(device: torch.device) -> Iterator[None]:
                 yield
         finally:
             matmul.allow_tf32 = allowed
+
+
+@contextmanager
+def unrounded(operation: Any) -> Iterator[None]:
+    """IEEE fp32 for one of PyTorch's operations inside, as it was afterwards."""
+    before, operation.fp32_precision = operation.fp32_precision, 'ieee'
+    try:
+        yield
+    finally:
+        operation.fp32_precision = before

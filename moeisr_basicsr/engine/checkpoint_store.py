@@ -122,7 +122,7 @@ class CheckpointStore:
         """
         moved = []
         for iteration in [iteration for iteration in self.iterations() if iteration > after]:
-            for file in (self.state_path(iteration), *self.models.glob(f'net_*_{iteration}.pth')):
+            for file in (self.state_path(iteration), *self.weights_files(iteration)):
                 folder = file.parent / f'set_aside_{time.strftime("%Y%m%d_%H%M%S")}'
                 folder.mkdir(exist_ok=True)
                 file.replace(folder / file.name)
@@ -132,8 +132,12 @@ class CheckpointStore:
     def remove(self, iteration: int) -> None:
         """Remove a checkpoint, its state first: no state ever stands without its weights."""
         self.state_path(iteration).unlink(missing_ok=True)
-        for file in self.models.glob(f'net_*_{iteration}.pth'):
+        for file in self.weights_files(iteration):
             file.unlink()
+
+    def weights_files(self, iteration: int) -> list[Path]:
+        """The weights of a checkpoint; not the best ones of a metric whose name ends in a number."""
+        return [file for file in self.models.glob(f'net_*_{iteration}.pth') if '_best_' not in file.name]
 
     def iterations(self) -> list[int]:
         """Iterations that have a state file, newest first."""

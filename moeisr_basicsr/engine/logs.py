@@ -171,7 +171,7 @@ class TrainLog:
 
     def step(self, iteration: int, epoch: int, rates: list[float], values: Mapping[str, float], queries: int,
              data_time: float) -> None:
-        """Count one step; at the end of an interval, tell.
+        """Count one step; at the end of an interval and of the run, tell.
 
         Args:
             iteration: Of the run.
@@ -184,7 +184,7 @@ class TrainLog:
         self.steps += 1
         self.queries += queries * self.ranks.world_size
         self.data_time += data_time
-        if iteration % self.interval == 0:
+        if iteration % self.interval == 0 or iteration == self.total:
             self._tell(iteration, epoch, rates, values)
             self.restart()
 

@@ -156,6 +156,9 @@ class Trainer:
             self._step(data, time.perf_counter() - waited)
             self._after_step(total)
         stopped = self._asked_to_stop()
+        if stopped and self.iteration == 0:  # its state could not say what the first iteration does once only
+            self.logger.warning(f'Stopped by signal {stopped} before the first iteration: there is nothing to save.')
+            return exit_codes.of_signal(stopped)
         if self.saved != self.iteration:
             self.save()
         if stopped:

@@ -5,7 +5,7 @@ BasicSR's own `train_pipeline` and the plugin's training loop both drive it. One
 Shapes: B images, C channels, (h, w) LR size, Q queries, (R, S) output size.
 """
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -42,6 +42,7 @@ class ArbitraryScaleModel(SRModel):
     """
 
     whole_batch_losses: tuple[str, ...] = ()  # losses of a part that already stand for the whole batch
+    pretrained: Set[str] = frozenset()  # parameters that came from path: pretrain_network_g
 
     def __init__(self, opt: dict):
         if not torch.cuda.is_available():
@@ -71,7 +72,7 @@ class ArbitraryScaleModel(SRModel):
     def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'):
         """Load weights (.pth or .safetensors) without running code from the file."""
         get_root_logger().info(f'Loading {net.__class__.__name__} from {load_path}, parameters [{param_key}].')
-        load_weights(self.get_bare_model(net), load_path, strict, param_key, leave_out=self.restarted)
+        self.pretrained = load_weights(self.get_bare_model(net), load_path, strict, param_key, leave_out=self.restarted)
 
     @property
     def restarted(self) -> list[str]:

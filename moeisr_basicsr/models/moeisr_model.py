@@ -15,6 +15,7 @@ from moeisr_basicsr.errors import UserError
 
 from .arbitrary_scale_model import ArbitraryScaleModel
 from .batch import Batch
+from .parts import is_in
 from .temperature import check_temperature, temperature_at
 from .training_draws import DrawAhead, DrawKey, batch_draws
 
@@ -63,7 +64,8 @@ class MoEISRModel(ArbitraryScaleModel):
             self.cri_experts = build_loss(train_opt['experts_opt']).to(self.device)
             net.decoder.scores_are_fitted = getattr(self.cri_experts, 'fit_temperature', None) is not None
         # A pretrained mapper keeps its scale, a fitted one has its own; a resumed run never sees the first iteration.
-        fresh = self.opt['path'].get('pretrain_network_g') is None and not net.decoder.scores_are_fitted
+        mapper = {name for name, _ in net.named_parameters() if is_in(name, ['decoder.mapper'])}
+        fresh = not mapper <= self.pretrained and not net.decoder.scores_are_fitted
         self.mapper_spread = float(train_opt.get('mapper_spread', 1.0)) if fresh else 0.0
         self.temperature = train_opt.get('temperature')
         if self.temperature is not None:

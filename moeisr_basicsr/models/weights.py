@@ -59,8 +59,8 @@ def describe_misfits(found: Mapping[str, list[str]]) -> str:
 
 
 def load_weights(net: nn.Module, path: str | os.PathLike, strict: bool = True,
-                 param_key: str | None = 'params', leave_out: Sequence[str] = ()) -> None:
-    """Fill `net` from a file.
+                 param_key: str | None = 'params', leave_out: Sequence[str] = ()) -> set[str]:
+    """Fill `net` from a file; returns the names of what was filled.
 
     Args:
         strict: Every parameter must be there with its shape; otherwise what does not fit is named and left out.
@@ -78,5 +78,6 @@ def load_weights(net: nn.Module, path: str | os.PathLike, strict: bool = True,
     other = found.get('of another shape', [])
     for what, names in found.items():
         get_root_logger().warning(f'{path}: parameters {what}, left alone: {", ".join(names)}')
-    net.load_state_dict({name: value for name, value in weights.items() if name in own and name not in other},
-                        strict=False)
+    fitting = {name: value for name, value in weights.items() if name in own and name not in other}
+    net.load_state_dict(fitting, strict=False)
+    return set(fitting)

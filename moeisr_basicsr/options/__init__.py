@@ -66,8 +66,8 @@ def force(data: dict[str, Any], entry: str, is_train: bool = True) -> tuple[str,
     keys, text = split_force(entry)
     section = data
     for depth, name in enumerate(keys):
-        known, is_open, _ = known_keys(data, keys[:depth], is_train)
-        if name not in section and name not in known and not (is_open and depth == len(keys) - 1):
+        known, is_open, _, item = known_keys(data, keys[:depth], is_train)
+        if name not in section and name not in known and item is None and not (is_open and depth == len(keys) - 1):
             where = f"'{join_keys(keys[:depth])}' has no key" if depth else 'there is no key'
             raise UserError(f"--force_yml {entry}: {where} '{name}'.{did_you_mean(name, [*section, *known])}")
         if depth == len(keys) - 1:

@@ -46,6 +46,8 @@ class Checker:
         for name in ('path', 'logger', *(() if self.is_train else ('val', ))):
             if data.get(name) is None:
                 data[name] = {}
+        if self.is_train and data.get('val') is None:
+            leave_out_validation(data)
         keys = root_keys(data, self.is_train)
         self.model_type(data.get('model_type'))
         self.section(data, keys, ())
@@ -64,14 +66,18 @@ class Checker:
 
     def add(self, keys: KeyPath, message: str) -> None:
         """Note a problem of the value at `keys`."""
-        for depth in range(len(keys), 0, -1):
-            if keys[:depth] in self.forced:
-                where, order = self.forced[keys[:depth]], FORCED_LAST
+        # the value itself, a section around it, or one that an entry for a key in it has made
+        made = [] if keys in self.document.lines else [entry for entry in self.forced if entry[:len(keys)] == keys]
+        for entry in [*(keys[:depth] for depth in range(len(keys), 0, -1)), *(made if keys else [])]:
+            if entry in self.forced:
+                where, order = self.forced[entry], FORCED_LAST
                 break
         else:
             where, order = self.document.where(keys), self.document.line(keys)
         shown = f'{join_keys(keys)}: ' if keys else ''
-        self.problems.append((order, f'{where}: {shown}{message}'))
+        problem = (order, f'{where}: {shown}{message}')
+        if problem not in self.problems:  # of several groups of scale factors, say
+            self.problems.append(problem)
 
     def section(self, data: dict, keys: Resolved, at: KeyPath) -> None:
         """Check the keys of one section."""
@@ -109,8 +115,11 @@ class Checker:
             self.add(at, problem)
         elif isinstance(key.kind, Named):
             item = Key(key.kind.item, '')
-            for entry in value:
-                self.value(value, entry, item, (*at, entry))
+            for entry in list(value):
+                if value[entry] is None and (*at, entry) in self.forced:
+                    del value[entry]  # --force_yml datasets:val_2=none
+                else:
+                    self.value(value, entry, item, (*at, entry))
         elif isinstance(key.kind, (Section, Typed)):
             self.section(value, section_keys(key.kind, value, name), at)
         else:
@@ -122,6 +131,14 @@ class Checker:
             known = list(registry('MODEL').keys())
             self.add(('model_type', ), f'must be the name of a registered model: {", ".join(known)}; got {name!r}.'
                                        f'{did_you_mean(name, known)}')
+
+
+def leave_out_validation(data: dict) -> None:
+    """Without `val` nothing is validated: the folders of such datasets need not be there."""
+    datasets = data.get('datasets')
+    if isinstance(datasets, dict):
+        for phase in [phase for phase in datasets if isinstance(phase, str) and phase.split('_')[0] == 'val']:
+            del datasets[phase]
 
 
 def allowed(kind: Kind, name: str) -> str:
@@ -139,7 +156,7 @@ def known_keys(data: dict, keys: tuple[str, ...], is_train: bool) -> Resolved:
         value = value if isinstance(value, dict) else {}
         kind: Kind = resolved.table[name].kind if name in resolved.table else Kind()
         if isinstance(kind, Named):
-            resolved = Resolved({entry: Key(kind.item, '') for entry in value})
+            resolved = Resolved({entry: Key(kind.item, '') for entry in value}, item=Key(kind.item, ''))
         else:
             resolved = section_keys(kind, value, keys[place])
     return resolved

@@ -184,8 +184,10 @@ class File(Text):
 
     def problem(self, value: Any) -> str | None:
         problem = super().problem(value)
+        if problem is None and Path(value).expanduser().is_dir():
+            return f'{value} is a folder; must be {self.words()}.'
         if problem is None and not Path(value).expanduser().is_file():
-            return f'there is no file {value}{nearest_path(value)}'
+            return f'there is no file {value}{nearest_path(value, Path.is_file)}'
         return problem
 
 
@@ -201,8 +203,10 @@ class Data(Text):
             problems = [self.problem(entry) for entry in value]
             return next((problem for problem in problems if problem), None)
         problem = super().problem(value)
+        if problem is None and Path(value).expanduser().is_file():
+            return f'{value} is a file; must be {self.words()}, of images or an LMDB.'
         if problem is None and not Path(value).expanduser().is_dir():
-            return f'there is no folder {value}{nearest_path(value)}'
+            return f'there is no folder {value}{nearest_path(value, Path.is_dir)}'
         return problem
 
 
@@ -238,15 +242,15 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f'{text[:57]}...'
 
 
-def nearest_path(value: str) -> str:
-    """How far a missing path exists, and what is there that is spelled alike."""
+def nearest_path(value: str, wanted: Callable[[Path], bool]) -> str:
+    """How far a missing path exists, and what is there that is spelled alike; `wanted` is Path.is_file or is_dir."""
     path = Path(value).expanduser()
     parent = path.parent
     while not parent.exists() and parent != parent.parent:
-        path, parent = parent, parent.parent
+        path, parent, wanted = parent, parent.parent, Path.is_dir
     if not parent.is_dir():
         return '.'
-    return f"; {parent.resolve()} has no '{path.name}'.{did_you_mean_file(path)}"
+    return f"; {parent.resolve()} has no '{path.name}'.{did_you_mean_file(path, wanted)}"
 
 
 def kind_of(parameter: inspect.Parameter, annotation: Any) -> Kind:

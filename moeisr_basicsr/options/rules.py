@@ -143,7 +143,7 @@ def shared_layers(options: Mapping, at: KeyPath) -> Problems:
 def experts_loss(data: dict) -> Problems:
     """`experts_opt` is a loss of experts, and gets the answers of all of them."""
     loss, network = section(data, 'train', 'experts_opt'), section(data, 'network_g')
-    if not loss:
+    if not loss or not network:
         return
     entry = registered('LOSS', loss['type']) if isinstance(loss.get('type'), str) else None
     if entry is not None and is_known(entry) and loss['type'] != 'MoEExpertLoss':
@@ -173,7 +173,7 @@ def balance_loss(data: dict) -> Problems:
         yield key, f'must be shares for each of the {len(bounds) + 1} groups of scale_bounds; got {len(target)} lists.'
         return
     for shares in target if by_group else [target] if numbers(target) else []:
-        if isinstance(experts, list) and len(shares) != len(experts):
+        if isinstance(experts, list) and all(map(numbers, experts)) and len(shares) != len(experts):
             yield key, f'must have a share for each of the {len(experts)} experts; got {len(shares)}.'
         elif abs(sum(shares) - 1) > SUM_TOLERANCE:
             yield key, f'must be shares that add up to 1; got {shares}.'

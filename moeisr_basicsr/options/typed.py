@@ -32,7 +32,7 @@ LIMITS: dict[str, Kind] = {
                                    'out_channels', 'embed_dim', 'window_size', 'img_size', 'hidden')},
     **{name: WIDTHS for name in ('hidden_list', 'depths', 'num_heads')},
     'experts': ListOf(WIDTHS),
-    'encoder': Typed('network'),
+    'encoder': Typed('encoder'),
     'decoder': Choice(tuple(FAMILIES)),
     'skip': Choice(SKIPS),
     'expert_grad': Choice(EXPERT_GRADS),
@@ -67,6 +67,7 @@ class Resolved(NamedTuple):
     table: Table
     open: bool = False  # whether unknown keys pass
     elsewhere: Mapping[str, str] = MappingProxyType({})  # keys that are unknown here, and the type that has them
+    item: Key | None = None  # what any further key is, where users choose the names
 
 
 OWN_CLASS = ' A class of your own is known with --import FILE.py.'
@@ -199,8 +200,14 @@ def _names(name: str) -> Callable[[], list[str]]:
     return names
 
 
+def _encoder_names() -> list[str]:
+    """This package's encoders, and the networks of other packages."""
+    return [name for name in _names('ARCH')() if name.endswith('Encoder') or not is_known(registered('ARCH', name))]
+
+
 TYPES: dict[str, Type] = {
     'network': Type('a registered network', _names('ARCH'), _class_keys('ARCH')),
+    'encoder': Type('a registered encoder', _encoder_names, _class_keys('ARCH')),
     'loss': Type('a registered loss', _names('LOSS'), _class_keys('LOSS')),
     'metric': Type('a registered metric', _names('METRIC'), _metric_keys),
     'dataset': Type('a registered dataset', _names('DATASET'), _dataset_keys),
