@@ -121,6 +121,15 @@ def test_seeds_are_one_row_with_half_the_range(page_of):
     assert rows[4][0] == 'moe_seeded'
 
 
+@pytest.mark.parametrize('suffix, control, label', [
+    ('_b0.5', {'budget': 0.5}, 'moe, budget 0.5'), ('_cost_weight_2', {'cost_weight': 2.0}, 'moe, cost weight 2'),
+    ('_shuffled', {'shuffle_experts': True}, 'moe_shuffled, shuffled experts'), ('_long', {}, 'moe_long')])
+def test_seeds_before_the_rest_of_the_name_are_one_row(tmp_path, suffix, control, label):
+    seeds = [results(f'moe_seed{seed}{suffix}', image_row(psnr=30.0 + seed, **control)) for seed in (1, 2)]
+    report = collect(read_sources(write(tmp_path, *seeds)))
+    assert list(report.labels.values()) == [label] and [run.seed for run in report.runs] == ['1', '2']
+
+
 def test_protocols_images_and_inputs_never_mix(page_of):
     """Three files on one dataset that differ in the metric's protocol, the test images, the LR images."""
     other = image_row(psnr=20.0, metric_protocols={'psnr': 'div2k: RGB, shave ceil(s) + 6'})

@@ -18,7 +18,7 @@ from moeisr_basicsr.errors import UserError
 RESULTS_FILE = 'results.json'
 UNKNOWN = 'protocol not recorded'
 BICUBIC = 'bicubic_'  # prefix of the baseline's metrics
-SEED = re.compile(r'(.+)_seed(\d+)')
+SEED = re.compile(r'(.+)_seed(\d+)((?:[_-].+)?)')  # a control may follow
 CONTROL = re.compile(r'(.+)[_-](?:b|budget|k|kappa|cost_weight)[_-]?(-?\d+(?:\.\d+)?)')
 SAME = 1e-6  # bicubic's figures on the same images differ by rounding at most
 
@@ -165,7 +165,7 @@ def model_name(source: Source) -> tuple[str, str]:
     model = source.results.get('model')
     name = model['name'] if model else source.folder.resolve().name
     match = SEED.fullmatch(name)
-    return (match[1], match[2]) if match else (name, '')
+    return (match[1] + match[3], match[2]) if match else (name, '')
 
 
 def make_entry(source: Source, row: dict) -> Entry:
