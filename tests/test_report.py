@@ -166,12 +166,15 @@ def test_bicubic_tells_that_images_differ(page_of):
     assert 'not the same' not in ' '.join(page_of(results('a', first), results('b', first)).texts)
 
 
-def test_means_of_a_file_without_images(page_of):
+def test_means_of_a_file_without_images(page_of, tmp_path):
     mean = {'case': 'mean', 'dataset': 'Set_x2', 'scale': [2, 2], 'count': 5, 'metrics': {'psnr': 33.3}}
     rows = page_of(results('a', mean)).table('Set: psnr')
     assert rows[2][:2] == ['a', '33.30']
     both = page_of(results('a', image_row(), {**mean, 'count': 1})).tables
     assert sum('psnr' in caption for caption in both) == 1  # the images' own means count
+    budget = {**mean, 'budget': 0.5}
+    report = collect(read_sources(write(tmp_path, results('a', image_row(), {**mean, 'count': 1}, budget))))
+    assert [(run.entry.control.budget, run.images[0]['case']) for run in report.runs] == [(None, 'test'), (0.5, 'mean')]
 
 
 def test_costs_and_routing(page_of):

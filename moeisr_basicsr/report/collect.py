@@ -181,16 +181,16 @@ def make_entry(source: Source, row: dict) -> Entry:
 
 
 def runs_of(place: int, source: Source, rows: list[dict], notes: list[str]) -> list[Run]:
-    """The runs of one source; the file's own means stand in where it holds no images."""
+    """The runs of one source; the file's own means stand in for those whose images it does not hold."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         if row['case'] == 'test':
             groups.setdefault((make_entry(source, row), row['dataset'], tuple(row['scale'])), []).append(row)
-    named = {key[1:] for key in groups}
     runs = [make_run(place, source, entry, once_each(images, source, notes), notes)
             for (entry, _, _), images in groups.items()]
     return runs + [make_run(place, source, make_entry(source, row), [row], notes) for row in rows
-                   if row['case'] == 'mean' and (row['dataset'], tuple(row['scale'])) not in named]
+                   if row['case'] == 'mean'
+                   and (make_entry(source, row), row['dataset'], tuple(row['scale'])) not in groups]
 
 
 def once_each(images: list[dict], source: Source, notes: list[str]) -> list[dict]:
