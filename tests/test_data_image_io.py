@@ -32,14 +32,16 @@ def encoded(image, kind, **options):
     return buffer.getvalue()
 
 
-def raw_png(pixels, colour_type, depth):
+def raw_png(pixels, colour_type, depth, transparent=None):
     """A PNG written from its definition, without filters."""
     def chunk(kind, data):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
 
     rows = b''.join(b'\0' + row.astype('>u2' if depth == 16 else np.uint8).tobytes() for row in pixels)
     header = struct.pack('>IIBBBBB', pixels.shape[1], pixels.shape[0], depth, colour_type, 0, 0, 0)
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+    colour = b'' if transparent is None else chunk(b'tRNS', transparent.astype('>u2').tobytes())
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + colour + chunk(b'IDAT', zlib.compress(rows))
+            + chunk(b'IEND', b''))
 
 
 def raw_tiff(pixels, tags=()):
@@ -143,6 +145,18 @@ def test_16_bit_png_keeps_every_bit(channels, colour_type):
         np.testing.assert_array_equal(image.alpha, pixels[..., -1])
     else:
         assert image.alpha is None
+
+
+@pytest.mark.parametrize('channels, colour_type', [(1, 0), (3, 2)])
+def test_a_transparent_16_bit_colour_becomes_alpha(channels, colour_type):
+    pixels = noise(7, 5, channels, depth=16)
+    pixels[0, 0] = pixels[1, 2] ^ 1  # another colour, but for the last bit
+    image = read_image(raw_png(pixels, colour_type, 16, transparent=pixels[1, 2]))
+    expected = np.full((7, 5), 65535, np.uint16)
+    expected[1, 2] = 0
+    np.testing.assert_array_equal(image.alpha, expected, strict=True)
+    np.testing.assert_array_equal(image.rgb, np.broadcast_to(pixels, (7, 5, 3)))
+    assert image.was_grey == (channels == 1)
 
 
 def test_16_bit_tiff():

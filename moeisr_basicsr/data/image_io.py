@@ -324,6 +324,8 @@ def _read_16_bit(image: Image.Image, data: bytes, name: str) -> ImageData:
     pixels = _upright(pixels, orientation)
     has_alpha = pixels.ndim == 3 and pixels.shape[2] == 4
     alpha = np.ascontiguousarray(pixels[..., 3]) if has_alpha else None
+    if pixels.ndim == 2 and 'transparency' in image.info:  # one grey level; OpenCV makes alpha of an RGB colour only
+        alpha = np.where(pixels == image.info['transparency'], 0, 65535).astype(np.uint16)
     rgb = _three_channels(pixels[..., 2::-1] if pixels.ndim == 3 else pixels)  # OpenCV's order is blue, green, red
     if tags.get(TIFF_PHOTOMETRIC) == 0:
         rgb = 65535 - rgb  # white is 0
