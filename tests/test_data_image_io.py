@@ -240,6 +240,9 @@ def test_what_is_no_image_or_not_there(tmp_path):
             read_header(tmp_path / name)
     with pytest.raises(UserError, match="mode 'F'"):
         read_image(encoded(Image.fromarray(np.zeros((3, 3), np.float32)), 'TIFF'), 'float.tif')
+    for read in (read_image, read_header):
+        with pytest.raises(UserError, match='float.tif: .*32-bit and float images are not supported'):
+            read(raw_tiff(np.zeros((3, 3, 3), np.float32), [(339, 3)]), 'float.tif')
 
 
 def test_a_hundred_megapixels_and_a_decompression_bomb(recwarn):

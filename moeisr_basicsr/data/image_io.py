@@ -24,6 +24,7 @@ from .strip_writer import FORMATS, AtomicFile, StripWriter
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.webp', '.bmp')
 MAX_PIXELS = 1 << 30  # OpenCV's own limit; a few bytes of a hostile file could ask for more memory than there is
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANAR, TIFF_EXTRA, ORIENTATION = 258, 262, 284, 338, 274  # tag numbers
+TIFF_STARTS = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # little and big endian; with '+' a BigTIFF
 GREY_MODES = ('1', 'L', 'LA', 'La', 'I;16', 'I;16B', 'I;16L', 'I;16N')
 ALPHA_MODES = ('LA', 'La', 'PA', 'RGBA', 'RGBa')
 COLOUR_MODES = ('P', 'RGB', 'RGBX', 'CMYK', 'YCbCr', 'HSV')
@@ -254,11 +255,15 @@ def _naming(name: str):
 
 def _open(data: bytes | io.BufferedReader, name: str) -> Image.Image:
     """Pillow's image, not decoded yet."""
-    if not (data if isinstance(data, bytes) else data.peek(1)):
+    start = data[:4] if isinstance(data, bytes) else data.peek(4)[:4]
+    if not start:
         raise UserError(f'{name}: the file is empty.')
     try:
         image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
     except Image.UnidentifiedImageError:
+        if start in TIFF_STARTS:
+            raise UserError(f'{name}: a TIFF file whose beginning is damaged, or of an unsupported kind: 32-bit and '
+                            'float images are not supported; store it with 8 or 16 bits.') from None
         raise UserError(f'{name}: not an image that can be read, or its beginning is damaged; '
                         f'{", ".join(suffix[1:] for suffix in SUFFIXES)} can be read.') from None
     if image.width * image.height > MAX_PIXELS:
