@@ -2,6 +2,7 @@
 import errno
 import io
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -26,7 +27,7 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -
         SaveError: The disk is full, read-only or failing; the message names the file and the system's reason.
     """
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     try:
         with open(temporary, 'wb') as file:
             write(file)
@@ -60,7 +61,7 @@ def link_or_copy(source: str | os.PathLike, path: str | os.PathLike) -> Path:
         SaveError: As `write_atomic`.
     """
     source, path = Path(source), Path(path)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     try:
         os.link(source, temporary)
         os.replace(temporary, path)
@@ -71,14 +72,15 @@ def link_or_copy(source: str | os.PathLike, path: str | os.PathLike) -> Path:
     return path
 
 
+def temporary_path(path: Path) -> Path:
+    """A new hidden name beside `path`; short, because a name may be as long as the file system allows."""
+    return path.with_name(f'.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}')
+
+
 def remove_temporaries(folder: str | os.PathLike) -> None:
     """Delete what a killed process left behind in `folder`."""
     for leftover in Path(folder).glob(f'.*{TEMPORARY_SUFFIX}'):
         leftover.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f'.{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}')
 
 
 def _copy(source: Path, file: BinaryIO) -> None:

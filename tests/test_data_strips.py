@@ -82,6 +82,14 @@ def test_no_half_finished_file(tmp_path):
     assert path.read_bytes() != b'old' and len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_longest_name_that_a_folder_holds(tmp_path):
+    path, other_path = (tmp_path / f'{"x" * 251}{suffix}' for suffix in ('.png', '.tif'))  # 255 bytes
+    with StripWriter(path, 4, 4) as writer, StripWriter(other_path, 4, 4) as other:
+        for each in (writer, other):
+            each.write(noise(4, 4, 3))
+    assert sorted(tmp_path.iterdir()) == [path, other_path]
+
+
 def test_a_full_disk_is_a_clear_error(tmp_path):
     full = '/dev/full'
     writer = StripWriter(tmp_path / 'image.png', 600, 600)

@@ -213,6 +213,12 @@ def test_a_branch_that_was_left_is_set_aside_and_not_lost(store):
     assert aside == ['20.state', '30.state', 'net_g_20.pth', 'net_g_30.pth']
 
 
+def test_the_longest_name_that_a_folder_holds(tmp_path):
+    path = atomic_file.write_atomic(tmp_path / ('x' * 255), lambda file: file.write(b'one'))
+    link_or_copy(path, tmp_path / ('y' * 255))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ['x' * 255, 'y' * 255]
+
+
 def test_link_or_copy_gives_an_independent_name(tmp_path, monkeypatch):
     source = tmp_path / 'source'
     for linked in (True, False):

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from moeisr_basicsr.atomic_file import TEMPORARY_SUFFIX
+from moeisr_basicsr.atomic_file import temporary_path
 from moeisr_basicsr.errors import UserError
 
 from .exif import PREFIX
@@ -41,7 +41,7 @@ class AtomicFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.temporary = self.path.with_name(f'.{self.path.name}.{os.getpid()}{TEMPORARY_SUFFIX}')
+        self.temporary = temporary_path(self.path)
         with self.naming():
             self.file: BinaryIO = open(self.temporary, 'wb')
 
