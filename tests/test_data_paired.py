@@ -106,6 +106,19 @@ def test_pairs_that_do_not_fit(pair_folders):
         build_dataset(paired(lq, gt, filename_tmpl='{}x'))
 
 
+def test_two_hr_images_of_one_partner(pair_folders, tmp_path):
+    lq, gt = pair_folders
+    for folder in 'ab':
+        (gt / folder).mkdir()
+        write_image(gt / folder / '1.png', noise(80, 90))
+    (lq / 'ax.png').rename(lq / '1.png')
+    (tmp_path / 'list.txt').write_text('a/1.png\nb/1.png\n')
+    with pytest.raises(UserError, match='b/1.png and a/1.png would both have the partner .*lq/1.png'):
+        build_dataset(paired(lq, gt, meta_info_file=str(tmp_path / 'list.txt')))
+    (tmp_path / 'list.txt').write_text('a/1.png\na/1.png\n')  # one image twice is a choice
+    assert len(build_dataset(paired(lq, gt, meta_info_file=str(tmp_path / 'list.txt')))) == 2
+
+
 def test_paired_lmdb(pair_folders, tmp_path):
     lq, gt = pair_folders
     for name, folder in (('lq', lq), ('gt', gt)):

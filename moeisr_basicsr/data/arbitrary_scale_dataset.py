@@ -158,14 +158,18 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
                 raise self.options.fail(f'{self.lq_source.path(name)} and {by_stem[stem]} could both be the partner of '
                                         'one HR image.')
             by_stem[stem] = name
-        pairs = []
+        pairs, taken = [], {}  # taken: LR name -> its HR image
         for name in self.gt_source.names:
             wanted = template.format(self.stem(name))
             if wanted not in by_stem:
                 near = difflib.get_close_matches(wanted, by_stem, n=1)
                 raise self.options.fail(f'{self.gt_source.path(name)} has no partner {wanted} in {self.lq_source.root}.'
                                         + (f" Nearest: '{by_stem[near[0]]}'; check filename_tmpl." if near else ''))
-            pairs.append((by_stem[wanted], name))
+            partner = by_stem[wanted]
+            if taken.setdefault(partner, name) != name:
+                raise self.options.fail(f'{self.gt_source.path(name)} and {taken[partner]} would both have the partner '
+                                        f'{self.lq_source.path(partner)}.')
+            pairs.append((partner, name))
         return pairs
 
     def stem(self, name: str) -> str:
