@@ -253,6 +253,14 @@ def test_ema_is_fp32_and_follows_its_formula():
     assert model.evaluated_net is model.net_g_ema
 
 
+def test_ema_copies_buffers():
+    model = build_model(model_options())
+    for net, value in ((model.net_g, 1.0), (model.net_g_ema, 0.0)):
+        net.register_buffer('extra', torch.tensor(value))
+    model.model_ema(0.9)
+    assert model.net_g_ema.extra == 1
+
+
 @pytest.mark.parametrize('changes', [{'train:amp': 'bf16'}, {'train:amp': 'fp16'}, {'train:channels_last': True},
                                      {'train:compile': {'backend': 'aot_eager'}}])
 def test_precision_options_train_nearly_as_fp32(changes):

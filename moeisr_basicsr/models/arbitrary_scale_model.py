@@ -202,12 +202,11 @@ class ArbitraryScaleModel(SRModel):
     @torch.no_grad()
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the averaged weights (fp32) towards the current ones; buffers are copied."""
-        current = self.get_bare_model(self.net_g).state_dict()
-        for name, average in self.net_g_ema.state_dict().items():
-            if average.is_floating_point():
-                average.lerp_(current[name].to(average.dtype), 1 - decay)
-            else:
-                average.copy_(current[name])
+        net = self.get_bare_model(self.net_g)
+        for average, current in zip(self.net_g_ema.parameters(), net.parameters()):
+            average.lerp_(current.to(average.dtype), 1 - decay)
+        for copied, current in zip(self.net_g_ema.buffers(), net.buffers()):
+            copied.copy_(current)
 
     @property
     def evaluated_net(self) -> nn.Module:
