@@ -95,6 +95,20 @@ def test_pictures_are_named_by_scale_and_iteration(root):
     assert colors <= {(0, 220, 255), (40, 40, 220)}  # yellow and red, the cheaper and the dearer of two
 
 
+def test_images_of_one_name_in_two_folders(root):
+    for seed, folder in enumerate('ab'):
+        write_images(root / 'val' / folder, 1, (26, 33), seed=seed)
+    (root / 'list.txt').write_text('a/0.png\nb/0.png\n')
+    base = run_yaml(root, **{'datasets:val:meta_info_file': str(root / 'list.txt')})
+    sections = {**{key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path')},
+                'datasets': {'test': base['datasets']['val']}, 'val': {'save_img': True}}
+    assert run_test(parse(root, sections, is_train=False)) == exit_codes.OK
+    rows = schema.load(root / 'results/run/results.json')['rows']
+    assert [row.get('image') for row in rows] == ['a__0', 'b__0', None]
+    names = sorted(path.name for path in (root / 'results/run/visualization/tiny_x2').iterdir())
+    assert names == ['a__0_x2.png', 'b__0_x2.png']
+
+
 def test_expert_colours_follow_the_cost():
     expert_map = torch.tensor([[0, 1, 2, 3]])
     plain = expert_map_picture(expert_map, 4)

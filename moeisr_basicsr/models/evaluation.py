@@ -8,6 +8,7 @@ J experts.
 import math
 from collections.abc import Iterator
 from os import path as osp
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,9 @@ def factor_pair(nominal: float | list[float] | None, lq_size: tuple[int, int],
     return tuple(map(float, nominal)) if isinstance(nominal, (list, tuple)) else (float(nominal), float(nominal))
 
 
-def image_name(paths: list[str]) -> str:
-    """File name without its extension; a batch holds one path."""
-    return osp.splitext(osp.basename(paths[0]))[0]
+def image_name(path: str, root: str | None) -> str:
+    """File name without its extension, behind its folders below the dataset's `root`: 'a__1' for a/1.png."""
+    folders = Path(path).parent.parts
+    above = Path(root).expanduser().parts if root else folders
+    below = folders[len(above):] if folders[:len(above)] == above else ()
+    return osp.splitext('__'.join([*below, osp.basename(path)]))[0]

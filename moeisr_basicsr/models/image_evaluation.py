@@ -94,7 +94,8 @@ class ImageEvaluator:
         nominal = dataset_opt.get('scale') or (None if gt is not None else getattr(net, 'scale', None))
         scale = factor_pair(nominal, tuple(lq.shape[-2:]), tuple(sr.shape[-2:]))
         loads = [] if expert_map is None else expert_loads(expert_map, net.num_experts)
-        record = {'dataset': dataset_opt['name'], 'name': image_name(item['lq_path']), 'scale': scale_label(scale),
+        name = image_name(item['lq_path'][0], dataset_opt.get('dataroot_lq') or dataset_opt.get('dataroot_gt'))
+        record = {'dataset': dataset_opt['name'], 'name': name, 'scale': scale_label(scale),
                   'metrics': {}, 'loads': loads, 'mean_cost': mean_cost(loads, net.expert_costs) if loads else None}
         if gt is not None:
             record['metrics'] = self.measure_all(sr, gt, item['lq'][0], scale, dataset_opt.get('crop_border'))
