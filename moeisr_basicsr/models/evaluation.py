@@ -112,6 +112,6 @@ def factor_pair(nominal: float | list[float] | None, lq_size: tuple[int, int],
 def image_name(path: str, root: str | None) -> str:
     """File name without its extension, behind its folders below the dataset's `root`: 'a__1' for a/1.png."""
     folders = Path(path).parent.parts
-    above = Path(root).expanduser().parts if root else folders
+    above = Path(root).expanduser().parts if isinstance(root, str) else folders  # some datasets take several
     below = folders[len(above):] if folders[:len(above)] == above else ()
     return osp.splitext('__'.join([*below, osp.basename(path)]))[0]
