@@ -54,6 +54,14 @@ def test_differences_are_taken_seed_by_seed(results):
     assert row == ('| Set5 x2 | +0.015 (+0.050 -0.020) | +0.030 (+0.030) |  | 40 40 10 10 | 0.46 0.46 |')
 
 
+def test_crops_are_compared_in_rgb(tmp_path):
+    row = {'case': 'mean', 'dataset': 'DIV2K_valid_crop256_x3.3', 'metrics': {'psnr_rgb': 30.126, 'psnr_y': 31.0}}
+    (tmp_path / 'liif_seed0').mkdir()
+    schema.save(tmp_path / 'liif_seed0' / 'results.json', schema.document('test', ENVIRONMENT, [row]))
+    assert lines(small_tables.factors(small_tables.Results(tmp_path)), 'DIV2K crops x3.3') == [
+        '| DIV2K crops x3.3 |  | 30.13 |  |  |']
+
+
 def test_every_table(results, capsys):
     assert small_tables.main(['--results', str(results)]) == 0
     printed = capsys.readouterr().out
