@@ -82,7 +82,8 @@ def ablation_rows() -> dict[str, Row]:
 
     Compare them at one cost (`test --budget 0.1`): as routed, each has its own.
     """
-    gates = ('train:experts_opt:fit_temperature=~', 'train:experts_opt:routing_weight=8')
+    no_spread = 'train:mapper_spread=0'  # every mapper starts as the fitted ones do
+    gates = ('train:experts_opt:fit_temperature=~', 'train:experts_opt:routing_weight=8', no_spread)
     annealed = f'train:temperature={{type: linear, start: 5.0, end: 0.5, total_iter: {ROUTING_ITERATIONS}}}'
     of_mapper = {
         'mapper_1_layer': ('network_g:mapper:num_layers=1', ),
@@ -94,7 +95,7 @@ def ablation_rows() -> dict[str, Row]:
         'gates': gates,
         'gates_tau_5': (*gates, 'network_g:tau=5.0'),
         'gates_tau_annealed': (*gates, annealed),
-        'straight_through': ('train:experts_opt=~', ),
+        'straight_through': ('train:experts_opt=~', no_spread),
     }
     sharing = {'all': 4, 'first': 1, 'none': 0}  # hidden layers
     return ({f'ablation_{name}': fitted('moeisr_liif_seed0', *changes) for name, changes in of_mapper.items()}
