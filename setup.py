@@ -1,4 +1,5 @@
 """Package metadata. The ranges are open; the versions tested together are in requirements.txt."""
+
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -12,8 +13,9 @@ setup(
     license='Apache-2.0',
     keywords='super-resolution, arbitrary scale, implicit neural representation, mixture of experts, BasicSR',
     packages=find_packages(include=['moeisr_basicsr', 'moeisr_basicsr.*']),
-    package_data={'moeisr_basicsr': ['kernels/csrc/*.cpp', 'kernels/csrc/*.h',
-                                     'weights/*.safetensors', 'weights/*.md']},
+    package_data={
+        'moeisr_basicsr': ['kernels/csrc/*.cpp', 'kernels/csrc/*.h', 'weights/*.safetensors', 'weights/*.md']
+    },
     python_requires='>=3.10,<3.13',  # BasicSR 1.4.2's own setup.py fails on 3.13
     install_requires=[
         'basicsr==1.4.2',  # brings tensorboard under its nightly name, lmdb's and OpenCV's bindings

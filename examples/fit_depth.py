@@ -6,6 +6,7 @@ resolution, where the analytic truth is known.
 
     python examples/fit_depth.py --png depth.png      (with moeisr_basicsr installed; about ten seconds on one core)
 """
+
 import argparse
 import math
 from typing import NamedTuple
@@ -22,6 +23,7 @@ BALANCE_WEIGHT = 0.05  # beside an absolute error of about 0.01; without it one 
 
 class Fit(NamedTuple):
     """The result of `fit`."""
+
     start_rmse: float  # before training, in units of depth
     rmse: float  # at twice the fitted resolution
     shares: list[float]  # part of the pixels that each expert answers
@@ -48,8 +50,13 @@ class DepthField(nn.Module):
     def __init__(self, num_feat: int = 16):
         super().__init__()
         self.feat = nn.Parameter(torch.randn(1, num_feat, *GRID) * 0.1)
-        self.decoder = MoEDecoder(num_feat, out_channels=1, family='liif', experts=[[8], [24], [48, 48]],
-                                  mapper={'num_layers': 1, 'num_feat': 16, 'hidden': 16})
+        self.decoder = MoEDecoder(
+            num_feat,
+            out_channels=1,
+            family='liif',
+            experts=[[8], [24], [48, 48]],
+            mapper={'num_layers': 1, 'num_feat': 16, 'hidden': 16},
+        )
 
 
 def evaluate(field: DepthField, size: tuple[int, int]) -> tuple[float, Tensor, Tensor, Tensor]:
@@ -116,10 +123,15 @@ def main() -> None:
     if args.iterations < 1:
         parser.error(f'--iterations must be at least 1; got {args.iterations}')
     result = fit(args.iterations, verbose=True)
-    print(f'at twice the fitted resolution: RMSE {result.start_rmse:.4f} -> {result.rmse:.4f}, '
-          f'PSNR {-20 * math.log10(result.rmse):.1f} dB (depth spans 0 to 1)')
-    print('pixels per expert, cheap to dear: ' + ', '.join(f'{share:.0%}' for share in result.shares)
-          + f'; mean cost {result.mean_cost:.2f} of the dearest expert alone')
+    print(
+        f'at twice the fitted resolution: RMSE {result.start_rmse:.4f} -> {result.rmse:.4f}, '
+        f'PSNR {-20 * math.log10(result.rmse):.1f} dB (depth spans 0 to 1)'
+    )
+    print(
+        'pixels per expert, cheap to dear: '
+        + ', '.join(f'{share:.0%}' for share in result.shares)
+        + f'; mean cost {result.mean_cost:.2f} of the dearest expert alone'
+    )
     if args.png:
         save_png(args.png, result)
         print(f'picture (truth, fit, experts): {args.png}')

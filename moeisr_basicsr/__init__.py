@@ -4,6 +4,7 @@ Importing this package makes BasicSR run on today's stack (see `compat`) and reg
 registries. That side effect is its purpose: `import moeisr_basicsr` at the top of a script is all that BasicSR's own
 pipelines need.
 """
+
 from moeisr_basicsr import compat
 
 compat.install_shims()  # before anything imports BasicSR

@@ -1,4 +1,5 @@
 """`python -m moeisr_basicsr` is the `basicsr` command."""
+
 import sys
 
 from moeisr_basicsr.cli import main

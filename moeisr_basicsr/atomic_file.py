@@ -1,4 +1,5 @@
 """Files that are either complete or absent: temporary file, fsync, rename, fsync of the folder."""
+
 import errno
 import io
 import os
@@ -37,8 +38,9 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -
         _sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise SaveError(error.errno or errno.EIO,
-                        f'{reason}: cannot write {path}; earlier files are untouched') from error
+        raise SaveError(
+            error.errno or errno.EIO, f'{reason}: cannot write {path}; earlier files are untouched'
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

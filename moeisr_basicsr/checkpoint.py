@@ -3,6 +3,7 @@
 The metadata of a model file has `format` (`moeisr_basicsr`), `format_version` and `network_g`, the options of the
 network as JSON. Reading a file never runs code from it.
 """
+
 import json
 from collections.abc import Mapping
 from os import PathLike
@@ -26,13 +27,15 @@ RESERVED = ('format', 'format_version', 'network_g')  # metadata that `save_mode
 
 class Model(NamedTuple):
     """The content of a model file."""
+
     network_opt: dict[str, Any]  # the YAML's `network_g`
     weights: dict[str, Tensor]
     metadata: dict[str, str]
 
 
-def save_model(path: str | PathLike, weights: nn.Module | Mapping[str, Tensor], network_opt: Mapping[str, Any], /,
-               **notes: str) -> None:
+def save_model(
+    path: str | PathLike, weights: nn.Module | Mapping[str, Tensor], network_opt: Mapping[str, Any], /, **notes: str
+) -> None:
     """Write a model file: complete or not at all.
 
     Args:
@@ -53,8 +56,12 @@ def save_model(path: str | PathLike, weights: nn.Module | Mapping[str, Tensor], 
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     # A clone each: safetensors refuses tensors that share memory.
     state = {name: value.detach().to('cpu', copy=True).contiguous() for name, value in state.items()}
-    metadata = {**notes, 'format': FORMAT, 'format_version': str(FORMAT_VERSION),
-                'network_g': json.dumps(network_opt, sort_keys=True)}
+    metadata = {
+        **notes,
+        'format': FORMAT,
+        'format_version': str(FORMAT_VERSION),
+        'network_g': json.dumps(network_opt, sort_keys=True),
+    }
     content = save(state, metadata)
     write_atomic(path, lambda file: file.write(content))
 
@@ -67,11 +74,15 @@ def read_model(path: str | PathLike, device: str | torch.device = 'cpu') -> Mode
     """
     weights, metadata = read_safetensors(path, device)
     if metadata.get('format') != FORMAT or 'network_g' not in metadata:
-        raise UserError(f"{path} does not say which network its weights belong to: it is no model file of "
-                        "moeisr_basicsr. `basicsr convert` makes one of it, given the network's options.")
+        raise UserError(
+            f'{path} does not say which network its weights belong to: it is no model file of '
+            "moeisr_basicsr. `basicsr convert` makes one of it, given the network's options."
+        )
     if metadata.get('format_version') != str(FORMAT_VERSION):
-        raise UserError(f'{path} has format version {metadata.get("format_version")}; this moeisr_basicsr reads '
-                        f'version {FORMAT_VERSION}. Update moeisr_basicsr.')
+        raise UserError(
+            f'{path} has format version {metadata.get("format_version")}; this moeisr_basicsr reads '
+            f'version {FORMAT_VERSION}. Update moeisr_basicsr.'
+        )
     try:
         network_opt = json.loads(metadata['network_g'])
     except (json.JSONDecodeError, RecursionError) as error:
@@ -79,8 +90,9 @@ def read_model(path: str | PathLike, device: str | torch.device = 'cpu') -> Mode
     return Model(network_opt, weights, metadata)
 
 
-def read_safetensors(path: str | PathLike,
-                     device: str | torch.device = 'cpu') -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(
+    path: str | PathLike, device: str | torch.device = 'cpu'
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights and metadata of any safetensors file.
 
     Raises:
@@ -93,8 +105,10 @@ def read_safetensors(path: str | PathLike,
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, ValueError) as error:
         if Path(path).suffix != '.safetensors':
-            raise UserError(f'{path} is no model file (.safetensors). `basicsr convert {path} -o OUT.safetensors` '
-                            'makes one of a checkpoint.') from error
+            raise UserError(
+                f'{path} is no model file (.safetensors). `basicsr convert {path} -o OUT.safetensors` '
+                'makes one of a checkpoint.'
+            ) from error
         raise UserError(f'{path} is no whole safetensors file: it is damaged or was cut short ({error}).') from error
 
 
@@ -140,8 +154,9 @@ def fill(net: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     gaps = {
         'missing': sorted((own.keys() & parameters) - weights.keys()),
         'unknown': sorted(weights.keys() - own.keys()),
-        'of another shape': sorted(name for name in own.keys() & weights.keys()
-                                   if own[name].shape != weights[name].shape),
+        'of another shape': sorted(
+            name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
+        ),
     }
     found = [f'{len(names)} {what} (such as {names[0]})' for what, names in gaps.items() if names]
     if found:

@@ -6,6 +6,7 @@ Two steps, both safe to repeat, neither touches a file of the installed packages
   of this package (not under `__main__`), because spawned data workers import everything again.
 - `patch_basicsr` replaces single functions of the imported BasicSR. Each replacement says why it is needed.
 """
+
 import contextlib
 import functools
 import importlib
@@ -26,13 +27,20 @@ from moeisr_basicsr.safe_reading import load_torch_file, ordered_yaml, parse_yml
 _LIBRARIES = []
 _ASSIGNMENT = re.compile(r'opt((?:\["[^"\\\[\]]*"\])+)=value')
 # Every module of BasicSR 1.4.2 that calls `torch.load`.
-_LOADING_MODULES = ('basicsr.models.base_model', 'basicsr.train', *(f'basicsr.archs.{name}' for name in (
-    'basicvsr_arch', 'dfdnet_arch', 'inception', 'spynet_arch', 'tof_arch', 'vgg_arch')))
+_LOADING_MODULES = (
+    'basicsr.models.base_model',
+    'basicsr.train',
+    *(
+        f'basicsr.archs.{name}'
+        for name in ('basicvsr_arch', 'dfdnet_arch', 'inception', 'spynet_arch', 'tof_arch', 'vgg_arch')
+    ),
+)
 
 
 def default_device():
     """The `torch.device` to compute on: the current CUDA device if there is one, the CPU otherwise."""
     import torch
+
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
@@ -50,6 +58,7 @@ def _define_torchvision_operators() -> None:
     Names without a kernel are enough: BasicSR never calls these operators, and a call says that it has no kernel.
     """
     import torch
+
     if _LIBRARIES or 'torchvision' in sys.modules or torch.version.cuda or getattr(torch.version, 'hip', None):
         return
     spec = importlib.util.find_spec('torchvision')
@@ -62,7 +71,7 @@ def _define_torchvision_operators() -> None:
     source = registrations.read_text(encoding='utf-8')
     library = torch.library.Library('torchvision', 'FRAGMENT')
     _LIBRARIES.append(library)
-    for name in sorted(set(re.findall(r'''["']torchvision::(\w+)["']''', source))):
+    for name in sorted(set(re.findall(r"""["']torchvision::(\w+)["']""", source))):
         if not hasattr(torch.ops.torchvision, name):
             library.define(f'{name}(Tensor input) -> Tensor')
 
@@ -70,6 +79,7 @@ def _define_torchvision_operators() -> None:
 def _loads(folder: Path) -> bool:
     """Whether torchvision's compiled library loads beside this torch; if so it is loaded, which torchvision repeats."""
     import torch
+
     for path in (path for ending in ('so', 'pyd', 'dylib') for path in folder.glob(f'_C*.{ending}')):
         with contextlib.suppress(OSError):
             torch.ops.load_library(str(path))
@@ -83,6 +93,7 @@ def _restore_functional_tensor() -> None:
     if name in sys.modules:
         return
     from torchvision import transforms
+
     if importlib.util.find_spec(name) is not None:
         with warnings.catch_warnings():  # 0.15 and 0.16 have it, and warn about it
             warnings.simplefilter('ignore')
@@ -98,6 +109,7 @@ def patch_basicsr() -> None:
     """Replace what fails or is unsafe in BasicSR, which this imports; a second call does nothing."""
     install_shims()
     from basicsr.models.base_model import BaseModel
+
     if getattr(BaseModel, '_moeisr_patched', False):
         return
     _patch_options()
@@ -122,14 +134,15 @@ def _assign_option(statement: str) -> None:
     caller = sys._getframe(1).f_locals
     match = _ASSIGNMENT.fullmatch(statement)
     if match is None:
-        raise UserError(f"--force_yml {caller.get('entry')}: write key:key=value with plain key names.")
+        raise UserError(f'--force_yml {caller.get("entry")}: write key:key=value with plain key names.')
     *parents, last = re.findall(r'\["([^"]*)"\]', match.group(1))
     node = caller['opt']
     for key in parents:
         if not isinstance(node, dict) or key not in node:
             known = list(node) if isinstance(node, dict) else []
-            raise UserError(f"--force_yml {caller.get('entry')}: the options have no key '{key}'."
-                            f'{did_you_mean(key, known)}')
+            raise UserError(
+                f"--force_yml {caller.get('entry')}: the options have no key '{key}'.{did_you_mean(key, known)}"
+            )
         node = node[key]
     if not isinstance(node, dict):
         raise UserError(f"--force_yml {caller.get('entry')}: '{parents[-1]}' is a value, it has no key '{last}'.")
@@ -159,12 +172,13 @@ def init_dist(launcher: str, backend: str | None = None, port: int | None = None
     import torch
     import torch.distributed as dist
     import torch.multiprocessing as mp
+
     if launcher == 'slurm':
         _environment_from_slurm(port)
     elif launcher != 'pytorch':
         raise UserError(f"Unknown launcher '{launcher}': choose pytorch or slurm.")
     if missing := [key for key in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if key not in os.environ]:
-        raise UserError(f"--launcher {launcher}: {', '.join(missing)} not set: start the command with torchrun.")
+        raise UserError(f'--launcher {launcher}: {", ".join(missing)} not set: start the command with torchrun.')
     if torch.cuda.is_available():
         # A worker forked after CUDA has started cannot use it, hence spawn, as in BasicSR. Without CUDA the platform's
         # default stays: a forked worker starts in milliseconds, a spawned one imports everything again.
@@ -192,8 +206,12 @@ def _environment_from_slurm(port: int | None) -> None:
     if port is not None:
         os.environ['MASTER_PORT'] = str(port)
     os.environ.setdefault('MASTER_PORT', '29500')
-    os.environ.update(MASTER_ADDR=hosts.stdout.split()[0], WORLD_SIZE=tasks, RANK=rank,
-                      LOCAL_RANK=os.environ.get('SLURM_LOCALID', rank))
+    os.environ.update(
+        MASTER_ADDR=hosts.stdout.split()[0],
+        WORLD_SIZE=tasks,
+        RANK=rank,
+        LOCAL_RANK=os.environ.get('SLURM_LOCALID', rank),
+    )
 
 
 def _patch_devices(base_model: type) -> None:
@@ -208,7 +226,8 @@ def _patch_devices(base_model: type) -> None:
         init(self, opt)
         if self.device.type == 'cuda' and not torch.cuda.is_available():
             from basicsr.utils import get_root_logger
-            get_root_logger().warning(f"num_gpu is {opt['num_gpu']} but there is no CUDA device: using the CPU.")
+
+            get_root_logger().warning(f'num_gpu is {opt["num_gpu"]} but there is no CUDA device: using the CPU.')
             self.device = torch.device('cpu')
 
     @functools.wraps(to_device)
@@ -216,8 +235,9 @@ def _patch_devices(base_model: type) -> None:
         if not self.opt['dist'] or self.device.type == 'cuda':
             return to_device(self, net)
         # The original passes device_ids=[current CUDA device]; on the CPU there must be none.
-        return DistributedDataParallel(net.to(self.device),
-                                       find_unused_parameters=self.opt.get('find_unused_parameters', False))
+        return DistributedDataParallel(
+            net.to(self.device), find_unused_parameters=self.opt.get('find_unused_parameters', False)
+        )
 
     base_model.__init__, base_model.model_to_device = init_on_available_device, model_to_available_device
     train = importlib.import_module('basicsr.train')
@@ -237,6 +257,7 @@ def load_resume_state(opt: dict) -> dict | None:
     optimizers move it to where their parameters are.
     """
     from basicsr.utils import check_resume
+
     path = opt['path'].get('resume_state')
     if opt['auto_resume']:  # looks below the current folder only, as in BasicSR
         folder = Path('experiments', opt['name'], 'training_states')
@@ -256,6 +277,7 @@ def _patch_loading() -> None:
 
     class TorchWithSafeLoad(types.ModuleType):
         """`torch`, except that `load` never unpickles code. Seen by BasicSR's modules only."""
+
         load = staticmethod(functools.partial(load_torch_file, map_location=None))
 
         def __getattr__(self, name):
@@ -270,6 +292,7 @@ def _patch_loading() -> None:
 def _load_url(url: str, progress: bool = True) -> Any:
     """`torch.hub.load_state_dict_from_url` with `weights_only` on every torch."""
     import torch
+
     path = Path(torch.hub.get_dir(), 'checkpoints', url.rpartition('/')[-1])
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

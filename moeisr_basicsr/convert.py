@@ -3,6 +3,7 @@
 Official layout: {'model': {'name', 'args', 'sd'}}, where `args` has the options of the encoder and of the MLP. The
 encoder's names become ours; `sub_mean` and `add_mean`, which the official code never uses, are dropped.
 """
+
 import math
 import re
 from collections.abc import Mapping
@@ -24,10 +25,16 @@ EMBEDDED = 'network_g'  # where a checkpoint of this package says which network 
 
 # Official encoders: our type, our arguments of theirs with their defaults, what we support one value of only.
 ENCODERS: dict[str, tuple[str, dict[str, tuple[str, Any]], dict[str, Any]]] = {
-    'edsr-baseline': ('EDSREncoder', {'num_block': ('n_resblocks', 16), 'num_feat': ('n_feats', 64),
-                                      'res_scale': ('res_scale', 1)}, {}),
-    'edsr': ('EDSREncoder', {'num_block': ('n_resblocks', 32), 'num_feat': ('n_feats', 256),
-                             'res_scale': ('res_scale', 0.1)}, {}),
+    'edsr-baseline': (
+        'EDSREncoder',
+        {'num_block': ('n_resblocks', 16), 'num_feat': ('n_feats', 64), 'res_scale': ('res_scale', 1)},
+        {},
+    ),
+    'edsr': (
+        'EDSREncoder',
+        {'num_block': ('n_resblocks', 32), 'num_feat': ('n_feats', 256), 'res_scale': ('res_scale', 0.1)},
+        {},
+    ),
     'rdn': ('RDNEncoder', {'num_feat': ('G0', 64), 'config': ('RDNconfig', 'B')}, {'RDNkSize': 3}),
     'swinir': ('SwinIREncoder', {}, {}),
 }
@@ -40,9 +47,15 @@ EDSR_NAMES = (
 )
 
 
-def convert(checkpoint: str | PathLike, out: str | PathLike, network_opt: Mapping[str, Any] | None = None,
-            param_key: str | None = None, store: str = 'fp32', notes: Mapping[str, str] | None = None,
-            cost_weight: float = 0.0) -> dict[str, Any]:
+def convert(
+    checkpoint: str | PathLike,
+    out: str | PathLike,
+    network_opt: Mapping[str, Any] | None = None,
+    param_key: str | None = None,
+    store: str = 'fp32',
+    notes: Mapping[str, str] | None = None,
+    cost_weight: float = 0.0,
+) -> dict[str, Any]:
     """Write the model file of a checkpoint.
 
     Args:
@@ -82,8 +95,9 @@ def convert(checkpoint: str | PathLike, out: str | PathLike, network_opt: Mappin
             own_notes['cost_weight'] = str(float(own_notes.get('cost_weight', 0)) + cost_weight)
         save_model(out, stored(net.state_dict(), store, str(checkpoint)), options, **{**own_notes, **(notes or {})})
         return dict(options)
-    raise UserError(f'{problems[0]} Name the options file that the network was trained with by -opt, and what '
-                    '--force_yml changed.')
+    raise UserError(
+        f'{problems[0]} Name the options file that the network was trained with by -opt, and what --force_yml changed.'
+    )
 
 
 @torch.no_grad()
@@ -101,8 +115,9 @@ def move_routing(net: nn.Module, cost_weight: float, source: str) -> None:
     mapper.query_out.bias.sub_(cost_weight * net.expert_costs)
 
 
-def read_checkpoint(checkpoint: Path, param_key: str | None
-                    ) -> tuple[dict[str, Any] | None, dict[str, Tensor], dict[str, str]]:
+def read_checkpoint(
+    checkpoint: Path, param_key: str | None
+) -> tuple[dict[str, Any] | None, dict[str, Tensor], dict[str, str]]:
     """The network's options if the file has them, its weights, and metadata that says where they come from.
 
     Raises:
@@ -135,8 +150,10 @@ def stored(weights: Mapping[str, Tensor], store: str, source: str) -> dict[str, 
     result = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
     for name, value in result.items():
         if value.is_floating_point() and not value.isfinite().all() and weights[name].isfinite().all():
-            raise UserError(f'{source}: {name} has a value of {weights[name].abs().max():.3g}; fp16 goes to '
-                            f'{torch.finfo(dtype).max:.0f}. Store it as fp32.')
+            raise UserError(
+                f'{source}: {name} has a value of {weights[name].abs().max():.3g}; fp16 goes to '
+                f'{torch.finfo(dtype).max:.0f}. Store it as fp32.'
+            )
     return result
 
 
@@ -162,8 +179,10 @@ def basicsr_weights(content: Mapping[str, Any], source: str, key: str | None) ->
     weights = content if key is None else content[key]
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         has = ', '.join(map(str, list(content)[:8])) or 'nothing'
-        raise UserError(f'{source} is of an unknown kind: it has {has}. '
-                        'Known are checkpoints of BasicSR (params, params_ema) and of the official LIIF and LTE code.')
+        raise UserError(
+            f'{source} is of an unknown kind: it has {has}. '
+            'Known are checkpoints of BasicSR (params, params_ema) and of the official LIIF and LTE code.'
+        )
     return {str(name).removeprefix('module.'): value for name, value in weights.items()}
 
 
@@ -189,8 +208,9 @@ def official(model: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dic
     """
     name, args, weights = (model.get(key) for key in ('name', 'args', 'sd'))
     if name not in ('liif', 'lte'):
-        raise UserError(f"{source}: model '{name}' is not supported; liif and lte are."
-                        f'{did_you_mean(str(name), ("liif", "lte"))}')
+        raise UserError(
+            f"{source}: model '{name}' is not supported; liif and lte are.{did_you_mean(str(name), ('liif', 'lte'))}"
+        )
     if not isinstance(args, Mapping) or not isinstance(weights, Mapping):
         raise UserError(f'{source} is no official {name.upper()} checkpoint: its model has no args and sd.')
     for flag in ('local_ensemble', 'feat_unfold', 'cell_decode'):
@@ -200,8 +220,12 @@ def official(model: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dic
     mlp = args.get('imnet_spec')
     if not isinstance(mlp, Mapping) or mlp.get('name') != 'mlp' or not isinstance(mlp.get('args'), Mapping):
         raise UserError(f'{source}: its decoder is no MLP (imnet_spec).')
-    options = {'type': name.upper(), 'encoder': encoder, 'hidden_list': list(mlp['args'].get('hidden_list', ())),
-               'skip': 'bilinear' if name == 'lte' else 'none'}
+    options = {
+        'type': name.upper(),
+        'encoder': encoder,
+        'hidden_list': list(mlp['args'].get('hidden_list', ())),
+        'skip': 'bilinear' if name == 'lte' else 'none',
+    }
     if mlp['args'].get('out_dim', 3) != 3:
         options['out_channels'] = mlp['args']['out_dim']
     if name == 'lte':
@@ -223,8 +247,10 @@ def official_encoder(spec: Any, source: str) -> tuple[dict[str, Any], Any]:
     """Our encoder options, and the function that renames a weight."""
     name = spec.get('name') if isinstance(spec, Mapping) else None
     if name not in ENCODERS:
-        raise UserError(f"{source}: encoder '{name}' is not supported; {', '.join(ENCODERS)} are."
-                        f'{did_you_mean(str(name), ENCODERS)}')
+        raise UserError(
+            f"{source}: encoder '{name}' is not supported; {', '.join(ENCODERS)} are."
+            f'{did_you_mean(str(name), ENCODERS)}'
+        )
     args = spec.get('args') or {}
     kind, arguments, fixed = ENCODERS[name]
     known = {theirs for theirs, _ in arguments.values()} | fixed.keys() | set(IGNORED)

@@ -1,4 +1,5 @@
 """The one exception for mistakes that the user can mend."""
+
 import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,8 +19,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     name, known = str(name), [str(entry) for entry in known]
     begins = sorted((entry for entry in known if len(name) > 2 and entry.lower().startswith(name.lower())), key=len)
-    near = (difflib.get_close_matches(name, known, n=1, cutoff=0.75) or begins
-            or difflib.get_close_matches(name, known, n=1, cutoff=0.5))
+    near = (
+        difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        or begins
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    )
     return f" Did you mean '{near[0]}'?" if near else ''
 
 

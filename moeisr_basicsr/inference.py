@@ -5,6 +5,7 @@ are never held whole; the decoder renders each tile's part of the output. Tiled 
 
 Shapes: B images, C channels, (H, W) LR size, (R, S) output size.
 """
+
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,20 +30,23 @@ PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 class Upscaled(NamedTuple):
     """The result of `upscale`."""
+
     image: Tensor  # (B, C, R, S) fp32, not clamped
     expert_map: Tensor | None  # (B, R, S) uint8, the expert of each output pixel; None for a dense decoder
 
 
 class Strip(NamedTuple):
     """Consecutive rows of an output image."""
+
     top: int
     bottom: int  # one past the last row
     image: Tensor  # (C, r, S) fp32, not clamped
     expert_map: Tensor | None  # (r, S) uint8
 
 
-def target_size(lq_size: tuple[int, int], scale: float | tuple[float, float] | None,
-                size: tuple[int, int] | None) -> tuple[int, int]:
+def target_size(
+    lq_size: tuple[int, int], scale: float | tuple[float, float] | None, size: tuple[int, int] | None
+) -> tuple[int, int]:
     """Output (rows, columns) from exactly one of `scale` and `size`.
 
     Raises:
@@ -56,8 +60,10 @@ def target_size(lq_size: tuple[int, int], scale: float | tuple[float, float] | N
         except ValueError as error:
             raise UserError(str(error)) from None
     if size[0] < lq_size[0] or size[1] < lq_size[1]:
-        raise UserError(f'the output size must be at least the input size of {lq_size[0]} x {lq_size[1]} '
-                        f'(rows x columns); got {size[0]} x {size[1]}.')
+        raise UserError(
+            f'the output size must be at least the input size of {lq_size[0]} x {lq_size[1]} '
+            f'(rows x columns); got {size[0]} x {size[1]}.'
+        )
     return int(size[0]), int(size[1])
 
 
@@ -92,8 +98,9 @@ def make_shuffle(net: nn.Module, size: tuple[int, int], seed: int | None, device
     return Shuffle(size, net.num_experts, seed, device)
 
 
-def encoder_tiles(net: nn.Module, lq_size: tuple[int, int], size: tuple[int, int], tile: int | None
-                  ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def encoder_tiles(
+    net: nn.Module, lq_size: tuple[int, int], size: tuple[int, int], tile: int | None
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Output row spans and column spans, one pair of them per encoder tile.
 
     Args:
@@ -124,7 +131,7 @@ def encode_window(net: nn.Module, lq: Tensor, bounds: tuple[int, int, int, int])
     row0, row1 = aligned(top - halo, bottom + halo, height, multiple)
     col0, col1 = aligned(left - halo, right + halo, width, multiple)
     feat = net.encode(lq[..., row0:row1, col0:col1])
-    return FeatureWindow(feat[..., top - row0:bottom - row0, left - col0:right - col0], top, left, (height, width))
+    return FeatureWindow(feat[..., top - row0 : bottom - row0, left - col0 : right - col0], top, left, (height, width))
 
 
 def aligned(start: int, stop: int, size: int, multiple: int) -> tuple[int, int]:
@@ -148,9 +155,17 @@ def evaluation(net: nn.Module, device_type: str, precision: str) -> Iterator[Non
             module.training = mode
 
 
-def upscale_strips(net: nn.Module, lq: Tensor, size: tuple[int, int], cost_weight: float = 0.0,
-                   budget: float | None = None, tile: int | None = None, precision: str = 'fp32',
-                   shuffle_seed: int | None = None, clock: Clock = nullcontext) -> Iterator[Strip]:
+def upscale_strips(
+    net: nn.Module,
+    lq: Tensor,
+    size: tuple[int, int],
+    cost_weight: float = 0.0,
+    budget: float | None = None,
+    tile: int | None = None,
+    precision: str = 'fp32',
+    shuffle_seed: int | None = None,
+    clock: Clock = nullcontext,
+) -> Iterator[Strip]:
     """Upscale one image, strip by strip from top to bottom, in memory that does not grow with the output.
 
     Args:
@@ -173,8 +188,17 @@ def upscale_strips(net: nn.Module, lq: Tensor, size: tuple[int, int], cost_weigh
     row_spans, col_spans = encoder_tiles(net, lq_size, size, tile)
     with evaluation(net, lq.device.type, precision):
         backend = fused_backend(net.decoder, lq.device, precision) or TORCH
-        renderer = Renderer(net.decoder, size, lq_size, net.test_cell(lq_size, size), control, backend,
-                            device=lq.device, shuffle=shuffle, clock=clock)
+        renderer = Renderer(
+            net.decoder,
+            size,
+            lq_size,
+            net.test_cell(lq_size, size),
+            control,
+            backend,
+            device=lq.device,
+            shuffle=shuffle,
+            clock=clock,
+        )
     strips = render_tiles(net, lq, renderer, row_spans, col_spans)
     while True:
         # Entered anew for each strip: between strips the caller runs, and keeps its own modes.
@@ -185,8 +209,9 @@ def upscale_strips(net: nn.Module, lq: Tensor, size: tuple[int, int], cost_weigh
         yield strip
 
 
-def render_tiles(net: nn.Module, lq: Tensor, renderer: Renderer, row_spans: list[tuple[int, int]],
-                 col_spans: list[tuple[int, int]]) -> Iterator[Strip]:
+def render_tiles(
+    net: nn.Module, lq: Tensor, renderer: Renderer, row_spans: list[tuple[int, int]], col_spans: list[tuple[int, int]]
+) -> Iterator[Strip]:
     """The strips of `upscale_strips`; each step must run under `evaluation`."""
     size = renderer.size
     windows: dict[tuple, FeatureWindow] = {}
@@ -210,25 +235,34 @@ def render_tiles(net: nn.Module, lq: Tensor, renderer: Renderer, row_spans: list
         experts = None if net.num_experts == 1 else torch.empty(band.shape[1:], dtype=torch.uint8, device=lq.device)
         for cols in col_spans:
             for top, bottom, strip in renderer.render(window(rows, cols), rows, cols):
-                band[:, top - rows[0]:bottom - rows[0], cols[0]:cols[1]] = strip.output[0]
+                band[:, top - rows[0] : bottom - rows[0], cols[0] : cols[1]] = strip.output[0]
                 if experts is not None:
-                    experts[top - rows[0]:bottom - rows[0], cols[0]:cols[1]] = strip.expert_map[0]
+                    experts[top - rows[0] : bottom - rows[0], cols[0] : cols[1]] = strip.expert_map[0]
         for top, bottom in spans(*rows, math.ceil((rows[1] - rows[0]) / STRIP_ROWS)):
             part = slice(top - rows[0], bottom - rows[0])
             yield finish(net, lq, size, top, bottom, band[:, part], None if experts is None else experts[None, part])
 
 
-def finish(net: nn.Module, lq: Tensor, size: tuple[int, int], top: int, bottom: int, output: Tensor,
-           expert_map: Tensor | None) -> Strip:
+def finish(
+    net: nn.Module, lq: Tensor, size: tuple[int, int], top: int, bottom: int, output: Tensor, expert_map: Tensor | None
+) -> Strip:
     """Decoder output (C, r, S) and map (1, r, S) of the rows top to bottom as a strip of the image."""
     image = net.add_skip(output.float()[None], lq, size, slice(top, bottom))[0]
     return Strip(top, bottom, image, None if expert_map is None else expert_map[0])
 
 
-def upscale(net: nn.Module, lq: Tensor, scale: float | tuple[float, float] | None = None,
-            size: tuple[int, int] | None = None, cost_weight: float = 0.0, budget: float | None = None,
-            tile: int | None = None, precision: str = 'fp32', shuffle_seed: int | None = None,
-            clock: Clock = nullcontext) -> Upscaled:
+def upscale(
+    net: nn.Module,
+    lq: Tensor,
+    scale: float | tuple[float, float] | None = None,
+    size: tuple[int, int] | None = None,
+    cost_weight: float = 0.0,
+    budget: float | None = None,
+    tile: int | None = None,
+    precision: str = 'fp32',
+    shuffle_seed: int | None = None,
+    clock: Clock = nullcontext,
+) -> Upscaled:
     """Upscale a batch by any factor; each image by itself, so that a budget holds for each.
 
     Args:

@@ -1,4 +1,5 @@
 """Registration by file name, BasicSR's own way, for the folders of this plugin."""
+
 import importlib
 import pkgutil
 from collections.abc import Iterable

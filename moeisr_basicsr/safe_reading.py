@@ -1,4 +1,5 @@
 """Reading what a stranger may have written, YAML and weights: as plain data or not at all. Nothing in a file is run."""
+
 import ast
 import contextlib
 import re
@@ -55,8 +56,9 @@ def _place(node: yaml.Node) -> str:
     return f'{node.start_mark.name}, line {node.start_mark.line + 1}'
 
 
-OrderedPlainLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
-                                   OrderedPlainLoader.construct_ordered_mapping)
+OrderedPlainLoader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, OrderedPlainLoader.construct_ordered_mapping
+)
 OrderedPlainLoader.add_constructor(None, OrderedPlainLoader.refuse_tag)
 
 
@@ -126,5 +128,7 @@ def load_torch_file(path, map_location='cpu', **kwargs) -> Any:
         raise
     except Exception as error:  # a damaged pickle can end in almost any exception, a cut zip in OSError
         # torch's own reason is left out: it advises to read the file with weights_only=False, which runs its code
-        raise UserError(f'{path} is no checkpoint that can be read: it is damaged, another kind of file, or holds more '
-                        'than tensors and plain values. Nothing in it was run.') from error
+        raise UserError(
+            f'{path} is no checkpoint that can be read: it is damaged, another kind of file, or holds more '
+            'than tensors and plain values. Nothing in it was run.'
+        ) from error

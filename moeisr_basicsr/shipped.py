@@ -3,6 +3,7 @@
 The folder is the list, and what there is to know of a model stands in its file's metadata. Only which one is the
 default is said here.
 """
+
 from pathlib import Path
 
 from moeisr_basicsr.checkpoint import read_model
@@ -31,9 +32,11 @@ def find_model(model: str | None) -> Path:
     path = Path(model)
     if model in known:
         if path.is_file():
-            raise UserError(f"'{model}' is a model that comes with the package and a file in the current folder. Write "
-                            f'./{model} for the file; for the other, the path that `basicsr models {model} --path` '
-                            'prints.')
+            raise UserError(
+                f"'{model}' is a model that comes with the package and a file in the current folder. Write "
+                f'./{model} for the file; for the other, the path that `basicsr models {model} --path` '
+                'prints.'
+            )
         return shipped_file(model)
     if not path.is_file():
         shipped = f'; the models that come with the package are {", ".join(known)}' if known else ''
@@ -51,8 +54,10 @@ def default() -> str:
     if DEFAULT in known:
         return DEFAULT
     others = f' or one of {", ".join(known)}' if known else ''
-    raise UserError('no default model comes with this installation; name a model file: --model FILE.safetensors'
-                    f'{others}. `basicsr convert` makes a model file of a checkpoint.')
+    raise UserError(
+        'no default model comes with this installation; name a model file: --model FILE.safetensors'
+        f'{others}. `basicsr convert` makes a model file of a checkpoint.'
+    )
 
 
 def shipped_file(name: str) -> Path:
@@ -69,8 +74,9 @@ def shipped_file(name: str) -> Path:
     try:
         read_model(path)  # milliseconds: all of them together are small
     except UserError as error:
-        raise UserError(f"the model '{name}' that comes with the package cannot be used: {error} Install "
-                        'moeisr_basicsr again.') from error
+        raise UserError(
+            f"the model '{name}' that comes with the package cannot be used: {error} Install moeisr_basicsr again."
+        ) from error
     return path
 
 

@@ -1,4 +1,5 @@
 """What `benchmark_decode.py` times, how long it may take, and its remarks."""
+
 import statistics
 import time
 from collections.abc import Callable
@@ -19,8 +20,16 @@ class Case:
         guess: At most this part of the whole plain algorithm's time, to know whether there is time for it.
     """
 
-    def __init__(self, name: str, work: Callable[[], object], fraction: float = 1.0, loads: str | None = None,
-                 backend: Backend | None = None, precision: str = 'fp32', guess: float = 0.0):
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[], object],
+        fraction: float = 1.0,
+        loads: str | None = None,
+        backend: Backend | None = None,
+        precision: str = 'fp32',
+        guess: float = 0.0,
+    ):
         self.name, self.work, self.fraction, self.guess = name, work, fraction, guess
         self.loads, self.backend, self.precision = loads, backend, precision
         self.times: list[float] = []

@@ -12,6 +12,7 @@ of the decoder (`train-whole-...`: with the encoder) against the naive sum of fo
 but the peak in MiB beyond input, features and output. A large MALLOC_MMAP_THRESHOLD_ in the environment speeds up the
 plain algorithm's temporaries: run it with and without; --json keeps which.
 """
+
 import time
 
 START = time.perf_counter()  # --quick counts the imports too
@@ -27,6 +28,8 @@ from pathlib import Path  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 import torch  # noqa: E402
+from benchmark_case import Case, Clock, note  # noqa: E402
+from liif_peer import load_peer  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moeisr_basicsr.analysis import schema  # noqa: E402
@@ -44,12 +47,9 @@ from moeisr_basicsr.errors import UserError  # noqa: E402
 from moeisr_basicsr.inference import evaluation  # noqa: E402
 from moeisr_basicsr.kernels import fused_backend  # noqa: E402
 
-from benchmark_case import Case, Clock, note  # noqa: E402
-from liif_peer import load_peer  # noqa: E402
-
 QUICK_SECONDS = 44  # of 50, so that a case in progress can end
 SMALL_CHUNK = 10000  # the plain algorithm is faster with it, but 30000 is its authors' default
-MAPS = {'uniform': (0.25, ) * 4, '50/25/15/10': (0.5, 0.25, 0.15, 0.1)}
+MAPS = {'uniform': (0.25,) * 4, '50/25/15/10': (0.5, 0.25, 0.15, 0.1)}
 SKEWED = '50/25/15/10'
 LIMITS = {'fp32': 1e-5, 'bf16': 4e-3}  # largest difference to the plain algorithm on the [0, 1] scale
 CHECKED_PIXELS = 4000
@@ -112,8 +112,15 @@ class Benchmark:
         print(f'{name} x{scale:g} {ratio:.4g}', flush=True)
         self.rows.append({'case': name, 'scale': [float(scale)] * 2, 'ratio': float(ratio), **row})
 
-    def render(self, feat: Tensor, size: tuple[int, int], backend: Backend, precision: str, expert_map: Tensor | None,
-               with_mapper: bool = False) -> Tensor:
+    def render(
+        self,
+        feat: Tensor,
+        size: tuple[int, int],
+        backend: Backend,
+        precision: str,
+        expert_map: Tensor | None,
+        with_mapper: bool = False,
+    ) -> Tensor:
         """One decode with a given map, or of the dense decoder: (3, R, S)."""
         decoder = self.dense if expert_map is None else self.moe
         with evaluation(self.net, self.device.type, precision):
@@ -134,17 +141,24 @@ class Benchmark:
             count = QUICK_PIXELS // chunk if self.args.quick else math.ceil(pixels / chunk)
             part = min(count * chunk / pixels, 1.0)
             if self.peer is not None:
-                cases.append(Case(f'peer-{chunk}', lambda c=chunk, n=count: self.peer(self.feat, size, c, n), part,
-                                  guess=part))
-            cases.append(Case(f'plain-{chunk}', lambda c=chunk, n=count: plain_image(
-                self.dense, 0, self.feat, size, make_cell(size), c, n), part, guess=part))
+                cases.append(
+                    Case(f'peer-{chunk}', lambda c=chunk, n=count: self.peer(self.feat, size, c, n), part, guess=part)
+                )
+            cases.append(
+                Case(
+                    f'plain-{chunk}',
+                    lambda c=chunk, n=count: plain_image(self.dense, 0, self.feat, size, make_cell(size), c, n),
+                    part,
+                    guess=part,
+                )
+            )
         return cases
 
     def decode_cases(self, size: tuple[int, int], maps: dict[str, Tensor], few: bool) -> list[Case]:
         """Our decoders and whole upscales, what matters most first; `few` keeps the fused dense and skewed ones."""
         cases = []
         for name in (SKEWED, None) if few else (SKEWED, None, 'whole', 'uniform'):
-            for code in ('fused', ) if few else ('fused', 'torch'):
+            for code in ('fused',) if few else ('fused', 'torch'):
                 for precision in self.args.precisions:
                     what = 'dense' if name is None else 'moe'
                     backend = self.backend(code, what, precision)
@@ -154,13 +168,26 @@ class Benchmark:
                     guess = self.macs(size, SKEWED if name == 'whole' else name) / plain_query_macs(self.dense, 0)
                     guess = guess if code == 'torch' else guess / 3
                     if name == 'whole':
-                        cases.append(Case(f'whole-{code}-moe-{SKEWED}-{precision}', lambda b=backend, p=precision:
-                                          self.whole(size, b, p, maps[SKEWED]), precision=precision, guess=2 * guess))
+                        cases.append(
+                            Case(
+                                f'whole-{code}-moe-{SKEWED}-{precision}',
+                                lambda b=backend, p=precision: self.whole(size, b, p, maps[SKEWED]),
+                                precision=precision,
+                                guess=2 * guess,
+                            )
+                        )
                         continue
                     label = 'dense' if name is None else f'moe-{name}'
-                    cases.append(Case(f'{code}-{label}-{precision}', lambda b=backend, p=precision, n=name:
-                                      self.render(self.feat, size, b, p, maps.get(n)),
-                                      loads=name, backend=backend, precision=precision, guess=guess))
+                    cases.append(
+                        Case(
+                            f'{code}-{label}-{precision}',
+                            lambda b=backend, p=precision, n=name: self.render(self.feat, size, b, p, maps.get(n)),
+                            loads=name,
+                            backend=backend,
+                            precision=precision,
+                            guess=guess,
+                        )
+                    )
         return cases
 
     def check_equal(self, case: Case, scale: float) -> None:
@@ -183,8 +210,10 @@ class Benchmark:
         expected = plain_pixels(decoder, feat, size, make_cell(size), pixels, experts.to(self.device))
         case.difference = float((output[:, pixels].t() - expected).abs().max()) / 2  # [-1, 1] to [0, 1]
         limit = LIMITS[case.precision]
-        note(f'equal {case.name} x{scale:g}: largest difference {case.difference:.2e} of at most {limit:g}, '
-             f'outputs spread {float(expected.std()) / 2:.2g}')
+        note(
+            f'equal {case.name} x{scale:g}: largest difference {case.difference:.2e} of at most {limit:g}, '
+            f'outputs spread {float(expected.std()) / 2:.2g}'
+        )
         assert case.difference <= limit, f'{case.name} x{scale:g} differs by {case.difference} from the plain algorithm'
 
     def run_scale(self, scale: float, few: bool) -> None:
@@ -204,9 +233,19 @@ class Benchmark:
             row = {} if case.backend is None else {'macs': {'total': self.macs(size, case.loads)}}
             if case.loads is not None:
                 row['routing'] = {'loads': list(MAPS[case.loads])}
-            self.report(case.name, scale, before / case.ms, time_ms={'total': case.ms}, repeats=rounds,
-                        baseline=('whole-' if is_whole else '') + plain.name, lq_size=list(self.lq_size),
-                        size=list(size), difference=case.difference, precision=case.precision, **row)
+            self.report(
+                case.name,
+                scale,
+                before / case.ms,
+                time_ms={'total': case.ms},
+                repeats=rounds,
+                baseline=('whole-' if is_whole else '') + plain.name,
+                lq_size=list(self.lq_size),
+                size=list(size),
+                difference=case.difference,
+                precision=case.precision,
+                **row,
+            )
         self.report_efficiency(scale, size, done)
         if not few and self.clock.fits():
             self.report_agreement(scale, size)
@@ -246,8 +285,13 @@ class Benchmark:
                 dense, moe = (done.get(f'{code}-{what}-{precision}') for what in ('dense', f'moe-{SKEWED}'))
                 if dense is not None and moe is not None:
                     saved = self.macs(size, None) / self.macs(size, SKEWED)
-                    self.report(f'mac-efficiency-{code}-{precision}', scale, dense.ms / moe.ms / saved,
-                                baseline=dense.name, notes=f'on paper {saved:.3f}')
+                    self.report(
+                        f'mac-efficiency-{code}-{precision}',
+                        scale,
+                        dense.ms / moe.ms / saved,
+                        baseline=dense.name,
+                        notes=f'on paper {saved:.3f}',
+                    )
 
     def report_agreement(self, scale: float, size: tuple[int, int]) -> None:
         """Whether the fused mapper sends pixels where the torch one does; both are fp32."""
@@ -275,26 +319,50 @@ class Benchmark:
         if not self.clock.fits(time.perf_counter() - start):
             return note('skipped train: no time left')
         lq = torch.rand(batch, 3, PATCH, PATCH, device=self.device)
-        cases = [Case(name, lambda form=name: steps.run(form), guess=1.0)
-                 for name in ('plain-naive', 'exact', 'sampled', 'naive')]
+        cases = [
+            Case(name, lambda form=name: steps.run(form), guess=1.0)
+            for name in ('plain-naive', 'exact', 'sampled', 'naive')
+        ]
         cases.append(Case('encoder', lambda: self.net.encode(lq).sum().backward(), guess=1.0))
         rounds = self.take_turns(cases, SCALE)
         plain, *forms, encoder = cases
-        details = {'repeats': rounds, 'count': batch, 'lq_size': [PATCH, PATCH],
-                   'notes': f'{QUERIES} queries per image'}
+        details = {
+            'repeats': rounds,
+            'count': batch,
+            'lq_size': [PATCH, PATCH],
+            'notes': f'{QUERIES} queries per image',
+        }
         for case in forms:
             if case.times:
-                self.report(f'train-{case.name}', SCALE, plain.ms / case.ms, time_ms={'total': case.ms},
-                            baseline='train-plain-naive', **details)
+                self.report(
+                    f'train-{case.name}',
+                    SCALE,
+                    plain.ms / case.ms,
+                    time_ms={'total': case.ms},
+                    baseline='train-plain-naive',
+                    **details,
+                )
             if case.times and encoder.times:
-                self.report(f'train-whole-{case.name}', SCALE, (plain.ms + encoder.ms) / (case.ms + encoder.ms),
-                            time_ms={'total': case.ms + encoder.ms}, baseline='train-whole-plain-naive', **details)
+                self.report(
+                    f'train-whole-{case.name}',
+                    SCALE,
+                    (plain.ms + encoder.ms) / (case.ms + encoder.ms),
+                    time_ms={'total': case.ms + encoder.ms},
+                    baseline='train-whole-plain-naive',
+                    **details,
+                )
 
     def run_memory(self) -> None:
         """512x512 at x8, in a process of its own: nothing else is in its memory."""
         side = self.args.memory_lq_size
-        command = [sys.executable, str(Path(__file__).with_name('decode_memory.py')), '--lq-size', str(side),
-                   '--threads', str(torch.get_num_threads())]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name('decode_memory.py')),
+            '--lq-size',
+            str(side),
+            '--threads',
+            str(torch.get_num_threads()),
+        ]
         for precision, budget in [*((entry, []) for entry in self.args.precisions), ('fp32', ['--budget', '0.3'])]:
             child = subprocess.run([*command, '--precision', precision, *budget], capture_output=True, text=True)
             if child.returncode:
@@ -303,8 +371,15 @@ class Benchmark:
             if result['mib'] is None:
                 return note('skipped memory: this system does not say how much a process used')
             name = f'memory-mib-{result["code"]}-{"budget-" if budget else ""}{precision}'
-            self.report(name, 8, result['mib'], precision=precision, peak_mib={'decode': result['mib']},
-                        lq_size=[side, side], routing={'loads': result['loads']})
+            self.report(
+                name,
+                8,
+                result['mib'],
+                precision=precision,
+                peak_mib={'decode': result['mib']},
+                lq_size=[side, side],
+                routing={'loads': result['loads']},
+            )
 
 
 def checked_pixels(size: tuple[int, int]) -> Tensor:
@@ -315,8 +390,8 @@ def checked_pixels(size: tuple[int, int]) -> Tensor:
     distance = torch.stack([row, rows - 1 - row, col, cols - 1 - col]).amin(0).flatten()
     border = (distance < 3).nonzero().squeeze(1)
     generator = torch.Generator().manual_seed(0)
-    border = border[torch.randperm(len(border), generator=generator)[:CHECKED_PIXELS // 2]]
-    inside = torch.randint(rows * cols, (CHECKED_PIXELS // 2, ), generator=generator)
+    border = border[torch.randperm(len(border), generator=generator)[: CHECKED_PIXELS // 2]]
+    inside = torch.randint(rows * cols, (CHECKED_PIXELS // 2,), generator=generator)
     return torch.cat([border, inside]).unique()
 
 
@@ -328,9 +403,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--lq-size', type=int, default=128, metavar='N', help='input pixels per side (default 128)')
     parser.add_argument('--precisions', nargs='+', choices=tuple(LIMITS), default=list(LIMITS))
     parser.add_argument('--repeats', type=int, default=3, metavar='N', help='rounds (default 3)')
-    parser.add_argument('--shared-layers', type=int, choices=range(5), default=0,
-                        help="leading hidden layers that the experts have in common: 0 as in the paper (default), 4 as "
-                             "in this package's recipes")
+    parser.add_argument(
+        '--shared-layers',
+        type=int,
+        choices=range(5),
+        default=0,
+        help='leading hidden layers that the experts have in common: 0 as in the paper (default), 4 as '
+        "in this package's recipes",
+    )
     parser.add_argument('--peer', metavar='DIR', help='a checkout of yinboc/liif: the ratios are against its own code')
     parser.add_argument('--train', action='store_true', help='training steps too')
     parser.add_argument('--memory', action='store_true', help='peak memory too (always without --quick)')

@@ -6,6 +6,7 @@ package that it half copied from a complete one.
 
 The file keeps to old syntax, so that an old Python reaches the message that says which Python is needed.
 """
+
 from __future__ import print_function
 
 import hashlib
@@ -51,8 +52,14 @@ def environment():
     env = dict(os.environ)
     for name in ('PYTHONHOME', 'PYTHONPATH', 'BASICSR_EXT'):  # BASICSR_EXT would compile CUDA extensions
         env.pop(name, None)
-    env.update(PATH=venv_bin() + os.pathsep + env.get('PATH', os.defpath), VIRTUAL_ENV=VENV, PYTHONNOUSERSITE='1',
-               PIP_USER='0', PIP_DISABLE_PIP_VERSION_CHECK='1', PIP_NO_INPUT='1')
+    env.update(
+        PATH=venv_bin() + os.pathsep + env.get('PATH', os.defpath),
+        VIRTUAL_ENV=VENV,
+        PYTHONNOUSERSITE='1',
+        PIP_USER='0',
+        PIP_DISABLE_PIP_VERSION_CHECK='1',
+        PIP_NO_INPUT='1',
+    )
     # Threads that spin while they wait make a step many times slower where other programs use the same cores.
     env.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     return env
@@ -150,11 +157,16 @@ def _supported_python():
     for version in reversed(SUPPORTED):
         path = shutil.which('python{}.{}'.format(*version)) if hasattr(shutil, 'which') else None
         if path and _succeeds([path, '-c', check]):
-            print('Python {}.{} is not supported; using {}'.format(sys.version_info[0], sys.version_info[1], path),
-                  flush=True)
+            print(
+                'Python {}.{} is not supported; using {}'.format(sys.version_info[0], sys.version_info[1], path),
+                flush=True,
+            )
             return path
-    raise SetupError('Python 3.10, 3.11 or 3.12 is needed; this is {}.{} ({}) and no other was found.'.format(
-        sys.version_info[0], sys.version_info[1], sys.executable))
+    raise SetupError(
+        'Python 3.10, 3.11 or 3.12 is needed; this is {}.{} ({}) and no other was found.'.format(
+            sys.version_info[0], sys.version_info[1], sys.executable
+        )
+    )
 
 
 def _install():
@@ -202,6 +214,7 @@ def _only_one():
     with open(os.path.join(ROOT, '.venv.lock'), 'w') as handle:
         if os.name != 'nt':
             import fcntl
+
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

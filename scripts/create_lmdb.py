@@ -6,6 +6,7 @@
 Sub-images make training fast: an item then decodes a quarter of a megapixel instead of a whole photograph. An
 interrupted run goes on with --resume.
 """
+
 import argparse
 import json
 import multiprocessing
@@ -19,14 +20,14 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-import cv2  # noqa: E402
-import lmdb  # noqa: E402
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import cv2
+import lmdb
+import numpy as np
+from tqdm import tqdm
 
-from moeisr_basicsr.data.image_io import is_image_name, read_image  # noqa: E402
-from moeisr_basicsr.data.resize import imresize  # noqa: E402
-from moeisr_basicsr.errors import UserError  # noqa: E402
+from moeisr_basicsr.data.image_io import is_image_name, read_image
+from moeisr_basicsr.data.resize import imresize
+from moeisr_basicsr.errors import UserError
 
 NOTE = b'\0'  # first byte of bookkeeping records; image keys are printable
 SETTINGS = NOTE + b'settings'
@@ -36,6 +37,7 @@ JPEG_SUFFIXES = ('.jpg', '.jpeg')
 
 class Job(NamedTuple):
     """One source file and what to do with it."""
+
     path: str
     key: str
     crop: int | None
@@ -49,6 +51,7 @@ class Job(NamedTuple):
 
 class Record(NamedTuple):
     """One image of the LMDB."""
+
     key: str
     png: bytes
     shape: tuple[int, int, int]
@@ -56,6 +59,7 @@ class Record(NamedTuple):
 
 class Made(NamedTuple):
     """What a source file gave."""
+
     key: str
     records: list[Record]
     notes: list[str]  # what was left out: 'flat', 'alpha', 'damaged'
@@ -67,19 +71,38 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('-o', '--output', required=True, help='the LMDB to make; its name ends in .lmdb')
     parser.add_argument('--crop', type=int, help='cut images into squares of this size; smaller images stay whole')
     parser.add_argument('--step', type=int, help='distance between squares (default: half of --crop)')
-    parser.add_argument('--thresh', type=int, default=0,
-                        help='a rest of more than this at the border gets a square of its own (default: 0)')
-    parser.add_argument('--jpeg-shrink', type=float, default=1.0,
-                        help='shrink JPEG files by this factor, which hides their artefacts; try 2 (default: 1)')
-    parser.add_argument('--min-detail', type=float, default=0.0,
-                        help='leave out images or squares whose mean difference between neighbouring pixels, of 255, '
-                             'is below this; 2 to 4 drops sky and blur (default: 0, keep all)')
-    parser.add_argument('--compress-level', type=int, default=1, choices=range(10), metavar='0..9',
-                        help='of PNG; 0 reads fastest and takes about twice the room (default: 1)')
+    parser.add_argument(
+        '--thresh',
+        type=int,
+        default=0,
+        help='a rest of more than this at the border gets a square of its own (default: 0)',
+    )
+    parser.add_argument(
+        '--jpeg-shrink',
+        type=float,
+        default=1.0,
+        help='shrink JPEG files by this factor, which hides their artefacts; try 2 (default: 1)',
+    )
+    parser.add_argument(
+        '--min-detail',
+        type=float,
+        default=0.0,
+        help='leave out images or squares whose mean difference between neighbouring pixels, of 255, '
+        'is below this; 2 to 4 drops sky and blur (default: 0, keep all)',
+    )
+    parser.add_argument(
+        '--compress-level',
+        type=int,
+        default=1,
+        choices=range(10),
+        metavar='0..9',
+        help='of PNG; 0 reads fastest and takes about twice the room (default: 1)',
+    )
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes (default: all cores)')
     parser.add_argument('--resume', action='store_true', help='go on with an interrupted run of the same settings')
-    parser.add_argument('--skip-damaged', action='store_true',
-                        help='leave out files that cannot be read, and list them')
+    parser.add_argument(
+        '--skip-damaged', action='store_true', help='leave out files that cannot be read, and list them'
+    )
     args = parser.parse_args(argv)
     if not args.output.endswith('.lmdb'):
         raise UserError(f'--output: {args.output} must end in .lmdb, which BasicSR asks for.')
@@ -109,8 +132,17 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
             if key in jobs:
                 raise UserError(f'{path} and {jobs[key].path} would have the same name in the LMDB; rename one.')
             step = args.step or max((args.crop or 2) // 2, 1)
-            jobs[key] = Job(str(path), key, args.crop, step, args.thresh, args.jpeg_shrink, args.min_detail,
-                            args.compress_level, args.skip_damaged)
+            jobs[key] = Job(
+                str(path),
+                key,
+                args.crop,
+                step,
+                args.thresh,
+                args.jpeg_shrink,
+                args.min_detail,
+                args.compress_level,
+                args.skip_damaged,
+            )
     return list(jobs.values())
 
 
@@ -131,7 +163,7 @@ def pieces(image: np.ndarray, job: Job) -> Iterator[tuple[str, np.ndarray]]:
     for top in positions(image.shape[0], job.crop, job.step, job.thresh):
         for left in positions(image.shape[1], job.crop, job.step, job.thresh):
             number += 1
-            yield f'{job.key}_s{number:03d}', image[top:top + job.crop, left:left + job.crop]
+            yield f'{job.key}_s{number:03d}', image[top : top + job.crop, left : left + job.crop]
 
 
 def detail(image: np.ndarray) -> float:
@@ -161,8 +193,9 @@ def make(job: Job) -> Made:
             notes.append('flat')
             continue
         stored = part[..., :1] if source.was_grey else part[..., ::-1]  # OpenCV's order
-        done, png = cv2.imencode('.png', np.ascontiguousarray(stored),
-                                 [cv2.IMWRITE_PNG_COMPRESSION, job.compress_level])
+        done, png = cv2.imencode(
+            '.png', np.ascontiguousarray(stored), [cv2.IMWRITE_PNG_COMPRESSION, job.compress_level]
+        )
         assert done, key
         records.append(Record(key, png.tobytes(), stored.shape))
     return Made(job.key, records, notes)
@@ -189,8 +222,9 @@ class Database:
                 transaction.put(SETTINGS, text.encode())
         if before is not None and before.decode() != text:
             self.environment.close()
-            raise UserError(f'{self.folder} was begun with other settings ({before.decode()}); use those, or remove '
-                            'it.')
+            raise UserError(
+                f'{self.folder} was begun with other settings ({before.decode()}); use those, or remove it.'
+            )
 
     def notes(self) -> dict[str, dict]:
         """Finished source files: key -> {'lines': lines of meta_info.txt, 'notes': what was left out}."""
@@ -234,8 +268,10 @@ class Database:
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = {name: getattr(args, name) for name in ('folders', 'crop', 'step', 'thresh', 'jpeg_shrink', 'min_detail',
-                                                       'compress_level', 'skip_damaged')}
+    settings = {
+        name: getattr(args, name)
+        for name in ('folders', 'crop', 'step', 'thresh', 'jpeg_shrink', 'min_detail', 'compress_level', 'skip_damaged')
+    }
     build(find_jobs(args), settings, args.output, args.resume, args.workers)
 
 

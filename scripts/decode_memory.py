@@ -3,6 +3,7 @@
 Prints one JSON object: `mib`, the peak beyond input, features and output (null where the system cannot say), `code`
 ('torch' or 'fused'), and `loads`, the experts' shares of the pixels.
 """
+
 import argparse
 import json
 import sys
@@ -10,15 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-import torch  # noqa: E402
+import torch
 
-from moeisr_basicsr.analysis.measure import PeakMeter  # noqa: E402
-from moeisr_basicsr.archs.moeisr_arch import MoEISR  # noqa: E402
-from moeisr_basicsr.core import output_size  # noqa: E402
-from moeisr_basicsr.core.control import Budget  # noqa: E402
-from moeisr_basicsr.core.render import TORCH, FeatureWindow, Renderer  # noqa: E402
-from moeisr_basicsr.inference import evaluation  # noqa: E402
-from moeisr_basicsr.kernels import fused_backend  # noqa: E402
+from moeisr_basicsr.analysis.measure import PeakMeter
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
+from moeisr_basicsr.core import output_size
+from moeisr_basicsr.core.control import Budget
+from moeisr_basicsr.core.render import TORCH, FeatureWindow, Renderer
+from moeisr_basicsr.inference import evaluation
+from moeisr_basicsr.kernels import fused_backend
 
 
 def main() -> None:
@@ -53,8 +54,16 @@ def main() -> None:
             for top, bottom, strip in renderer.render(window, rows, (0, size[1])):
                 output[:, top:bottom] = strip.output[0]
                 loads += torch.bincount(strip.expert_map.flatten(), minlength=net.num_experts) / (size[0] * size[1])
-    print(json.dumps({'mib': meter.read() if meter.works else None, 'code': 'torch' if backend is None else 'fused',
-                      'loads': loads.tolist(), 'checksum': float(output.sum() + lq.sum())}))
+    print(
+        json.dumps(
+            {
+                'mib': meter.read() if meter.works else None,
+                'code': 'torch' if backend is None else 'fused',
+                'loads': loads.tolist(),
+                'checksum': float(output.sum() + lq.sum()),
+            }
+        )
+    )
 
 
 if __name__ == '__main__':

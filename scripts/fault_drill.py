@@ -6,6 +6,7 @@
 Trains a tiny network in processes of its own and kills them, cuts off checkpoints, fills the disk, and hands in hostile
 files. Every row says what came of it; the exit code is 1 if one of them failed. About 10 minutes on 2 cores.
 """
+
 import argparse
 import json
 import os
@@ -29,7 +30,7 @@ import yaml  # noqa: E402
 TRAIN_IMAGES, VAL_IMAGES = 8, 2
 LIMIT_S = 300  # no single attempt may take longer
 # Stands in for a full disk where no small file system can be mounted: after so many bytes, checkpoints fail.
-FULL_DISK = '''
+FULL_DISK = """
 import errno, os, sys
 from moeisr_basicsr import atomic_file
 room, whole_open = [int(sys.argv[1])], open
@@ -41,7 +42,7 @@ def small_open(path, mode):
 atomic_file.open = small_open
 from moeisr_basicsr.cli import main
 sys.exit(main(sys.argv[2:]))
-'''
+"""
 
 
 class Drill:
@@ -69,38 +70,80 @@ class Drill:
         dataset = {'type': 'ArbitraryScaleImageDataset', 'dataroot_gt': str(self.folder)}
         encoder = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
         options = {
-            'name': name, 'model_type': 'MoEISRModel', 'num_gpu': 0, 'manual_seed': 1,
-            'network_g': {'type': 'MoEISR', 'encoder': encoder, 'experts': [[8], [8, 8]],
-                          'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8}},
+            'name': name,
+            'model_type': 'MoEISRModel',
+            'num_gpu': 0,
+            'manual_seed': 1,
+            'network_g': {
+                'type': 'MoEISR',
+                'encoder': encoder,
+                'experts': [[8], [8, 8]],
+                'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8},
+            },
             'datasets': {
-                'train': {**dataset, 'name': 'train', 'meta_info_file': str(self.work / 'train.txt'), 'lq_size': 16,
-                          'sample_q': 256, 'batch_size_per_gpu': batch, 'num_worker_per_gpu': 2,
-                          'dataset_enlarge_ratio': 9},
-                'val': {**dataset, 'name': 'val', 'meta_info_file': str(self.work / 'val.txt'), 'scale': 3.3}},
+                'train': {
+                    **dataset,
+                    'name': 'train',
+                    'meta_info_file': str(self.work / 'train.txt'),
+                    'lq_size': 16,
+                    'sample_q': 256,
+                    'batch_size_per_gpu': batch,
+                    'num_worker_per_gpu': 2,
+                    'dataset_enlarge_ratio': 9,
+                },
+                'val': {**dataset, 'name': 'val', 'meta_info_file': str(self.work / 'val.txt'), 'scale': 3.3},
+            },
             'path': {},
-            'train': {'total_iter': self.iterations, 'ema_decay': 0.99, 'warmup_iter': 20,
-                      'optim_g': {'type': 'AdamW', 'lr': 1e-3},
-                      'scheduler': {'type': 'CosineAnnealingLR', 'T_max': self.iterations},
-                      'pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 'reduction': 'mean'},
-                      'balance_opt': {'type': 'MoEBalanceLoss', 'loss_weight': 0.1},
-                      'temperature': {'type': 'cosine', 'start': 5.0, 'end': 1.0, 'total_iter': self.iterations},
-                      **train},
+            'train': {
+                'total_iter': self.iterations,
+                'ema_decay': 0.99,
+                'warmup_iter': 20,
+                'optim_g': {'type': 'AdamW', 'lr': 1e-3},
+                'scheduler': {'type': 'CosineAnnealingLR', 'T_max': self.iterations},
+                'pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 'reduction': 'mean'},
+                'balance_opt': {'type': 'MoEBalanceLoss', 'loss_weight': 0.1},
+                'temperature': {'type': 'cosine', 'start': 5.0, 'end': 1.0, 'total_iter': self.iterations},
+                **train,
+            },
             'val': {'val_freq': 60, 'metrics': {'psnr': {'type': 'calculate_psnr_sr'}}},
-            'logger': {'print_freq': 1, 'save_checkpoint_freq': 7}}
+            'logger': {'print_freq': 1, 'save_checkpoint_freq': 7},
+        }
         path = self.work / f'{name}.yml'
         path.write_text(yaml.safe_dump(options, sort_keys=False))
         return path
 
-    def start(self, name: str, *arguments: str, ranks: int = 1, restarts: int = 0,
-              folder: Path | None = None) -> subprocess.Popen:
+    def start(
+        self, name: str, *arguments: str, ranks: int = 1, restarts: int = 0, folder: Path | None = None
+    ) -> subprocess.Popen:
         """`basicsr train` in a process group of its own, with its experiments below `folder`."""
-        torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', f'--max-restarts={restarts}',
-                    '--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0']
-        command = [sys.executable, *(torchrun if ranks > 1 else []), '-m', 'moeisr_basicsr', 'train', '-opt',
-                   str(self.work / f'{name}.yml'), *(['--launcher', 'pytorch'] if ranks > 1 else []), *arguments]
+        torchrun = [
+            '-m',
+            'torch.distributed.run',
+            f'--nproc_per_node={ranks}',
+            f'--max-restarts={restarts}',
+            '--rdzv-backend=c10d',
+            '--rdzv-endpoint=localhost:0',
+        ]
+        command = [
+            sys.executable,
+            *(torchrun if ranks > 1 else []),
+            '-m',
+            'moeisr_basicsr',
+            'train',
+            '-opt',
+            str(self.work / f'{name}.yml'),
+            *(['--launcher', 'pytorch'] if ranks > 1 else []),
+            *arguments,
+        ]
         with open(self.work / f'{name}.out', 'a') as output:
-            return subprocess.Popen(command, cwd=folder or self.work, stdout=output, stderr=output,
-                                    start_new_session=True, env=environment())
+            return subprocess.Popen(
+                command,
+                cwd=folder or self.work,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=environment(),
+            )
 
     def run(self, name: str, *arguments: str, ranks: int = 1, folder: Path | None = None) -> int:
         """The same, to its end: the exit code."""
@@ -122,10 +165,13 @@ class Drill:
 
     def same_weights(self, name: str, other: str) -> bool:
         """Whether two runs ended with the same bits, in the weights and in their average."""
-        one, two = (torch.load(self.experiment(run) / 'models' / f'net_g_{self.iterations}.pth', weights_only=True)
-                    for run in (name, other))
-        return all(torch.equal(one[part][key], two[part][key]) for part in ('params', 'params_ema')
-                   for key in one[part])
+        one, two = (
+            torch.load(self.experiment(run) / 'models' / f'net_g_{self.iterations}.pth', weights_only=True)
+            for run in (name, other)
+        )
+        return all(
+            torch.equal(one[part][key], two[part][key]) for part in ('params', 'params_ema') for key in one[part]
+        )
 
     def reference(self) -> str:
         """A run that nothing disturbs; trained once."""
@@ -197,7 +243,7 @@ class Drill:
             victim /= f'{self.iterations}.state' if place % 2 == 0 else f'net_g_{self.iterations}.pth'
             whole = victim.read_bytes()
             lengths.append(self.random.randrange(1, len(whole)) if place else 0)
-            victim.write_bytes(whole[:lengths[-1]])
+            victim.write_bytes(whole[: lengths[-1]])
             check(self.run(name, '--auto_resume') == 0, f'cut at {lengths[-1]}: the run failed')
             output = (self.work / f'{name}.out').read_text()
             check('is not usable, going back' in output, f'cut at {lengths[-1]}: nothing was reported')
@@ -209,8 +255,12 @@ class Drill:
         name, small = 'full_disk', self.work / 'small'
         self.options(name)
         small.mkdir()
-        mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(small)],
-                                 capture_output=True).returncode == 0
+        mounted = (
+            subprocess.run(
+                ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(small)], capture_output=True
+            ).returncode
+            == 0
+        )
         try:
             if mounted:
                 (small / 'ballast').write_bytes(bytes(500_000))
@@ -231,8 +281,10 @@ class Drill:
         finally:
             if mounted:
                 subprocess.run(['umount', str(small)], check=False)
-        return (f'{"tmpfs of 1 MiB" if mounted else "injected ENOSPC"}: exit code 1, one clear line, '
-                f'{len(kept)} older checkpoints intact')
+        return (
+            f'{"tmpfs of 1 MiB" if mounted else "injected ENOSPC"}: exit code 1, one clear line, '
+            f'{len(kept)} older checkpoints intact'
+        )
 
     def processes(self) -> str:
         """One process with a batch of 4 against two with a batch of 2."""
@@ -248,8 +300,10 @@ class Drill:
             for one, two in zip(*lines):
                 values = one['metrics'] if one['kind'] == 'validation' else one
                 others = two['metrics'] if one['kind'] == 'validation' else two
-                largest = max([largest] + [abs(values[key] - others[key]) for key in values
-                                           if key in ('psnr', 'l_pix', 'l_balance')])
+                largest = max(
+                    [largest]
+                    + [abs(values[key] - others[key]) for key in values if key in ('psnr', 'l_pix', 'l_balance')]
+                )
         check(largest < 1e-5, f'losses differ by {largest:.1e}')
         return f'20 losses and the validation after them differ by at most {largest:.1e}, also in two parts per batch'
 
@@ -279,14 +333,21 @@ class Drill:
         (self.work / 'bomb.state').write_bytes(pickle.dumps({'iter': 1, 'optimizers': Bomb(marker)}))
         force = ['-opt', str(plain), '--force_yml']
         code = f'__import__("os").mkdir("{marker}")'
-        cases = {'YAML tag': ['-opt', str(tagged)],
-                 '--force_yml': [*force, f'name"]={code}#=1'],
-                 '--force_yml value': [*force, f'datasets:train:scale_range=[{code}]'],
-                 'weights': [*force, f'path:pretrain_network_g={self.work}/bomb.pth'],
-                 'resume state': [*force, f'path:resume_state={self.work}/bomb.state']}
+        cases = {
+            'YAML tag': ['-opt', str(tagged)],
+            '--force_yml': [*force, f'name"]={code}#=1'],
+            '--force_yml value': [*force, f'datasets:train:scale_range=[{code}]'],
+            'weights': [*force, f'path:pretrain_network_g={self.work}/bomb.pth'],
+            'resume state': [*force, f'path:resume_state={self.work}/bomb.state'],
+        }
         for what, arguments in cases.items():
-            done = subprocess.run([sys.executable, '-m', 'moeisr_basicsr', 'train', *arguments], cwd=self.work,
-                                  env=environment(), capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, '-m', 'moeisr_basicsr', 'train', *arguments],
+                cwd=self.work,
+                env=environment(),
+                capture_output=True,
+                text=True,
+            )
             check(not marker.exists(), f'{what}: code was run')
             check(done.returncode == 2 and 'Traceback' not in done.stderr, f'{what}: exit code {done.returncode}')
             errors = [line for line in done.stderr.splitlines() if line.startswith('basicsr: error')]
@@ -316,7 +377,7 @@ class Bomb:
         self.path = str(path)
 
     def __reduce__(self):
-        return os.mkdir, (self.path, )
+        return os.mkdir, (self.path,)
 
 
 def check(passed: bool, message: str) -> None:
@@ -346,6 +407,7 @@ def synthetic_images(folder: Path) -> list[Path]:
     """Smooth random images, for a drill without photographs."""
     import cv2
     import numpy as np
+
     folder.mkdir()
     rng = np.random.default_rng(0)
     paths = [folder / f'{number:02}.png' for number in range(TRAIN_IMAGES + VAL_IMAGES)]
@@ -357,8 +419,9 @@ def synthetic_images(folder: Path) -> list[Path]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split('\n\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument('--images', type=Path, help='folder of PNG or JPEG photographs; made-up images without it')
     parser.add_argument('--work', type=Path, help='where the runs go; without it a temporary folder')
     parser.add_argument('--kills', type=int, default=20, help='number of random SIGKILLs')
@@ -377,8 +440,9 @@ def main() -> int:
         if args.images is None:
             images = synthetic_images(work / 'images')
         else:
-            images = sorted(path.resolve() for path in args.images.iterdir()
-                            if path.suffix.lower() in ('.png', '.jpg', '.jpeg'))
+            images = sorted(
+                path.resolve() for path in args.images.iterdir() if path.suffix.lower() in ('.png', '.jpg', '.jpeg')
+            )
         if len(images) < TRAIN_IMAGES + VAL_IMAGES:
             print(f'{args.images}: at least {TRAIN_IMAGES + VAL_IMAGES} images are needed.', file=sys.stderr)
             return 2

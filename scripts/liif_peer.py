@@ -1,4 +1,5 @@
 """The official LIIF code (github.com/yinboc/liif) as a function, from a checkout that the user has."""
+
 import sys
 import types
 from collections.abc import Callable
@@ -32,6 +33,7 @@ def load_peer(folder: str, dense: MoEDecoder, device: torch.device) -> Callable[
     sys.modules.setdefault('tensorboardX', writer)
     sys.path.insert(0, str(Path(folder).resolve()))
     import models
+
     encoder = {'name': 'edsr-baseline', 'args': {'no_upsampling': True}}  # not run: both decode the same features
     imnet = {'name': 'mlp', 'args': {'out_dim': 3, 'hidden_list': [256] * 4}}
     peer = models.make({'name': 'liif', 'args': {'encoder_spec': encoder, 'imnet_spec': imnet}}).to(device).eval()
@@ -43,7 +45,12 @@ def load_peer(folder: str, dense: MoEDecoder, device: torch.device) -> Callable[
         cell = make_cell(size, device).expand_as(coord)
         peer.feat = feat
         stop = min(chunk * count, coord.shape[1])
-        return torch.cat([peer.query_rgb(coord[:, at:min(at + chunk, stop)], cell[:, at:min(at + chunk, stop)])
-                          for at in range(0, stop, chunk)], dim=1)
+        return torch.cat(
+            [
+                peer.query_rgb(coord[:, at : min(at + chunk, stop)], cell[:, at : min(at + chunk, stop)])
+                for at in range(0, stop, chunk)
+            ],
+            dim=1,
+        )
 
     return decode

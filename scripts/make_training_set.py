@@ -9,6 +9,7 @@ source, by its pixels and by a perceptual hash that survives re-encoding and res
 picture are left out (Set5's `woman` is one of BSDS500's training images). Beside the LMDB, NAME.json keeps the SHA-256
 of every source file and of the result.
 """
+
 import argparse
 import hashlib
 import json
@@ -41,6 +42,7 @@ SAME_PICTURE = 40
 
 class Fingerprint(NamedTuple):
     """What tells whether two files hold the same picture."""
+
     path: str
     pixels: str  # SHA-256 of size and RGB values
     bits: np.ndarray  # (256,) bool, difference hash of the luma
@@ -88,8 +90,9 @@ def find_jobs(root: Path, output: str) -> list[create_lmdb.Job]:
         folders = [str(root / name) for name in names]
         return create_lmdb.find_jobs(create_lmdb.parse_arguments([*folders, '-o', output, *options]))
 
-    photographs = jobs_of(PHOTOGRAPHS, '--crop', str(CROP), '--step', str(STEP), '--thresh', str(REST), '--min-detail',
-                          str(MIN_DETAIL))
+    photographs = jobs_of(
+        PHOTOGRAPHS, '--crop', str(CROP), '--step', str(STEP), '--thresh', str(REST), '--min-detail', str(MIN_DETAIL)
+    )
     return jobs_of(WHOLE) + [job._replace(jpeg_shrink=shrink_factor(Path(job.path))) for job in photographs]
 
 
@@ -115,22 +118,37 @@ def run(args: argparse.Namespace) -> None:
     jobs = find_jobs(root, args.output)
     tests = images_in(root / name for name in TEST_SETS)
     if not tests:
-        raise UserError(f'{root} holds none of the test sets {", ".join(TEST_SETS)}; without them nothing shows that '
-                        'no test image is among the training images.')
+        raise UserError(
+            f'{root} holds none of the test sets {", ".join(TEST_SETS)}; without them nothing shows that '
+            'no test image is among the training images.'
+        )
     same, least = same_pictures([Path(job.path) for job in jobs], tests)
     for source, test in same.items():
         print(f'{source} is left out: it shows the test image {test}.')
     jobs = [job for job in jobs if Path(job.path) not in same]
-    settings = {'script': Path(__file__).name, 'longest': LONGEST, 'least_shrink': LEAST_SHRINK, 'crop': CROP,
-                'step': STEP, 'thresh': REST, 'min_detail': MIN_DETAIL}
+    settings = {
+        'script': Path(__file__).name,
+        'longest': LONGEST,
+        'least_shrink': LEAST_SHRINK,
+        'crop': CROP,
+        'step': STEP,
+        'thresh': REST,
+        'min_detail': MIN_DETAIL,
+    }
     create_lmdb.build(jobs, settings, args.output, args.resume, args.workers)
-    record = {**settings, 'content_sha256': content_sha256(args.output), 'compared_with_test_images': len(tests),
-              'left_out': {_below(root, source): _below(root, test) for source, test in same.items()},
-              'sources': {_below(root, job.path): sha256(job.path) for job in jobs}}
+    record = {
+        **settings,
+        'content_sha256': content_sha256(args.output),
+        'compared_with_test_images': len(tests),
+        'left_out': {_below(root, source): _below(root, test) for source, test in same.items()},
+        'sources': {_below(root, job.path): sha256(job.path) for job in jobs},
+    }
     log = Path(args.output).with_suffix('.json')
     write_atomic(log, lambda file: file.write(json.dumps(record, indent=1, sort_keys=True).encode() + b'\n'))
-    print(f'{len(tests)} test images compared; the nearest pair that is left differs in {least} of {HASH_SIDE**2} '
-          f'bits. Checksums: {log}')
+    print(
+        f'{len(tests)} test images compared; the nearest pair that is left differs in {least} of {HASH_SIDE**2} '
+        f'bits. Checksums: {log}'
+    )
     print(f'content SHA-256 {record["content_sha256"]}')
 
 

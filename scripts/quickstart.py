@@ -6,6 +6,7 @@ is written below the current folder, to `experiments/quickstart`.
 
 Exit code 0 if the network beats bicubic by the gains of `EXPECTED_GAINS`, 1 if it does not or a step failed.
 """
+
 import json
 import os
 import sys
@@ -27,23 +28,26 @@ def main():
     for step in (train, convert, upscale):
         code = step()
         if code != 0:
-            print('Quickstart stopped: the step "{}" ended with exit code {}.'.format(step.__name__, code))
+            print(f'Quickstart stopped: the step "{step.__name__}" ended with exit code {code}.')
             return code
     too_low = report(validation_results())
-    print('Pictures, in {}:'.format(os.path.abspath(EXPERIMENT)))
+    print(f'Pictures, in {os.path.abspath(EXPERIMENT)}:')
     print('  visualization/   each validation photograph at x2, x3.3 and x4, and the map of the experts that made it')
-    print('  {}   a photograph enlarged by {}'.format(enlarged_name(), FACTOR))
+    print(f'  {enlarged_name()}   a photograph enlarged by {FACTOR}')
     print('  {}   its map of experts'.format(enlarged_name('_experts')))
-    print('Finished in {:.0f} s.'.format(time.time() - start))
+    print(f'Finished in {time.time() - start:.0f} s.')
     for scale, gain in too_low:
-        print('Error: the gain at {} is {:.2f} dB, expected at least {:.2f} dB.'.format(
-            scale, gain, EXPECTED_GAINS[scale]), file=sys.stderr)
+        print(
+            f'Error: the gain at {scale} is {gain:.2f} dB, expected at least {EXPECTED_GAINS[scale]:.2f} dB.',
+            file=sys.stderr,
+        )
     return 1 if too_low else 0
 
 
 def basicsr(*arguments):
     """Run the `basicsr` command in this process."""
     from moeisr_basicsr.cli import main as command
+
     print('\n$ basicsr ' + ' '.join(arguments), flush=True)
     return command(list(arguments))
 
@@ -52,7 +56,7 @@ def train():
     """Train and validate, with the photographs' folders as absolute paths."""
     val = os.path.join(ASSETS, 'val')
     folders = {'train': os.path.join(ASSETS, 'train'), 'val': val, 'val_2': val, 'val_3': val}
-    overrides = ['datasets:{}:dataroot_gt={}'.format(name, path) for name, path in folders.items()]
+    overrides = [f'datasets:{name}:dataroot_gt={path}' for name, path in folders.items()]
     return basicsr('train', '-opt', OPTIONS, '--force_yml', *overrides)
 
 
@@ -63,8 +67,17 @@ def convert():
 
 def upscale():
     """Enlarge one validation photograph by a factor that is no whole number."""
-    return basicsr('upscale', os.path.join(ASSETS, 'val', PHOTOGRAPH + '.png'), '--model', model_file(),
-                   '--scale', FACTOR, '--expert-map', '-o', os.path.join(EXPERIMENT, enlarged_name()))
+    return basicsr(
+        'upscale',
+        os.path.join(ASSETS, 'val', PHOTOGRAPH + '.png'),
+        '--model',
+        model_file(),
+        '--scale',
+        FACTOR,
+        '--expert-map',
+        '-o',
+        os.path.join(EXPERIMENT, enlarged_name()),
+    )
 
 
 def model_file():
@@ -74,7 +87,7 @@ def model_file():
 
 def enlarged_name(suffix=''):
     """The file name of the enlarged photograph."""
-    return '{}_x{}{}.png'.format(PHOTOGRAPH, FACTOR, suffix)
+    return f'{PHOTOGRAPH}_x{FACTOR}{suffix}.png'
 
 
 def validation_results():
@@ -88,12 +101,15 @@ def validation_results():
 def report(results):
     """Print the table; returns (scale, gain) of each gain that is too low."""
     print('\nThree photographs that were not trained on, PSNR of luma in dB:')
-    print('{:>6} {:>9} {:>9} {:>7}   {}'.format('scale', 'bicubic', 'MoEISR', 'gain',
-                                                'share of each expert, cheap to dear'))
+    print(
+        '{:>6} {:>9} {:>9} {:>7}   {}'.format(
+            'scale', 'bicubic', 'MoEISR', 'gain', 'share of each expert, cheap to dear'
+        )
+    )
     too_low = []
     for result in results:
         psnr, bicubic = result['metrics']['psnr'], result['metrics']['bicubic_psnr']
-        shares = '  '.join('{:4.0%}'.format(load) for load in result['loads'])
+        shares = '  '.join(f'{load:4.0%}' for load in result['loads'])
         print('{:>6} {:9.2f} {:9.2f} {:+7.2f}   {}'.format(result['scale'], bicubic, psnr, psnr - bicubic, shares))
         if not psnr - bicubic >= EXPECTED_GAINS[result['scale']]:  # also when it is not a number
             too_low.append((result['scale'], psnr - bicubic))
@@ -104,8 +120,9 @@ def report(results):
 def in_environment():
     """Run this script again with the environment's Python."""
     threads = str(min(MAX_THREADS, os.cpu_count() or 1))
-    return bootstrap.run([os.path.abspath(__file__)] + sys.argv[1:],
-                         {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', threads)})
+    return bootstrap.run(
+        [os.path.abspath(__file__)] + sys.argv[1:], {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', threads)}
+    )
 
 
 if __name__ == '__main__':

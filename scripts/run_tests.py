@@ -3,6 +3,7 @@
 Without `-n` the test files are spread over two processes with one thread each. The exit code is pytest's; no test at
 all counts as a failure.
 """
+
 import os
 import sys
 

@@ -9,6 +9,7 @@ Measured is the file that is shipped. The first step may be left out and the che
 says factors and iterations, --force_yml what the training changed of it. The card follows scripts/model_card.md: change
 the text there, and run this again. `moeisr_basicsr/shipped.py` names the default model; the tests check every file.
 """
+
 import argparse
 import json
 import re
@@ -19,18 +20,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from moeisr_basicsr import shipped  # noqa: E402
-from moeisr_basicsr.analysis import schema  # noqa: E402
-from moeisr_basicsr.analysis.model_summary import psnr_of, results_of, summarize_model  # noqa: E402
-from moeisr_basicsr.atomic_file import link_or_copy, write_atomic  # noqa: E402
-from moeisr_basicsr.convert import STORES, convert  # noqa: E402
-from moeisr_basicsr.errors import UserError  # noqa: E402
-from moeisr_basicsr.options import force, read_yaml  # noqa: E402
+from moeisr_basicsr import shipped
+from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.analysis.model_summary import psnr_of, results_of, summarize_model
+from moeisr_basicsr.atomic_file import link_or_copy, write_atomic
+from moeisr_basicsr.convert import STORES, convert
+from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.options import force, read_yaml
 
 TEMPLATE = Path(__file__).with_name('model_card.md')
 DATA = 'BSDS500 (training and test splits) and high-resolution photographs'
-LICENSE = ('Apache-2.0, as the code. The training images have terms of their own, see Data; whether those reach '
-           'weights that were trained on them is for every user to judge.')
+LICENSE = (
+    'Apache-2.0, as the code. The training images have terms of their own, see Data; whether those reach '
+    'weights that were trained on them is for every user to judge.'
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,15 +54,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('checkpoint', help='model file, or .pth of the training')
     parser.add_argument('--name', required=True, help='what users write after --model')
     parser.add_argument('--recipe', required=True, metavar='YAML', help='options file of the training')
-    parser.add_argument('--results', required=True, metavar='JSON', help="results.json of `basicsr test` on this model")
-    parser.add_argument('--force_yml', nargs='+', default=[], metavar='KEY:KEY=VALUE',
-                        help='the changes of the recipe that the training had')
+    parser.add_argument('--results', required=True, metavar='JSON', help='results.json of `basicsr test` on this model')
+    parser.add_argument(
+        '--force_yml',
+        nargs='+',
+        default=[],
+        metavar='KEY:KEY=VALUE',
+        help='the changes of the recipe that the training had',
+    )
     parser.add_argument('--then', metavar='YAML', help='options file of the training that went on from the first')
     parser.add_argument('--store', choices=STORES, default='fp16', help='number format in the file (default fp16)')
     parser.add_argument('--data', default=DATA, help='one line about the training images')
     parser.add_argument('--license', default=LICENSE, help='one line about the terms of the weights')
-    parser.add_argument('--summary', default='General-purpose upscaling of photographs by any factor.',
-                        help='one line about what the model is for')
+    parser.add_argument(
+        '--summary',
+        default='General-purpose upscaling of photographs by any factor.',
+        help='one line about what the model is for',
+    )
     return parser.parse_args(argv)
 
 
@@ -72,9 +83,14 @@ def ship(args: argparse.Namespace) -> Path:
     if not re.fullmatch(r'[a-z][a-z0-9_]*', args.name):
         raise UserError(f"--name must be small letters, digits and '_', beginning with a letter; got '{args.name}'.")
     document = schema.load(args.results)
-    notes = {**recipe_notes(args.recipe, args.force_yml), **second_recipe_notes(args.then),
-             'results': json.dumps(results_of(document)), 'training_data': args.data, 'license': args.license,
-             'summary': args.summary}
+    notes = {
+        **recipe_notes(args.recipe, args.force_yml),
+        **second_recipe_notes(args.then),
+        'results': json.dumps(results_of(document)),
+        'training_data': args.data,
+        'license': args.license,
+        'summary': args.summary,
+    }
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / f'{args.name}.safetensors'
         convert(args.checkpoint, made, store=args.store, notes=notes)
@@ -128,20 +144,29 @@ def card(summary: dict[str, Any], store: str) -> str:
     """
     notes, macs = summary['metadata'], summary['macs_x4']
     if 'param_key' not in notes:
-        raise UserError('the file does not say whether these are the averaged weights (params_ema): convert the '
-                        'checkpoint of the training.')
+        raise UserError(
+            'the file does not say whether these are the averaged weights (params_ema): convert the '
+            'checkpoint of the training.'
+        )
     routed = '' if macs['routed'] is None else f'{macs["routed"] / 1e3:.1f} as routed, '
     fields = {
-        **notes, 'name': summary['name'], 'sha256': summary['sha256'], 'store': store,
-        'mebibytes': f'{summary["bytes"] / 2**20:.2f}', 'parameters': f'{summary["parameters"]:,}',
+        **notes,
+        'name': summary['name'],
+        'sha256': summary['sha256'],
+        'store': store,
+        'mebibytes': f'{summary["bytes"] / 2**20:.2f}',
+        'parameters': f'{summary["parameters"]:,}',
         'network': f'{summary["network_g"]["type"]} with {summary["encoder"]}, decoder {summary["decoder"]}, '
-                   f'{summary["experts"]} expert{"s" * (summary["experts"] > 1)}',
+        f'{summary["experts"]} expert{"s" * (summary["experts"] > 1)}',
         'macs': f'{routed}{macs["dense"] / 1e3:.1f} with the heaviest expert everywhere',
         'then': f'\nThen {notes["then"]}.' if 'then' in notes else '',
         'routing': f'\nIts routing is the trained one at cost weight {float(notes["cost_weight"]):g}.'
-                   if 'cost_weight' in notes else '',
-        'scales': 'x{:g} to x{:g}'.format(*summary['scale_range']), 'iterations': f'{int(notes["iterations"]):,}',
-        'results': results_table(summary['results'])}
+        if 'cost_weight' in notes
+        else '',
+        'scales': 'x{:g} to x{:g}'.format(*summary['scale_range']),
+        'iterations': f'{int(notes["iterations"]):,}',
+        'results': results_table(summary['results']),
+    }
     return TEMPLATE.read_text(encoding='utf-8').format_map(fields)
 
 
@@ -152,8 +177,13 @@ def results_table(results: list[dict[str, Any]]) -> str:
     for row in results:
         value, gain = psnr_of(row) or (None, None)
         shares = ' '.join(f'{share:.0%}' for share in row.get('routing', {}).get('loads', []))
-        cells = [row['dataset'], str(row['count']), '' if value is None else f'{value:.2f}',
-                 '' if gain is None else f'{gain:+.2f}', shares]
+        cells = [
+            row['dataset'],
+            str(row['count']),
+            '' if value is None else f'{value:.2f}',
+            '' if gain is None else f'{gain:+.2f}',
+            shares,
+        ]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 

@@ -9,6 +9,7 @@ Run from the folder that holds `datasets` (see options/test_small.yml and script
 options file with a few changes; the main rows share data, iterations and seeds. Each command is printed as the
 `basicsr` command that it is. Training goes on where an interrupted run stopped.
 """
+
 import argparse
 import json
 import subprocess
@@ -21,8 +22,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from moeisr_basicsr.errors import UserError  # noqa: E402
-from moeisr_basicsr.options import force  # noqa: E402
+from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.options import force
 
 OPTIONS = Path(__file__).resolve().parents[1] / 'options'
 TEST_OPTIONS = OPTIONS / 'test_small.yml'
@@ -31,8 +32,11 @@ MAIN_ITERATIONS, ROUTING_ITERATIONS, ENCODER_ITERATIONS, SHARING_ITERATIONS = 60
 CONTROL_WIDTHS = (64, 128, 192, 256)  # of two hidden layers; 192 takes the multiply-adds of MoEISR-LIIF
 LTE = ('network_g:decoder=lte', 'network_g:experts=[[], [64], [128, 128], [256, 256, 256]]')  # as small_moeisr_lte.yml
 # Experts of one to four hidden layers as exits of one network.
-NESTED = ('network_g:experts=[[256], [256, 256], [256, 256, 256], [256, 256, 256, 256]]', 'network_g:shared_layers=4',
-          'network_g:expert_grad=exact')
+NESTED = (
+    'network_g:experts=[[256], [256, 256], [256, 256, 256], [256, 256, 256, 256]]',
+    'network_g:shared_layers=4',
+    'network_g:expert_grad=exact',
+)
 NESTED_SHARES = 'train:balance_opt:target=[[.28, .54, .10, .08], [.34, .45, .12, .09], [.44, .36, .11, .09]]'
 
 RDN = '{type: RDNEncoder, num_feat: 32, num_block: 4, num_conv: 4, growth: 16}'
@@ -41,6 +45,7 @@ SWINIR = '{type: SwinIREncoder, embed_dim: 32, depths: [2, 2], num_heads: [4, 4]
 
 class Row(NamedTuple):
     """One network of the comparison."""
+
     options: str  # options/<this>.yml
     iterations: int
     changes: tuple[str, ...] = ()  # as for --force_yml
@@ -59,8 +64,9 @@ def main_rows() -> dict[str, Row]:
         'lte': seeds('small_lte'),
         'moeisr_lte': seeds('small_moeisr_lte'),
     }
-    kinds |= {f'liif_2x{width}': seeds('small_liif', f'network_g:hidden_list=[{width}, {width}]')
-              for width in CONTROL_WIDTHS}
+    kinds |= {
+        f'liif_2x{width}': seeds('small_liif', f'network_g:hidden_list=[{width}, {width}]') for width in CONTROL_WIDTHS
+    }
     return {kind + seed: row for kind, by_seed in kinds.items() for seed, row in by_seed.items()}
 
 
@@ -72,9 +78,11 @@ def fitted(kind: str, *changes: str) -> Row:
 
 def routing_rows() -> dict[str, Row]:
     """The trained MoEISR rows with a mapper fitted to their experts: what is evaluated and shipped."""
-    return {f'{kind}_routed_seed{seed}': fitted(f'{kind}_seed{seed}', f'manual_seed={seed}', *changes)
-            for kind, changes in (('moeisr_liif', ()), ('nested_liif', NESTED), ('moeisr_lte', LTE))
-            for seed in SEEDS}
+    return {
+        f'{kind}_routed_seed{seed}': fitted(f'{kind}_seed{seed}', f'manual_seed={seed}', *changes)
+        for kind, changes in (('moeisr_liif', ()), ('nested_liif', NESTED), ('moeisr_lte', LTE))
+        for seed in SEEDS
+    }
 
 
 def ablation_rows() -> dict[str, Row]:
@@ -86,23 +94,32 @@ def ablation_rows() -> dict[str, Row]:
     gates = ('train:experts_opt:fit_temperature=~', 'train:experts_opt:routing_weight=8', no_spread)
     annealed = f'train:temperature={{type: linear, start: 5.0, end: 0.5, total_iter: {ROUTING_ITERATIONS}}}'
     of_mapper = {
-        'mapper_1_layer': ('network_g:mapper:num_layers=1', ),
-        'pixel': ('network_g:mapper:granularity=pixel', ),
-        'balance_0.0005': ('train:balance_opt:loss_weight=0.0005', ),
-        'balance_0.05': ('train:balance_opt:loss_weight=0.05', ),
-        'factors_to_4': ('datasets:train:scale_range=[1, 4]', ),
-        'not_restarted': ('train:restart=~', ),
+        'mapper_1_layer': ('network_g:mapper:num_layers=1',),
+        'pixel': ('network_g:mapper:granularity=pixel',),
+        'balance_0.0005': ('train:balance_opt:loss_weight=0.0005',),
+        'balance_0.05': ('train:balance_opt:loss_weight=0.05',),
+        'factors_to_4': ('datasets:train:scale_range=[1, 4]',),
+        'not_restarted': ('train:restart=~',),
         'gates': gates,
         'gates_tau_5': (*gates, 'network_g:tau=5.0'),
         'gates_tau_annealed': (*gates, annealed),
         'straight_through': ('train:experts_opt=~', no_spread),
     }
     sharing = {'all': 4, 'first': 1, 'none': 0}  # hidden layers
-    return ({f'ablation_{name}': fitted('moeisr_liif_seed0', *changes) for name, changes in of_mapper.items()}
-            | {f'sharing_{name}': Row('small_moeisr_liif', SHARING_ITERATIONS,
-                                      (*NESTED, NESTED_SHARES, f'network_g:shared_layers={layers}',
-                                       'network_g:expert_grad=naive', 'train:ema_decay=0.98'))  # a short run
-               for name, layers in sharing.items()})
+    return {f'ablation_{name}': fitted('moeisr_liif_seed0', *changes) for name, changes in of_mapper.items()} | {
+        f'sharing_{name}': Row(
+            'small_moeisr_liif',
+            SHARING_ITERATIONS,
+            (
+                *NESTED,
+                NESTED_SHARES,
+                f'network_g:shared_layers={layers}',
+                'network_g:expert_grad=naive',
+                'train:ema_decay=0.98',
+            ),
+        )  # a short run
+        for name, layers in sharing.items()
+    }
 
 
 def encoder_rows() -> dict[str, Row]:
@@ -110,8 +127,9 @@ def encoder_rows() -> dict[str, Row]:
     rows = {}
     for name, encoder in (('rdn', RDN), ('swinir', SWINIR)):
         changed = f'network_g:encoder={encoder}'
-        rows |= {f'{name}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, (changed, ))
-                 for kind in ('liif', 'moeisr_liif')}
+        rows |= {
+            f'{name}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, (changed,)) for kind in ('liif', 'moeisr_liif')
+        }
         rows[f'{name}_moeisr_liif_routed'] = fitted(f'{name}_moeisr_liif', changed)
     return rows
 
@@ -148,24 +166,40 @@ def test_options(name: str, args: argparse.Namespace) -> dict:
         raise UserError(f'--sets {" ".join(args.sets)}: no dataset of {TEST_OPTIONS.name} is called so.')
     if not weights.exists():
         raise UserError(f'{weights} is missing: train the row first.')
-    return {**opt, 'name': name + args.suffix, 'network_g': trained['network_g'], 'model_type': trained['model_type'],
-            'datasets': datasets,
-            'path': {'pretrain_network_g': str(weights), 'strict_load_g': True,
-                     'param_key_g': 'params_ema' if weights.suffix == '.pth' else 'params'},
-            'val': {**opt['val'], **control(args), 'save_img': args.pictures, 'save_expert_map': args.pictures,
-                    'save_references': args.pictures}}
+    return {
+        **opt,
+        'name': name + args.suffix,
+        'network_g': trained['network_g'],
+        'model_type': trained['model_type'],
+        'datasets': datasets,
+        'path': {
+            'pretrain_network_g': str(weights),
+            'strict_load_g': True,
+            'param_key_g': 'params_ema' if weights.suffix == '.pth' else 'params',
+        },
+        'val': {
+            **opt['val'],
+            **control(args),
+            'save_img': args.pictures,
+            'save_expert_map': args.pictures,
+            'save_references': args.pictures,
+        },
+    }
 
 
 def wanted(dataset: str, sets: list[str] | None) -> bool:
     """Whether `Set5_x2` is meant by one of `Set5`, `x2`, `Set5_x2`."""
-    return not sets or any(entry in (dataset, dataset.rpartition('_')[0], dataset.rpartition('_')[2])
-                           for entry in sets)
+    return not sets or any(entry in (dataset, dataset.rpartition('_')[0], dataset.rpartition('_')[2]) for entry in sets)
 
 
 def control(args: argparse.Namespace) -> dict:
     """Keys of `val`."""
-    keys = {'budget': args.budget, 'cost_weight': args.cost_weight, 'precision': args.precision,
-            'shuffle_experts': args.shuffle or None}
+    keys = {
+        'budget': args.budget,
+        'cost_weight': args.cost_weight,
+        'precision': args.precision,
+        'shuffle_experts': args.shuffle or None,
+    }
     return {key: value for key, value in keys.items() if value is not None}
 
 

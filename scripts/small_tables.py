@@ -7,6 +7,7 @@
 A cell without results stays empty. Multiply-adds are those of mapper, LR tables and chosen experts per output pixel, in
 per cent of the dense decoder as published.
 """
+
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,8 +16,8 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from moeisr_basicsr.analysis import schema  # noqa: E402
-from moeisr_basicsr.errors import UserError  # noqa: E402
+from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.errors import UserError
 
 SETS = ('Set5', 'Set14', 'B100')
 SCALES = (2, 3, 4, 6, 8)
@@ -79,8 +80,13 @@ class Results:
 
     def seeds(self, kind: str, of) -> list[float]:
         """`of(name)` for every seed of the row `kind` that has it."""
-        names = sorted({name for name, _ in self.rows if name.rpartition('_seed')[0] == kind
-                        and name.rpartition('_seed')[2].isdigit()})
+        names = sorted(
+            {
+                name
+                for name, _ in self.rows
+                if name.rpartition('_seed')[0] == kind and name.rpartition('_seed')[2].isdigit()
+            }
+        )
         return [value for value in map(of, names) if value is not None]
 
     def scatter(self, kind: str, dataset: str) -> str:
@@ -98,9 +104,11 @@ class Results:
 
     def differences(self, kind: str, other: str, dataset: str) -> list[float]:
         """PSNR of `kind` minus that of `other`, seed by seed."""
+
         def difference(name):
             values = self.psnr(name, dataset), self.psnr(name.replace(kind, other), dataset)
             return None if None in values else values[0] - values[1]
+
         return self.seeds(kind, difference)
 
 
@@ -131,27 +139,61 @@ def columns(sets: Iterable[str] = SETS, scales: Iterable[int] = SCALES) -> Itera
 
 def readme(results: Results) -> str:
     head = 'luma PSNR, dB', 'bicubic', 'LIIF', 'MoEISR-LIIF', 'multiply-adds', 'LTE', 'MoEISR-LTE', 'multiply-adds'
-    return table(head, ((label, decibel(results.psnr(f'{MOE}_seed0', key, 'bicubic_psnr_y')),
-                         results.mean_psnr('liif', key), results.mean_psnr(MOE, key), results.mean_cost(MOE, key),
-                         results.mean_psnr('lte', key), results.mean_psnr(MOE_LTE, key),
-                         results.mean_cost(MOE_LTE, key, 'lte_seed0'))
-                        for key, label in columns(scales=(2, 3, 4))))
+    return table(
+        head,
+        (
+            (
+                label,
+                decibel(results.psnr(f'{MOE}_seed0', key, 'bicubic_psnr_y')),
+                results.mean_psnr('liif', key),
+                results.mean_psnr(MOE, key),
+                results.mean_cost(MOE, key),
+                results.mean_psnr('lte', key),
+                results.mean_psnr(MOE_LTE, key),
+                results.mean_cost(MOE_LTE, key, 'lte_seed0'),
+            )
+            for key, label in columns(scales=(2, 3, 4))
+        ),
+    )
 
 
 def liif(results: Results) -> str:
-    head = ('luma PSNR, dB', 'bicubic', 'dense LIIF', 'MoEISR-LIIF', 'multiply-adds', 'equal cost', 'multiply-adds',
-            'cost weight 2', 'multiply-adds', 'shuffled')
+    head = (
+        'luma PSNR, dB',
+        'bicubic',
+        'dense LIIF',
+        'MoEISR-LIIF',
+        'multiply-adds',
+        'equal cost',
+        'multiply-adds',
+        'cost weight 2',
+        'multiply-adds',
+        'shuffled',
+    )
     cheaper, shuffled = f'{MOE}_seed0_cost_weight_2', f'{MOE}_seed0_shuffled'
-    return table(head, ((label, decibel(results.psnr(f'{MOE}_seed0', key, 'bicubic_psnr_y')),
-                         results.scatter('liif', key), results.scatter(MOE, key), results.mean_cost(MOE, key),
-                         results.scatter(EQUAL_COST, key), results.mean_cost(EQUAL_COST, key),
-                         decibel(results.psnr(cheaper, key)), percent(results.cost(cheaper, key)),
-                         decibel(results.psnr(shuffled, key)))
-                        for key, label in columns()))
+    return table(
+        head,
+        (
+            (
+                label,
+                decibel(results.psnr(f'{MOE}_seed0', key, 'bicubic_psnr_y')),
+                results.scatter('liif', key),
+                results.scatter(MOE, key),
+                results.mean_cost(MOE, key),
+                results.scatter(EQUAL_COST, key),
+                results.mean_cost(EQUAL_COST, key),
+                decibel(results.psnr(cheaper, key)),
+                percent(results.cost(cheaper, key)),
+                decibel(results.psnr(shuffled, key)),
+            )
+            for key, label in columns()
+        ),
+    )
 
 
 def differences(results: Results) -> str:
     """What each seed adds to the means of `liif` and `lte`, and how MoEISR routes."""
+
     def signed(values):
         return f'{mean(values):+.3f} ({" ".join(f"{value:+.3f}" for value in values)})' if values else ''
 
@@ -160,44 +202,84 @@ def differences(results: Results) -> str:
         return '' if routing is None else ' '.join(f'{100 * load:.0f}' for load in routing['loads'])
 
     def texture(key):
-        found = results.seeds(MOE, lambda name: (results.rows.get((name, key)) or {}).get('routing', {})
-                              .get('texture_correlation'))
+        found = results.seeds(
+            MOE, lambda name: (results.rows.get((name, key)) or {}).get('routing', {}).get('texture_correlation')
+        )
         return ' '.join(f'{value:.2f}' for value in found)
 
-    head = ('luma PSNR, dB', 'minus dense (seeds)', 'minus equal cost', 'LTE minus dense', 'shares of experts, %',
-            'correlation with texture')
-    return table(head, ((label, signed(results.differences(MOE, 'liif', key)),
-                         signed(results.differences(MOE, EQUAL_COST, key)),
-                         signed(results.differences(MOE_LTE, 'lte', key)), shares(key), texture(key))
-                        for key, label in columns()))
+    head = (
+        'luma PSNR, dB',
+        'minus dense (seeds)',
+        'minus equal cost',
+        'LTE minus dense',
+        'shares of experts, %',
+        'correlation with texture',
+    )
+    return table(
+        head,
+        (
+            (
+                label,
+                signed(results.differences(MOE, 'liif', key)),
+                signed(results.differences(MOE, EQUAL_COST, key)),
+                signed(results.differences(MOE_LTE, 'lte', key)),
+                shares(key),
+                texture(key),
+            )
+            for key, label in columns()
+        ),
+    )
 
 
 def factors(results: Results) -> str:
     """Factors that no benchmark has, and the crops of DIV2K by their own protocol (RGB, borders of scale + 6)."""
     crops = 'DIV2K_valid_crop256'
-    keys = {f'{name}_{factor}': (f'{name} {factor}', 'psnr_y')
-            for name in SETS for factor in ('x2.5', 'x3.3', 'x2x3.5')}
-    keys |= {f'{crops}_{factor}': (f'DIV2K crops {factor}', 'psnr_rgb')
-             for factor in ('x2', 'x2.5', 'x3', 'x3.3', 'x4', 'x6', 'x8', 'x2x3.5')}
-    return table(('one seed, dB', 'bicubic', 'dense LIIF', 'MoEISR-LIIF', 'multiply-adds'),
-                 ((label, decibel(results.psnr(f'{MOE}_seed0', key, f'bicubic_{metric}')),
-                   decibel(results.psnr('liif_seed0', key, metric)),
-                   decibel(results.psnr(f'{MOE}_seed0', key, metric)), percent(results.cost(f'{MOE}_seed0', key)))
-                  for key, (label, metric) in keys.items()))
+    keys = {
+        f'{name}_{factor}': (f'{name} {factor}', 'psnr_y') for name in SETS for factor in ('x2.5', 'x3.3', 'x2x3.5')
+    }
+    keys |= {
+        f'{crops}_{factor}': (f'DIV2K crops {factor}', 'psnr_rgb')
+        for factor in ('x2', 'x2.5', 'x3', 'x3.3', 'x4', 'x6', 'x8', 'x2x3.5')
+    }
+    return table(
+        ('one seed, dB', 'bicubic', 'dense LIIF', 'MoEISR-LIIF', 'multiply-adds'),
+        (
+            (
+                label,
+                decibel(results.psnr(f'{MOE}_seed0', key, f'bicubic_{metric}')),
+                decibel(results.psnr('liif_seed0', key, metric)),
+                decibel(results.psnr(f'{MOE}_seed0', key, metric)),
+                percent(results.cost(f'{MOE}_seed0', key)),
+            )
+            for key, (label, metric) in keys.items()
+        ),
+    )
 
 
 def sizes(results: Results) -> str:
     keys = list(columns(('Set5', 'B100'), (2, 4)))
-    return table(['one seed, PSNR and multiply-adds', *(label for _, label in keys)],
-                 ([label, *(both(results.psnr(name, key), results.cost(name, key)) for key, _ in keys)]
-                  for label, name in SIZES.items()))
+    return table(
+        ['one seed, PSNR and multiply-adds', *(label for _, label in keys)],
+        (
+            [label, *(both(results.psnr(name, key), results.cost(name, key)) for key, _ in keys)]
+            for label, name in SIZES.items()
+        ),
+    )
 
 
 def lte(results: Results) -> str:
-    return table(('luma PSNR, dB', 'dense LTE', 'MoEISR-LTE', 'multiply-adds'),
-                 ((label, results.scatter('lte', key), results.scatter(MOE_LTE, key),
-                   results.mean_cost(MOE_LTE, key, 'lte_seed0'))
-                  for key, label in columns()))
+    return table(
+        ('luma PSNR, dB', 'dense LTE', 'MoEISR-LTE', 'multiply-adds'),
+        (
+            (
+                label,
+                results.scatter('lte', key),
+                results.scatter(MOE_LTE, key),
+                results.mean_cost(MOE_LTE, key, 'lte_seed0'),
+            )
+            for key, label in columns()
+        ),
+    )
 
 
 def ablations(results: Results) -> str:
@@ -206,17 +288,25 @@ def ablations(results: Results) -> str:
         found = (results.psnr(f'{name}_budget_{budget}', key) for budget in BUDGETS)
         return ' / '.join(f'{value:.3f}' for value in found if value is not None)
 
-    return table([f'PSNR at `--budget {BUDGETS[0]}` / {BUDGETS[1]}', *THREE.values()],
-                 ([label, *(cell(name, key) for key in THREE)] for label, name in ABLATIONS.items()))
+    return table(
+        [f'PSNR at `--budget {BUDGETS[0]}` / {BUDGETS[1]}', *THREE.values()],
+        ([label, *(cell(name, key) for key in THREE)] for label, name in ABLATIONS.items()),
+    )
 
 
 def encoders(results: Results) -> str:
-    rows = {f'{label}, {kind}': (f'{encoder}_{suffix}', f'{encoder}_liif')
-            for encoder, label in (('rdn', 'RDN'), ('swinir', 'SwinIR'))
-            for suffix, kind in (('liif', 'dense LIIF'), ('moeisr_liif_routed', 'MoEISR-LIIF'))}
-    return table(['2,000 iterations', *THREE.values()],
-                 ([label, *(both(results.psnr(name, key), results.cost(name, key, dense)) for key in THREE)]
-                  for label, (name, dense) in rows.items()))
+    rows = {
+        f'{label}, {kind}': (f'{encoder}_{suffix}', f'{encoder}_liif')
+        for encoder, label in (('rdn', 'RDN'), ('swinir', 'SwinIR'))
+        for suffix, kind in (('liif', 'dense LIIF'), ('moeisr_liif_routed', 'MoEISR-LIIF'))
+    }
+    return table(
+        ['2,000 iterations', *THREE.values()],
+        (
+            [label, *(both(results.psnr(name, key), results.cost(name, key, dense)) for key in THREE)]
+            for label, (name, dense) in rows.items()
+        ),
+    )
 
 
 TABLES = {of.__name__: of for of in (readme, liif, differences, sizes, factors, lte, ablations, encoders)}

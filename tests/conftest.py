@@ -1,4 +1,5 @@
 """What all tests share: one seed and one logger per test, and no threads beyond those that were asked for."""
+
 import logging
 import os
 

@@ -1,4 +1,5 @@
 """Images, options and comparisons that the tests of the datasets share."""
+
 import lmdb
 import numpy as np
 import torch
@@ -9,19 +10,27 @@ SIZES = {'a': (60, 75), 'b': (52, 44), 'c': (90, 41)}
 def noise(height, width, seed=0):
     """Every pixel another colour, as far as 24 bits go: a query's colour tells where it was taken."""
     rng = np.random.default_rng(seed)
-    return rng.permutation(2**18)[:height * width].astype(np.uint32).view(np.uint8).reshape(height, width, 4)[..., :3]
+    return rng.permutation(2**18)[: height * width].astype(np.uint32).view(np.uint8).reshape(height, width, 4)[..., :3]
 
 
 def options(root, phase='train', **more):
     small = {'lq_size': 8, 'sample_q': 50} if phase == 'train' else {'scale': 2}
-    return {'name': 'images', 'type': 'ArbitraryScaleImageDataset', 'phase': phase, 'dataroot_gt': str(root),
-            'io_backend': {'type': 'disk'}, **small, **more}
+    return {
+        'name': 'images',
+        'type': 'ArbitraryScaleImageDataset',
+        'phase': phase,
+        'dataroot_gt': str(root),
+        'io_backend': {'type': 'disk'},
+        **small,
+        **more,
+    }
 
 
 def same(first, second):
     return first.keys() == second.keys() and all(
         torch.equal(first[key], second[key]) if torch.is_tensor(first[key]) else first[key] == second[key]
-        for key in first)
+        for key in first
+    )
 
 
 def differs(first, second):

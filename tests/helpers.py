@@ -1,4 +1,5 @@
 """What several test files need."""
+
 import os
 from pathlib import Path
 

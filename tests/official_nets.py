@@ -2,6 +2,7 @@
 
 Only the names of the parameters and the order of operations follow the published code; features go in as [-1, 1].
 """
+
 import types
 
 import torch
@@ -111,8 +112,10 @@ class OfficialNet(nn.Module):
             self.coef, self.freq = conv(width, hidden_dim), conv(width, hidden_dim)
             self.phase = nn.Linear(2, hidden_dim // 2, bias=False)
         self.imnet = MLP(hidden_dim if name == 'lte' else width * 9 + 4, hidden_list)
-        self.args = {'encoder_spec': {'name': encoder, 'args': {'no_upsampling': True, **encoder_args}},
-                     'imnet_spec': {'name': 'mlp', 'args': {'out_dim': 3, 'hidden_list': hidden_list}}}
+        self.args = {
+            'encoder_spec': {'name': encoder, 'args': {'no_upsampling': True, **encoder_args}},
+            'imnet_spec': {'name': 'mlp', 'args': {'out_dim': 3, 'hidden_list': hidden_list}},
+        }
         if name == 'lte':
             self.args['hidden_dim'] = hidden_dim
         for key, parameter in self.named_parameters():
@@ -131,5 +134,8 @@ class OfficialNet(nn.Module):
 
     def checkpoint(self):
         """As the official training code saves it."""
-        return {'model': {'name': self.name, 'args': self.args, 'sd': self.state_dict()},
-                'optimizer': {'name': 'adam', 'args': {'lr': 1e-4}, 'sd': {}}, 'epoch': 1000}
+        return {
+            'model': {'name': self.name, 'args': self.args, 'sd': self.state_dict()},
+            'optimizer': {'name': 'adam', 'args': {'lr': 1e-4}, 'sd': {}},
+            'epoch': 1000,
+        }

@@ -1,4 +1,5 @@
 """Options files, and how the tests of the options write, change and check them in the current folder."""
+
 import pytest
 
 from moeisr_basicsr.options import OptionsError, load_options

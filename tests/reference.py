@@ -3,6 +3,7 @@
 They follow the published algorithms (LIIF, CVPR 2021; LTE, CVPR 2022) step by step with PyTorch's own `unfold` and
 `grid_sample`, and read the same module's weights as the fast code under test.
 """
+
 import math
 
 import torch
@@ -82,7 +83,7 @@ FAMILIES = {'liif': liif, 'lte': lte}
 def mixture(decoder, feat, coord, cell, gates):
     """sum_j g_j f_j with every expert on every query: (B, Q, C)."""
     answer = FAMILIES[decoder.family]
-    return sum(gates[..., j:j + 1] * answer(decoder.pool, j, feat, coord, cell) for j in range(decoder.num_experts))
+    return sum(gates[..., j : j + 1] * answer(decoder.pool, j, feat, coord, cell) for j in range(decoder.num_experts))
 
 
 def grid(size, batch=1):

@@ -1,4 +1,5 @@
 """Closed forms against independent counters, statistics against slow truths, and the format of results."""
+
 import itertools
 import json
 import math
@@ -10,15 +11,24 @@ import scipy.stats
 import torch
 from mmengine.analysis import FlopAnalyzer, parameter_count
 from mmengine.analysis.jit_handles import addmm_flop_jit
+from PIL import ImageColor
+from torch import nn
+
 from moeisr_basicsr.analysis import measure, schema
 from moeisr_basicsr.analysis.chart import COLOURS, Bar, Panel, draw_chart, nice_step
-from moeisr_basicsr.analysis.complexity import (decoder_macs, dense_folded_macs, dense_plain_macs, encoder_macs,
-                                                heaviest, parameters, plain_query_macs)
+from moeisr_basicsr.analysis.complexity import (
+    decoder_macs,
+    dense_folded_macs,
+    dense_plain_macs,
+    encoder_macs,
+    heaviest,
+    parameters,
+    plain_query_macs,
+)
 from moeisr_basicsr.analysis.environment import environment
 from moeisr_basicsr.analysis.plain import expert_mlp, plain_image, plain_mixture, plain_pixels
 from moeisr_basicsr.analysis.rendering import clustered_map, render_fixed
-from moeisr_basicsr.analysis.routing_stats import (depth_correlation, expert_loads, gradient_energy, mean_cost,
-                                                   spearman)
+from moeisr_basicsr.analysis.routing_stats import depth_correlation, expert_loads, gradient_energy, mean_cost, spearman
 from moeisr_basicsr.analysis.train_steps import TrainSteps
 from moeisr_basicsr.analysis.training import PARTS, PartClock, make_batch, profile_training
 from moeisr_basicsr.archs.edsr_encoder_arch import EDSREncoder
@@ -29,12 +39,13 @@ from moeisr_basicsr.core import MoEDecoder, make_cell
 from moeisr_basicsr.core.coords import make_corners
 from moeisr_basicsr.core.queries import make_queries
 from moeisr_basicsr.errors import UserError
-from PIL import ImageColor
-from torch import nn
 
-EXPERTS = {'liif': [[16], [24, 16], [16, 32, 8], [32, 16, 24, 16]], 'lte': [[], [24], [16, 32], [24, 16, 8]],
-           'shared': [[16], [16, 24], [16, 32, 8], [16, 16, 24, 16]],
-           'nested': [[16], [16, 24], [16, 24, 8], [16, 24, 8, 16]]}
+EXPERTS = {
+    'liif': [[16], [24, 16], [16, 32, 8], [32, 16, 24, 16]],
+    'lte': [[], [24], [16, 32], [24, 16, 8]],
+    'shared': [[16], [16, 24], [16, 32, 8], [16, 16, 24, 16]],
+    'nested': [[16], [16, 24], [16, 24, 8], [16, 24, 8, 16]],
+}
 OPTIONS = {'liif': {}, 'lte': {'hidden_dim': 32}, 'shared': {'shared_layers': 1}, 'nested': {'shared_layers': 4}}
 PUBLISHED = {'size': (720, 1280), 'lq_size': (180, 320)}  # of the published decoder costs
 ENCODER = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
@@ -43,8 +54,9 @@ ENCODER = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
 def small(family, channels=8):
     """`family` may also be 'shared', LIIF with one first layer for all experts, or 'nested', with all hidden layers."""
     mapper = {'num_layers': 2, 'num_feat': 12, 'hidden': 10}
-    return MoEDecoder(channels, 3, 'lte' if family == 'lte' else 'liif', EXPERTS[family], mapper,
-                      **OPTIONS[family]).eval()
+    return MoEDecoder(
+        channels, 3, 'lte' if family == 'lte' else 'liif', EXPERTS[family], mapper, **OPTIONS[family]
+    ).eval()
 
 
 class Call(nn.Module):
@@ -103,8 +115,9 @@ def test_folded_costs_against_mmengine(family):
     queries = make_queries(make_corners(torch.rand(1, count, 2), (5, 6)), torch.tensor([[0.3, 0.4]]))
     for j in range(4):
         with torch.no_grad():
-            counted = mmengine_macs(Call(lambda rel, j=j: pool.evaluate(j, built, queries._replace(rel=rel)), pool),
-                                    queries.rel)
+            counted = mmengine_macs(
+                Call(lambda rel, j=j: pool.evaluate(j, built, queries._replace(rel=rel)), pool), queries.rel
+            )
         linear = sum(counted.get(kind, 0) for kind in ('linear', 'conv', 'addmm_'))
         if family != 'lte':
             # the cell is two more inputs here; whole images keep it in the bias, and that is what is counted
@@ -128,9 +141,15 @@ def test_mapper_costs_against_mmengine():
     assert sum(counted.values()) - 2 * 10 * count == mapper.macs() * count
 
 
-@pytest.mark.parametrize('encoder', [
-    EDSREncoder(num_feat=12, num_block=2), RDNEncoder(num_feat=12, num_block=2, num_conv=3, growth=8),
-    SwinIREncoder(embed_dim=24, depths=(2, 1), num_heads=(2, 2), window_size=4)], ids=['edsr', 'rdn', 'swinir'])
+@pytest.mark.parametrize(
+    'encoder',
+    [
+        EDSREncoder(num_feat=12, num_block=2),
+        RDNEncoder(num_feat=12, num_block=2, num_conv=3, growth=8),
+        SwinIREncoder(embed_dim=24, depths=(2, 1), num_heads=(2, 2), window_size=4),
+    ],
+    ids=['edsr', 'rdn', 'swinir'],
+)
 def test_encoder_macs_against_mmengine(encoder):
     encoder.eval()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
@@ -141,11 +160,18 @@ def test_encoder_macs_against_mmengine(encoder):
     assert all(value.device.type == 'cpu' and value.equal(before[key]) for key, value in encoder.state_dict().items())
 
 
-@pytest.mark.parametrize('net', [MoEISR(ENCODER, 'liif', EXPERTS['liif']), LIIF(ENCODER, [16, 16]),
-                                 MoEISR(ENCODER, 'liif', EXPERTS['shared'], shared_layers=1),
-                                 MoEISR(ENCODER, 'liif', [[8], [8, 6]], shared_layers=2),
-                                 MoEISR(ENCODER, 'lte', EXPERTS['lte'], hidden_dim=32), LTE(ENCODER, [16], 32)],
-                         ids=['moe-liif', 'liif', 'moe-shared', 'moe-nested', 'moe-lte', 'lte'])
+@pytest.mark.parametrize(
+    'net',
+    [
+        MoEISR(ENCODER, 'liif', EXPERTS['liif']),
+        LIIF(ENCODER, [16, 16]),
+        MoEISR(ENCODER, 'liif', EXPERTS['shared'], shared_layers=1),
+        MoEISR(ENCODER, 'liif', [[8], [8, 6]], shared_layers=2),
+        MoEISR(ENCODER, 'lte', EXPERTS['lte'], hidden_dim=32),
+        LTE(ENCODER, [16], 32),
+    ],
+    ids=['moe-liif', 'liif', 'moe-shared', 'moe-nested', 'moe-lte', 'lte'],
+)
 def test_parameters_against_mmengine(net):
     ours, theirs = parameters(net), parameter_count(net)
     assert ours.total == theirs[''] == ours.encoder + ours.mapper + ours.shared + sum(ours.experts)
@@ -183,7 +209,7 @@ def test_plain_decoders_against_reference(family):
     assert torch.allclose(actual, chosen, atol=1e-6)
     gates = torch.rand(1, coord.shape[1], 4)
     mixed = plain_mixture(decoder, feat, coord, cell, gates)
-    assert torch.allclose(mixed, sum(gates[..., j:j + 1] * expected[j] for j in range(4)), atol=1e-6)
+    assert torch.allclose(mixed, sum(gates[..., j : j + 1] * expected[j] for j in range(4)), atol=1e-6)
 
 
 @pytest.mark.parametrize('family', ['liif', 'lte'])
@@ -209,7 +235,7 @@ def test_clustered_map():
 
 def test_spearman_against_scipy():
     for count, values in itertools.product((5, 200), (3, 1000)):
-        a, b = torch.randint(values, (count, )).double(), torch.randn(count).double()
+        a, b = torch.randint(values, (count,)).double(), torch.randn(count).double()
         assert spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
     assert spearman(torch.ones(4), torch.randn(4)) is None
 
@@ -224,8 +250,9 @@ def test_gradient_energy_against_loops():
         energy[r, c] = (row**2 + col**2) / 4
     mean = np.zeros((6, 7))
     for r, c in np.ndindex(6, 7):
-        mean[r, c] = np.mean([energy[min(max(r + i, 0), 5), min(max(c + j, 0), 6)]
-                              for i in (-1, 0, 1) for j in (-1, 0, 1)])
+        mean[r, c] = np.mean(
+            [energy[min(max(r + i, 0), 5), min(max(c + j, 0), 6)] for i in (-1, 0, 1) for j in (-1, 0, 1)]
+        )
     assert np.allclose(gradient_energy(image, window), mean, atol=1e-6)
     with pytest.raises(ValueError, match='odd'):
         gradient_energy(image, 4)
@@ -254,8 +281,14 @@ def test_loads_and_mean_cost():
 
 
 def results():
-    row = {'case': 'test', 'scale': [2, 3.5], 'lq_size': [5, 6], 'metrics': {'psnr_y': 30.5, 'psnr': math.inf},
-           'routing': {'loads': [0.25, 0.75], 'mean_cost': 0.5}, 'macs': {'total': 7.5, 'each_expert': [1, 2]}}
+    row = {
+        'case': 'test',
+        'scale': [2, 3.5],
+        'lq_size': [5, 6],
+        'metrics': {'psnr_y': 30.5, 'psnr': math.inf},
+        'routing': {'loads': [0.25, 0.75], 'mean_cost': 0.5},
+        'macs': {'total': 7.5, 'each_expert': [1, 2]},
+    }
     model = {'name': 'm', 'file': None, 'network_g': {'any': ['thing']}, 'parameters': {'total': 3, 'experts': [1, 2]}}
     return schema.document('test', environment('torch'), [row], model)
 
@@ -272,16 +305,19 @@ def test_results_are_written_and_read(tmp_path):
     assert all(f'`{key}`' in schema.__doc__ for key in documented)
 
 
-@pytest.mark.parametrize('break_it, message', [
-    (lambda r: r.pop('rows'), "lacks 'rows'"),
-    (lambda r: r.update(version=2), 'results.version must be 1'),
-    (lambda r: r['rows'][0].update(psnr=3), "results.rows\\[0\\] has the unknown key 'psnr'"),
-    (lambda r: r['rows'][0].update(scale=[2]), 'scale must have 2 entries'),
-    (lambda r: r['rows'][0].update(size=[0, 5]), 'size\\[0\\] must be at least 1'),
-    (lambda r: r['rows'][0]['macs'].update(total='7'), 'macs.total must be number; got str'),
-    (lambda r: r['rows'][0].update(repeats=True), 'repeats must be integer'),
-    (lambda r: r['environment'].pop('cpu'), "environment lacks 'cpu'"),
-])
+@pytest.mark.parametrize(
+    'break_it, message',
+    [
+        (lambda r: r.pop('rows'), "lacks 'rows'"),
+        (lambda r: r.update(version=2), 'results.version must be 1'),
+        (lambda r: r['rows'][0].update(psnr=3), "results.rows\\[0\\] has the unknown key 'psnr'"),
+        (lambda r: r['rows'][0].update(scale=[2]), 'scale must have 2 entries'),
+        (lambda r: r['rows'][0].update(size=[0, 5]), 'size\\[0\\] must be at least 1'),
+        (lambda r: r['rows'][0]['macs'].update(total='7'), 'macs.total must be number; got str'),
+        (lambda r: r['rows'][0].update(repeats=True), 'repeats must be integer'),
+        (lambda r: r['environment'].pop('cpu'), "environment lacks 'cpu'"),
+    ],
+)
 def test_wrong_results_are_named(tmp_path, break_it, message):
     broken = results()
     break_it(broken)
@@ -325,9 +361,8 @@ def test_part_clock_counts_inner_parts_once(monkeypatch):
     monkeypatch.setattr('moeisr_basicsr.analysis.training.time.perf_counter', lambda: next(now))
     clock = PartClock(torch.device('cpu'))
     with clock.part('outer'):  # the clock is read twice at each edge; in between pass 1000 ms
-        with clock.part('inner'):
-            with clock.part('outer'):
-                pass
+        with clock.part('inner'), clock.part('outer'):
+            pass
         with clock.part('inner'):
             pass
     assert clock.times == {'outer': 4000.0, 'inner': 3000.0}

@@ -1,8 +1,8 @@
 """Architectures: registration, and whole networks against the plain twins in reference.py."""
+
 import copy
 from types import SimpleNamespace
 
-import moeisr_basicsr  # noqa: F401, I001  before BasicSR, which needs its shims
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from basicsr.archs import build_network
 from reference import FAMILIES, grid
 from torch import nn
 
+import moeisr_basicsr  # noqa: F401  before BasicSR, which needs its shims
 from moeisr_basicsr.convert import official
 from moeisr_basicsr.core import Decoded, make_coord
 from moeisr_basicsr.core.coords import pixel_centres
@@ -18,12 +19,25 @@ from moeisr_basicsr.core.skip import skip_at, skip_grid
 EDSR = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
 RDN = {'type': 'RDNEncoder', 'num_feat': 8, 'num_block': 2, 'num_conv': 2, 'growth': 4}
 SWINIR = {'type': 'SwinIREncoder', 'embed_dim': 12, 'depths': [2], 'num_heads': [2]}
-SMALL = {'LIIF': {'type': 'LIIF', 'encoder': EDSR, 'hidden_list': [12, 10]},
-         'LTE': {'type': 'LTE', 'encoder': EDSR, 'hidden_list': [10], 'hidden_dim': 12},
-         'MoEISR': {'type': 'MoEISR', 'encoder': EDSR, 'experts': [[12], [8, 10], [10, 6, 8]],
-                    'mapper': {'num_layers': 2, 'num_feat': 8, 'hidden': 8}},
-         'MoEISR-LTE': {'type': 'MoEISR', 'encoder': EDSR, 'decoder': 'lte', 'experts': [[], [8]], 'hidden_dim': 12,
-                        'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8}, 'skip': 'bilinear'}}
+SMALL = {
+    'LIIF': {'type': 'LIIF', 'encoder': EDSR, 'hidden_list': [12, 10]},
+    'LTE': {'type': 'LTE', 'encoder': EDSR, 'hidden_list': [10], 'hidden_dim': 12},
+    'MoEISR': {
+        'type': 'MoEISR',
+        'encoder': EDSR,
+        'experts': [[12], [8, 10], [10, 6, 8]],
+        'mapper': {'num_layers': 2, 'num_feat': 8, 'hidden': 8},
+    },
+    'MoEISR-LTE': {
+        'type': 'MoEISR',
+        'encoder': EDSR,
+        'decoder': 'lte',
+        'experts': [[], [8]],
+        'hidden_dim': 12,
+        'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8},
+        'skip': 'bilinear',
+    },
+}
 
 
 def build(name, seed=0, **options):
@@ -66,8 +80,9 @@ def test_any_encoder_serves_any_decoder(encoder):
 
 
 @pytest.mark.parametrize('name', ['LIIF', 'LTE'])
-@pytest.mark.parametrize(('size', 'out'), [
-    ((6, 5), (12, 10)), ((5, 7), (16, 14)), ((1, 1), (3, 3)), ((4, 3), (11, 12))])
+@pytest.mark.parametrize(
+    ('size', 'out'), [((6, 5), (12, 10)), ((5, 7), (16, 14)), ((1, 1), (3, 3)), ((4, 3), (11, 12))]
+)
 def test_dense_equals_the_published_algorithm(name, size, out):
     net = build(name).eval()
     lq = torch.rand(2, 3, *size)
@@ -75,8 +90,13 @@ def test_dense_equals_the_published_algorithm(name, size, out):
     with torch.no_grad():
         plain = FAMILIES[name.lower()](net.decoder.pool, 0, net.encoder((lq - 0.5) / 0.5), coord, cell)
         if name == 'LTE':
-            plain = plain + F.grid_sample((lq - 0.5) / 0.5, coord.flip(-1).unsqueeze(1), mode='bilinear',
-                                          padding_mode='border', align_corners=False)[:, :, 0].transpose(1, 2)
+            plain = plain + F.grid_sample(
+                (lq - 0.5) / 0.5,
+                coord.flip(-1).unsqueeze(1),
+                mode='bilinear',
+                padding_mode='border',
+                align_corners=False,
+            )[:, :, 0].transpose(1, 2)
         expected = plain * 0.5 + 0.5
         close(net(lq, coord, cell), expected)
         rendered = net.render(lq, net.encode(lq), out)
@@ -207,8 +227,15 @@ def test_dense_is_moeisr_with_one_expert():
     for name, family in (('LIIF', 'liif'), ('LTE', 'lte')):
         dense = build(name).eval()
         options = {'hidden_dim': 12} if family == 'lte' else {}
-        one = build('MoEISR', seed=5, decoder=family, experts=[SMALL[name]['hidden_list']], skip=dense.skip,
-                    mapper=None, **options).eval()
+        one = build(
+            'MoEISR',
+            seed=5,
+            decoder=family,
+            experts=[SMALL[name]['hidden_list']],
+            skip=dense.skip,
+            mapper=None,
+            **options,
+        ).eval()
         one.load_state_dict(dense.state_dict())
         lq = torch.rand(1, 3, 5, 6)
         coord, cell = grid((11, 17))
@@ -238,8 +265,9 @@ class OfficialEDSR(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(3, width, 3, padding=1))
         self.body = nn.Sequential(*(nn.Module() for _ in range(blocks)), nn.Conv2d(width, width, 3, padding=1))
         for block in self.body[:-1]:
-            block.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
-                                       nn.Conv2d(width, width, 3, padding=1))
+            block.body = nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
+            )
 
     def forward(self, x):
         head = x = self.head(x)
@@ -284,28 +312,34 @@ def test_official_weights_give_the_official_answers(name):
         with torch.no_grad():
             expected = FAMILIES[name](pool, 0, model.encoder(lq * 2 - 1), coord, cell)
             if name == 'lte':
-                expected = expected + F.grid_sample(lq * 2 - 1, coord.flip(-1).unsqueeze(1), mode='bilinear',
-                                                    padding_mode='border', align_corners=False)[:, :, 0].transpose(1, 2)
+                expected = expected + F.grid_sample(
+                    lq * 2 - 1, coord.flip(-1).unsqueeze(1), mode='bilinear', padding_mode='border', align_corners=False
+                )[:, :, 0].transpose(1, 2)
             close(net(lq, coord, cell), expected / 2 + 0.5)
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    ({'skip': 'nearest'}, "skip must be one of .*'none', 'bilinear', 'bicubic'.*got 'nearest'"),
-    ({'decoder': 'lift'}, "decoder must be one of .*'liif', 'lte'.*got 'lift'"),
-    ({'hidden_dim': 16}, "hidden_dim belongs to the decoder 'lte'"),
-    ({'skip': 'bilinear', 'in_channels': 1}, 'needs in_channels = out_channels; got 1 and 3'),
-    ({'experts': [[16], [8, 8]], 'shared_layers': 1}, 'shared_layers: 1 needs experts whose first widths agree'),
-    ({'encoder': {'num_feat': 8}}, "encoder needs a type, for example .*; got {'num_feat': 8}"),
-    ({'encoder': 'EDSREncoder'}, "encoder needs a type, for example .*; got 'EDSREncoder'"),
-    ({'encoder': {'type': 'EDSR', 'num_out_ch': 3}}, 'EDSR is no encoder: .* `num_feat`'),
-    ({'encoder': {**RDN, 'depth': 3}}, "encoder RDNEncoder cannot be built: .*'depth'"),
-    ({'experts': [[16], 8]}, 'experts must list the hidden widths'), ({'tau': -1}, 'tau must be above 0; got -1'),
-    ({'mapper': {'num_layers': 0}}, 'num_layers must be 1 to 5; got 0'),
-    ({'expert_grad': 'none'}, "expert_grad must be one of .*'exact', 'naive', 'sampled'"),
-    ({'encoder': {**RDN, 'config': 'C'}}, r"config must be one of \['A', 'B'\]; got 'C'"),
-    ({'encoder': {**SWINIR, 'num_heads': [5]}}, 'divisible by every num_heads'),
-    ({'encoder': {**SWINIR, 'num_heads': [2, 2]}}, 'equally long'),
-    ({'encoder': {**SWINIR, 'img_size': 8}}, 'img_size must be above window_size; got 8 and 8')])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'skip': 'nearest'}, "skip must be one of .*'none', 'bilinear', 'bicubic'.*got 'nearest'"),
+        ({'decoder': 'lift'}, "decoder must be one of .*'liif', 'lte'.*got 'lift'"),
+        ({'hidden_dim': 16}, "hidden_dim belongs to the decoder 'lte'"),
+        ({'skip': 'bilinear', 'in_channels': 1}, 'needs in_channels = out_channels; got 1 and 3'),
+        ({'experts': [[16], [8, 8]], 'shared_layers': 1}, 'shared_layers: 1 needs experts whose first widths agree'),
+        ({'encoder': {'num_feat': 8}}, "encoder needs a type, for example .*; got {'num_feat': 8}"),
+        ({'encoder': 'EDSREncoder'}, "encoder needs a type, for example .*; got 'EDSREncoder'"),
+        ({'encoder': {'type': 'EDSR', 'num_out_ch': 3}}, 'EDSR is no encoder: .* `num_feat`'),
+        ({'encoder': {**RDN, 'depth': 3}}, "encoder RDNEncoder cannot be built: .*'depth'"),
+        ({'experts': [[16], 8]}, 'experts must list the hidden widths'),
+        ({'tau': -1}, 'tau must be above 0; got -1'),
+        ({'mapper': {'num_layers': 0}}, 'num_layers must be 1 to 5; got 0'),
+        ({'expert_grad': 'none'}, "expert_grad must be one of .*'exact', 'naive', 'sampled'"),
+        ({'encoder': {**RDN, 'config': 'C'}}, r"config must be one of \['A', 'B'\]; got 'C'"),
+        ({'encoder': {**SWINIR, 'num_heads': [5]}}, 'divisible by every num_heads'),
+        ({'encoder': {**SWINIR, 'num_heads': [2, 2]}}, 'equally long'),
+        ({'encoder': {**SWINIR, 'img_size': 8}}, 'img_size must be above window_size; got 8 and 8'),
+    ],
+)
 def test_bad_options_say_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         build('MoEISR', **options)

@@ -1,4 +1,5 @@
 """`scripts/benchmark_decode.py` on tiny images: its lines, its results, and that wrong outputs stop it."""
+
 import importlib
 import re
 import sys
@@ -6,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.core.render import TORCH, TorchBackend
 
 SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
 TINY = ['--lq-size', '8', '--repeats', '2', '--memory-lq-size', '16']
 # the least of a checkout of yinboc/liif: the same interface, computed by the tests' own reference
-PEER = '''
+PEER = """
 import reference, torch
 class Peer:
     def __init__(self):
@@ -28,7 +30,7 @@ class Peer:
 def make(spec):
     assert spec['name'] == 'liif'
     return Peer()
-'''
+"""
 
 
 @pytest.fixture
@@ -66,7 +68,8 @@ def test_lines_and_results(script, tmp_path, capsys):
             assert dense['macs']['total'] == 4 * (512 + 3 * 65536) + 768 + 147456 / scale**2
             assert moe['macs']['total'] == pytest.approx(4 * (512 + 0.85 * 65536) + 768 + 4 * 147456 / scale**2)
             assert rows[f'mac-efficiency-{code}-fp32', scale]['ratio'] == pytest.approx(
-                dense['time_ms']['total'] / moe['time_ms']['total'] / saved)
+                dense['time_ms']['total'] / moe['time_ms']['total'] / saved
+            )
         assert rows['route-agreement', scale]['ratio'] == 1
         assert ('whole-fused-moe-50/25/15/10-fp32', scale) in rows and ('plain-10000', scale) in rows
     assert any(case.startswith('memory-mib-torch') for case, _ in rows) or '# skipped memory' in '\n'.join(lines)
@@ -115,12 +118,15 @@ def test_training_steps(script, monkeypatch, capsys):
     script.main([*TINY, '--quick', '--scales', '2', '--precisions', 'fp32', '--train'])
     output = capsys.readouterr().out
     assert '# equal train-exact' in output
-    assert all(f'\ntrain-{form} x2.5 ' in output and f'\ntrain-whole-{form} x2.5 ' in output
-               for form in ('exact', 'sampled', 'naive'))
+    assert all(
+        f'\ntrain-{form} x2.5 ' in output and f'\ntrain-whole-{form} x2.5 ' in output
+        for form in ('exact', 'sampled', 'naive')
+    )
 
 
 def script_steps(script, decoder):
     from moeisr_basicsr.analysis.train_steps import TrainSteps
+
     script.PATCH = 8
     return TrainSteps(decoder, batch=1, patch=8, queries=40)
 
@@ -134,8 +140,20 @@ def checkout(folder, error):
 
 def test_peer_takes_the_place_of_the_plain_algorithm(script, tmp_path, capsys):
     target = tmp_path / 'out.json'
-    script.main([*TINY, '--quick', '--scales', '2', '--precisions', 'fp32', '--peer', checkout(tmp_path / 'p', 0.0),
-                 '--json', str(target)])
+    script.main(
+        [
+            *TINY,
+            '--quick',
+            '--scales',
+            '2',
+            '--precisions',
+            'fp32',
+            '--peer',
+            checkout(tmp_path / 'p', 0.0),
+            '--json',
+            str(target),
+        ]
+    )
     rows = {row['case']: row for row in schema.load(target)['rows']}
     assert rows['peer-30000']['ratio'] == 1 and 'plain-30000' in rows and 'peer-10000' in rows
     assert rows['torch-dense-fp32']['baseline'] == 'peer-30000'
@@ -157,11 +175,18 @@ def test_torch_code_is_the_baseline_of_backends(script):
     assert benchmark.backend('torch', 'moe', 'fp32') is TORCH
 
 
-@pytest.mark.parametrize('name, content, message', [
-    ('mine.json', '{"precious": 1}', 'not an earlier output of this option'),
-    ('test.json', '{"format": "moeisr_basicsr.results", "command": "test"}', 'not an earlier output of this option'),
-    ('mine.txt', '', "must end in '.json'"),
-])
+@pytest.mark.parametrize(
+    'name, content, message',
+    [
+        ('mine.json', '{"precious": 1}', 'not an earlier output of this option'),
+        (
+            'test.json',
+            '{"format": "moeisr_basicsr.results", "command": "test"}',
+            'not an earlier output of this option',
+        ),
+        ('mine.txt', '', "must end in '.json'"),
+    ],
+)
 def test_json_replaces_a_benchmark_only(script, tmp_path, capsys, name, content, message):
     target = tmp_path / name
     target.write_text(content)

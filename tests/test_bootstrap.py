@@ -1,4 +1,5 @@
 """The set-up script, without its downloads: when it installs, what it keeps, and what it says when it cannot."""
+
 import importlib.metadata
 import importlib.util
 import os
@@ -38,7 +39,7 @@ def bootstrap(tmp_path, monkeypatch):
 
 def installs(bootstrap):
     """What pip was asked to install since the last call of this function."""
-    done = [command[command.index('install') + 1:] for command in bootstrap.calls if 'install' in command]
+    done = [command[command.index('install') + 1 :] for command in bootstrap.calls if 'install' in command]
     bootstrap.calls.clear()
     return done
 
@@ -92,11 +93,14 @@ def test_without_ensurepip_pip_comes_from_outside(bootstrap, monkeypatch):
     assert '--without-pip' in bootstrap.calls[0] and bootstrap.calls[1][-1] == 'pip'
 
 
-@pytest.mark.parametrize(('version', 'succeeds', 'message'), [
-    ((3, 9), False, r'Python 3\.10, 3\.11 or 3\.12 is needed; this is 3\.9'),
-    ((3, 13), False, r'Python 3\.10, 3\.11 or 3\.12 is needed; this is 3\.13'),
-    ((3, 11), False, 'neither the venv module with ensurepip nor pip'),
-])
+@pytest.mark.parametrize(
+    ('version', 'succeeds', 'message'),
+    [
+        ((3, 9), False, r'Python 3\.10, 3\.11 or 3\.12 is needed; this is 3\.9'),
+        ((3, 13), False, r'Python 3\.10, 3\.11 or 3\.12 is needed; this is 3\.13'),
+        ((3, 11), False, 'neither the venv module with ensurepip nor pip'),
+    ],
+)
 def test_unsuitable_python_gets_one_line(bootstrap, monkeypatch, capsys, version, succeeds, message):
     monkeypatch.setattr(sys, 'version_info', version)
     monkeypatch.setattr(bootstrap, '_succeeds', lambda command: succeeds)
@@ -139,8 +143,9 @@ def test_the_requirements_pin_everything_once_per_python():
     lines = [line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith('#')]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; python_version (<|>=) '3\.11')?", line) for line in lines)
     for marker in ('<', '>='):
-        names = [line.split('==')[0].lower() for line in lines
-                 if ';' not in line or f'python_version {marker} ' in line]
+        names = [
+            line.split('==')[0].lower() for line in lines if ';' not in line or f'python_version {marker} ' in line
+        ]
         assert len(names) == len(set(names))
         assert [name for name in names if name.startswith('opencv')] == ['opencv-python']
 
@@ -157,10 +162,16 @@ def test_the_ci_command_fails_when_a_test_fails(tmp_path):
     """The script hands pytest's exit code on; shown with this Python in place of the environment's."""
     failing = tmp_path / 'test_failing.py'
     failing.write_text('def test_failing():\n    assert False\n')
-    code = ('import sys; sys.path.insert(0, {!r}); import bootstrap, run_tests; bootstrap.venv_python = lambda: '
-            'sys.executable; sys.exit(run_tests.run_tests())').format(str(SCRIPT.parent))
+    code = (
+        f'import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import bootstrap, run_tests; bootstrap.venv_python = '
+        'lambda: sys.executable; sys.exit(run_tests.run_tests())'
+    )
     for arguments, expected in (([str(failing)], 1), ([str(failing), '-k', 'nothing'], 5)):
-        done = subprocess.run([sys.executable, '-c', code, '-p', 'no:xdist', '-p', 'no:cacheprovider', *arguments],
-                              capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, '-c', code, '-p', 'no:xdist', '-p', 'no:cacheprovider', *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == expected, done.stdout + done.stderr
         assert re.search(r'(failed|deselected).* in [\d.]+s', done.stdout.splitlines()[-1])

@@ -1,4 +1,5 @@
 """Model files and the conversion into them: exact, complete or absent, and never running what a file holds."""
+
 import json
 import os
 import pickle
@@ -17,8 +18,14 @@ from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import upscale
 
 ENCODER = {'type': 'EDSREncoder', 'num_feat': 6, 'num_block': 1}
-NETWORK = {'type': 'MoEISR', 'encoder': ENCODER, 'experts': [[4], [4, 4]],
-           'mapper': {'num_layers': 1, 'num_feat': 4, 'hidden': 4}, 'skip': 'bicubic', 'zero_init_last': False}
+NETWORK = {
+    'type': 'MoEISR',
+    'encoder': ENCODER,
+    'experts': [[4], [4, 4]],
+    'mapper': {'num_layers': 1, 'num_feat': 4, 'hidden': 4},
+    'skip': 'bicubic',
+    'zero_init_last': False,
+}
 
 
 class Touch:
@@ -79,9 +86,13 @@ def test_foreign_files_say_what_they_lack():
     save_file(state, 'new.safetensors', metadata={'format': FORMAT, 'format_version': '9', 'network_g': '{}'})
     with pytest.raises(UserError, match='format version 9'):
         load_model('new.safetensors')
-    for content, words in (('{', 'not JSON'), ('[1]', 'must be a section'), ('{}', "the key 'type' is missing"),
-                           (json.dumps({**NETWORK, 'type': 'MoEIRS'}), "Did you mean 'MoEISR'"),
-                           (json.dumps({**NETWORK, 'experts': [[4]] * 3}), 'the weights do not fit')):
+    for content, words in (
+        ('{', 'not JSON'),
+        ('[1]', 'must be a section'),
+        ('{}', "the key 'type' is missing"),
+        (json.dumps({**NETWORK, 'type': 'MoEIRS'}), "Did you mean 'MoEISR'"),
+        (json.dumps({**NETWORK, 'experts': [[4]] * 3}), 'the weights do not fit'),
+    ):
         metadata = {'format': FORMAT, 'format_version': '1', 'network_g': content}
         save_file(state, 'bad.safetensors', metadata=metadata)
         with pytest.raises(UserError, match=words) as caught:
@@ -100,6 +111,7 @@ def test_saving_is_all_or_nothing(monkeypatch):
 
     def full(handle):
         raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr(atomic_file.os, 'fsync', full)
     with pytest.raises(OSError, match='No space left'):
         save_model('m.safetensors', make_net(1), NETWORK)
@@ -117,9 +129,13 @@ def test_names_that_cannot_be_written():
 @pytest.mark.parametrize('layout', ['params', 'params_ema', 'both', 'module', 'bare'])
 def test_convert_basicsr(layout):
     first, second = make_net(0).state_dict(), make_net(1).state_dict()
-    content = {'params': {'params': first}, 'params_ema': {'params_ema': first},
-               'both': {'params': second, 'params_ema': first},
-               'module': {'params': {f'module.{name}': value for name, value in first.items()}}, 'bare': first}[layout]
+    content = {
+        'params': {'params': first},
+        'params_ema': {'params_ema': first},
+        'both': {'params': second, 'params_ema': first},
+        'module': {'params': {f'module.{name}': value for name, value in first.items()}},
+        'bare': first,
+    }[layout]
     torch.save(content, 'net.pth')
     assert convert('net.pth', 'm.safetensors', NETWORK) == NETWORK
     assert torch.equal(answers(load_model('m.safetensors')), answers(make_net(0)))
@@ -135,7 +151,11 @@ def test_half_precision_files_and_metadata():
     convert('m.safetensors', 'half.safetensors', store='fp16', notes={'author': 'you'})  # what is known is kept
     metadata = read_model('half.safetensors').metadata
     assert {key: metadata[key] for key in ('source', 'param_key', 'license', 'author')} == {
-        'source': 'net.pth', 'param_key': 'params_ema', 'license': 'mine', 'author': 'you'}
+        'source': 'net.pth',
+        'param_key': 'params_ema',
+        'license': 'mine',
+        'author': 'you',
+    }
     assert all(value.dtype == torch.float16 for value in read_model('half.safetensors').weights.values())
     loaded = load_model('half.safetensors')
     for name, value in loaded.state_dict().items():
@@ -193,19 +213,32 @@ def test_convert_finds_the_options_by_itself(folder):
     assert sorted(os.listdir()) == ['embedded.pth', 'experiments', 'm.safetensors', 'm2.safetensors', 'm3.safetensors']
 
 
-@pytest.mark.parametrize(('content', 'words'), [
-    ({'optimizers': [], 'schedulers': [], 'iter': 3}, 'training state without weights'),
-    ({'a': 1}, 'of an unknown kind'), ({}, 'of an unknown kind'), ([1, 2], 'holds no weights but a list'),
-    ({'params': {'x': torch.zeros(2)}}, 'weights do not fit the network MoEISR'),
-    ({'model': {'name': 'metasr', 'args': {}, 'sd': {}}}, "model 'metasr' is not supported"),
-    ({'model': {'name': 'lte-fast', 'args': {}, 'sd': {}}}, "Did you mean 'lte'"),
-    ({'model': {'name': 'liif', 'args': {'feat_unfold': False}, 'sd': {}}}, 'feat_unfold is False'),
-    ({'model': {'name': 'liif', 'args': {'encoder_spec': {'name': 'rcan', 'args': {}}}, 'sd': {}}}, "encoder 'rcan'"),
-    ({'model': {'name': 'liif', 'args': {'encoder_spec': {'name': 'rdn', 'args': {'RDNkSize': 5}}}, 'sd': {}}},
-     'RDNkSize = 5'),
-    ({'model': {'name': 'liif', 'args': {'encoder_spec': {'name': 'rdn', 'args': {}}}, 'sd': {}}}, 'has an upsampler'),
-    ({'model': {'name': 'liif', 'args': None, 'sd': {}}}, 'no official LIIF checkpoint'),
-])
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        ({'optimizers': [], 'schedulers': [], 'iter': 3}, 'training state without weights'),
+        ({'a': 1}, 'of an unknown kind'),
+        ({}, 'of an unknown kind'),
+        ([1, 2], 'holds no weights but a list'),
+        ({'params': {'x': torch.zeros(2)}}, 'weights do not fit the network MoEISR'),
+        ({'model': {'name': 'metasr', 'args': {}, 'sd': {}}}, "model 'metasr' is not supported"),
+        ({'model': {'name': 'lte-fast', 'args': {}, 'sd': {}}}, "Did you mean 'lte'"),
+        ({'model': {'name': 'liif', 'args': {'feat_unfold': False}, 'sd': {}}}, 'feat_unfold is False'),
+        (
+            {'model': {'name': 'liif', 'args': {'encoder_spec': {'name': 'rcan', 'args': {}}}, 'sd': {}}},
+            "encoder 'rcan'",
+        ),
+        (
+            {'model': {'name': 'liif', 'args': {'encoder_spec': {'name': 'rdn', 'args': {'RDNkSize': 5}}}, 'sd': {}}},
+            'RDNkSize = 5',
+        ),
+        (
+            {'model': {'name': 'liif', 'args': {'encoder_spec': {'name': 'rdn', 'args': {}}}, 'sd': {}}},
+            'has an upsampler',
+        ),
+        ({'model': {'name': 'liif', 'args': None, 'sd': {}}}, 'no official LIIF checkpoint'),
+    ],
+)
 def test_convert_says_what_it_cannot_read(content, words):
     torch.save(content, 'net.pth')
     with pytest.raises(UserError, match=words) as caught:
@@ -220,7 +253,7 @@ def test_hostile_and_damaged_checkpoints_run_nothing(folder):
         pickle.dump(hostile, file)
     torch.save(make_net().state_dict(), 'good.pth')
     content = open('good.pth', 'rb').read()
-    open('cut.pth', 'wb').write(content[:len(content) // 2])
+    open('cut.pth', 'wb').write(content[: len(content) // 2])
     open('empty.pth', 'wb').write(b'')
     open('text.pth', 'wb').write(b'import os; os.system("touch ran")')
     for name in ('zip.pth', 'raw.pth', 'cut.pth', 'empty.pth', 'text.pth'):
@@ -249,8 +282,13 @@ def test_convert_official(name, encoder, args, hidden):
     assert options['type'] == name.upper() and options['hidden_list'] == hidden
     net = load_model('m.safetensors')
     assert not [key for key in net.state_dict() if 'mean' in key]
-    for lq_size, size in (((6, 4), (12, 8)), ((5, 7), (16, 9)), ((4, 4), (12, 17)), ((3, 5), (25, 26)),
-                          ((1, 1), (3, 2))):
+    for lq_size, size in (
+        ((6, 4), (12, 8)),
+        ((5, 7), (16, 9)),
+        ((4, 4), (12, 17)),
+        ((3, 5), (25, 26)),
+        ((1, 1), (3, 2)),
+    ):
         lq = torch.rand(1, 3, *lq_size)
         coord, cell = grid(size)
         with torch.no_grad():
@@ -268,9 +306,20 @@ def test_convert_official_swinir():
     for key, value in own.state_dict().items():
         key = key.replace('decoder.pool.experts.0.', 'imnet.').replace('decoder.pool.', '')
         state[key] = value
-    torch.save({'model': {'name': 'lte', 'sd': state, 'args': {
-        'encoder_spec': {'name': 'swinir', 'args': {'no_upsampling': True}}, 'hidden_dim': 4,
-        'imnet_spec': {'name': 'mlp', 'args': {'out_dim': 3, 'hidden_list': [8]}}}}}, 'official.pth')
+    torch.save(
+        {
+            'model': {
+                'name': 'lte',
+                'sd': state,
+                'args': {
+                    'encoder_spec': {'name': 'swinir', 'args': {'no_upsampling': True}},
+                    'hidden_dim': 4,
+                    'imnet_spec': {'name': 'mlp', 'args': {'out_dim': 3, 'hidden_list': [8]}},
+                },
+            }
+        },
+        'official.pth',
+    )
     assert convert('official.pth', 'm.safetensors')['encoder'] == {'type': 'SwinIREncoder'}
     converted = load_model('m.safetensors').state_dict()
     assert converted.keys() == own.state_dict().keys()

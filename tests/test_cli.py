@@ -1,4 +1,5 @@
 """The command: help, exit codes, and one line for every mistake."""
+
 import os
 import pickle
 import subprocess
@@ -17,8 +18,12 @@ from moeisr_basicsr.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {'type': 'EDSREncoder', 'num_feat': 4, 'num_block': 1}
-NETWORK = {'type': 'MoEISR', 'encoder': ENCODER, 'experts': [[4], [4, 4]],
-           'mapper': {'num_layers': 1, 'num_feat': 4, 'hidden': 4}}
+NETWORK = {
+    'type': 'MoEISR',
+    'encoder': ENCODER,
+    'experts': [[4], [4, 4]],
+    'mapper': {'num_layers': 1, 'num_feat': 4, 'hidden': 4},
+}
 DENSE = {'type': 'LIIF', 'encoder': ENCODER, 'hidden_list': [4]}
 
 
@@ -68,75 +73,96 @@ def fails(capsys, *argv):
 UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetensors')
 
 
-@pytest.mark.parametrize(('argv', 'words'), [
-    (('trian',), "'trian' is no command; there are train, test, "),
-    (('trian',), "Did you mean 'train'?"),
-    (('train',), 'needs an options file: -opt'),
-    (('train', '-opt', 'gone.yml'), 'gone.yml: cannot read this options file: No such file'),
-    (('train', '-opt', 'broken.yml'), 'broken.yml:3: broken YAML'),
-    (('test', '-opt', 'broken.yml'), 'broken.yml:3: broken YAML'),
-    (('train', '-optt', 'a.yml'), "unknown argument -optt. Did you mean '-opt'?"),
-    (('train', '-opt', 'a.yml', '--lancher', 'none'), "Did you mean '--launcher'?"),
-    (('train', '-opt', 'a.yml', '--launcher', 'mpi'), "invalid choice: 'mpi'"),
-    (('train', '-opt', 'a.yml', 'more'), 'unknown argument more'),
-    (('train', '-opt', 'typo.yml', '--import', 'not_there_at_all'), "No module named 'not_there_at_all'"),
-    (('upscale',), 'the following arguments are required: IMAGE_OR_FOLDER'),
-    (UPSCALE, 'one of the arguments --scale --size is required'),
-    ((*UPSCALE, '--scale', '0.5'), "a factor must be at least 1; got '0.5'"),
-    ((*UPSCALE, '--scale', '2x0.9'), 'a factor must be at least 1'),
-    ((*UPSCALE, '--scale', 'big'), "'big' is not a factor such as 3.3, or rows x columns such as 2.5x4"),
-    ((*UPSCALE, '--scale', '1x2x3'), 'is not a factor'),
-    ((*UPSCALE, '--scale', 'nan'), 'is not a factor'),
-    ((*UPSCALE, '--size', '99'), 'is not a size such as 3840x2160, width first'),
-    ((*UPSCALE, '--size', '4x9'), 'the output size must be at least the input size of 6 x 5 (rows x columns)'),
-    ((*UPSCALE, '--size', '9x9', '--scale', '2'), 'not allowed with argument'),
-    ((*UPSCALE, '--scale', '2', '--exprt-map'), "Did you mean '--expert-map'?"),
-    ((*UPSCALE, '--scale', '2', '--budget', '0.001'), 'budget must lie between'),
-    ((*UPSCALE, '--scale', '2', '--budget', '1.5'), 'budget must lie between'),
-    ((*UPSCALE, '--scale', '2', '--budget', '0.5', '--cost-weight', '1'), 'not allowed with argument'),
-    ((*UPSCALE, '--scale', '2', '--cost-weight', 'inf'), "'inf' is not a number"),
-    ((*UPSCALE, '--scale', '2', '--tile', '3'), '--tile must be 0 (the whole image) or at least 16 pixels; got 3'),
-    ((*UPSCALE, '--scale', '2', '--device', 'cdua'), "--device must be one of cpu, cuda"),
-    ((*UPSCALE, '--scale', '2', '--device', 'cuda:99'), '--device cuda:99 cannot be used here'),
-    ((*UPSCALE, '--scale', '2', '--precision', 'fp8'), "invalid choice: 'fp8'"),
-    ((*UPSCALE, '--scale', '2', '--overwrite', '--resume'), 'not allowed with argument'),
-    ((*UPSCALE[:-1], 'gone.safetensors', '--scale', '2'), 'there is no model file gone.safetensors'),
-    ((*UPSCALE[:-1], 'cut.safetensors', '--scale', '2'), 'cut.safetensors is no whole safetensors file'),
-    ((*UPSCALE[:-1], 'hostile.pth', '--scale', '2'), 'hostile.pth is no model file'),
-    ((*UPSCALE[:-1], 'dense.safetensors', '--scale', '2', '--expert-map'), 'has one expert: there is no map to draw'),
-    ((*UPSCALE[:-1], 'dense.safetensors', '--scale', '2', '--budget', '0.5'), 'a dense decoder has one expert'),
-    (('upscale', 'images/c.png', *UPSCALE[2:], '--scale', '2'), 'there is no image or folder images/c.png'),
-    (('upscale', 'image/a.png', *UPSCALE[2:], '--scale', '2'), 'there is no image or folder image/a.png'),
-    (('upscale', 'empty', *UPSCALE[2:], '--scale', '2'), 'empty has no image directly in it'),
-    (('upscale', 'images', *UPSCALE[2:], '--scale', '2'), 'out.png is one file, but there are 2 images'),
-    (('upscale', 'images/a.png', '-o', 'images/a.png', *UPSCALE[4:], '--scale', '2'), 'would be overwritten'),
-    (('upscale', 'images/a.png', '-o', 'a.gif', *UPSCALE[4:], '--scale', '2'), 'images are written as .jpeg, .jpg'),
-    (('upscale', 'images/a.png', '-o', 'moe.safetensors', *UPSCALE[4:], '--scale', '2'), 'moe.safetensors is a file'),
-    (('upscale', 'images/a.png', '-o', 'typo.yml/x.png', *UPSCALE[4:], '--scale', '2'), 'typo.yml is a file, not a'),
-    (('upscale', 'images', '-o', 'typo.yml/x/y', *UPSCALE[4:], '--scale', '2'), 'typo.yml is a file, not a folder'),
-    ((*UPSCALE, '--scale', '2', '--ext', 'jpg'), 'out.png and --ext jpg contradict each other'),
-    (('upscale', 'corrupt.png', *UPSCALE[2:], '--scale', '2'), 'corrupt.png'),
-    (('upscale', 'nothing.png', *UPSCALE[2:], '--scale', '2'), 'nothing.png: the file is empty'),
-    (('convert', 'gone.pth', '-o', 'm.safetensors'), 'there is no checkpoint gone.pth'),
-    (('convert', 'hostile.pth', '-o', 'm.safetensors'), 'Nothing in it was run'),
-    (('convert', 'moe.safetensors', '-o', 'm.pth'), "must end in '.safetensors'"),
-    (('convert', 'moe.safetensors', '-o', 'dense.safetensors'), 'already exists: give --overwrite'),
-    (('convert', 'moe.safetensors', '-o', 'm.safetensors', '-opt', 'typo.yml'), "the key 'network_g' is missing"),
-    (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--force_yml', 'a=b'), 'give both'),
-    (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--metadata', 'license'), 'license: give KEY=VALUE'),
-    (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--metadata', 'network_g={}'), 'network_g is written by'),
-    (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--store', 'int8'), "invalid choice: 'int8'"),
-])
+@pytest.mark.parametrize(
+    ('argv', 'words'),
+    [
+        (('trian',), "'trian' is no command; there are train, test, "),
+        (('trian',), "Did you mean 'train'?"),
+        (('train',), 'needs an options file: -opt'),
+        (('train', '-opt', 'gone.yml'), 'gone.yml: cannot read this options file: No such file'),
+        (('train', '-opt', 'broken.yml'), 'broken.yml:3: broken YAML'),
+        (('test', '-opt', 'broken.yml'), 'broken.yml:3: broken YAML'),
+        (('train', '-optt', 'a.yml'), "unknown argument -optt. Did you mean '-opt'?"),
+        (('train', '-opt', 'a.yml', '--lancher', 'none'), "Did you mean '--launcher'?"),
+        (('train', '-opt', 'a.yml', '--launcher', 'mpi'), "invalid choice: 'mpi'"),
+        (('train', '-opt', 'a.yml', 'more'), 'unknown argument more'),
+        (('train', '-opt', 'typo.yml', '--import', 'not_there_at_all'), "No module named 'not_there_at_all'"),
+        (('upscale',), 'the following arguments are required: IMAGE_OR_FOLDER'),
+        (UPSCALE, 'one of the arguments --scale --size is required'),
+        ((*UPSCALE, '--scale', '0.5'), "a factor must be at least 1; got '0.5'"),
+        ((*UPSCALE, '--scale', '2x0.9'), 'a factor must be at least 1'),
+        ((*UPSCALE, '--scale', 'big'), "'big' is not a factor such as 3.3, or rows x columns such as 2.5x4"),
+        ((*UPSCALE, '--scale', '1x2x3'), 'is not a factor'),
+        ((*UPSCALE, '--scale', 'nan'), 'is not a factor'),
+        ((*UPSCALE, '--size', '99'), 'is not a size such as 3840x2160, width first'),
+        ((*UPSCALE, '--size', '4x9'), 'the output size must be at least the input size of 6 x 5 (rows x columns)'),
+        ((*UPSCALE, '--size', '9x9', '--scale', '2'), 'not allowed with argument'),
+        ((*UPSCALE, '--scale', '2', '--exprt-map'), "Did you mean '--expert-map'?"),
+        ((*UPSCALE, '--scale', '2', '--budget', '0.001'), 'budget must lie between'),
+        ((*UPSCALE, '--scale', '2', '--budget', '1.5'), 'budget must lie between'),
+        ((*UPSCALE, '--scale', '2', '--budget', '0.5', '--cost-weight', '1'), 'not allowed with argument'),
+        ((*UPSCALE, '--scale', '2', '--cost-weight', 'inf'), "'inf' is not a number"),
+        ((*UPSCALE, '--scale', '2', '--tile', '3'), '--tile must be 0 (the whole image) or at least 16 pixels; got 3'),
+        ((*UPSCALE, '--scale', '2', '--device', 'cdua'), '--device must be one of cpu, cuda'),
+        ((*UPSCALE, '--scale', '2', '--device', 'cuda:99'), '--device cuda:99 cannot be used here'),
+        ((*UPSCALE, '--scale', '2', '--precision', 'fp8'), "invalid choice: 'fp8'"),
+        ((*UPSCALE, '--scale', '2', '--overwrite', '--resume'), 'not allowed with argument'),
+        ((*UPSCALE[:-1], 'gone.safetensors', '--scale', '2'), 'there is no model file gone.safetensors'),
+        ((*UPSCALE[:-1], 'cut.safetensors', '--scale', '2'), 'cut.safetensors is no whole safetensors file'),
+        ((*UPSCALE[:-1], 'hostile.pth', '--scale', '2'), 'hostile.pth is no model file'),
+        (
+            (*UPSCALE[:-1], 'dense.safetensors', '--scale', '2', '--expert-map'),
+            'has one expert: there is no map to draw',
+        ),
+        ((*UPSCALE[:-1], 'dense.safetensors', '--scale', '2', '--budget', '0.5'), 'a dense decoder has one expert'),
+        (('upscale', 'images/c.png', *UPSCALE[2:], '--scale', '2'), 'there is no image or folder images/c.png'),
+        (('upscale', 'image/a.png', *UPSCALE[2:], '--scale', '2'), 'there is no image or folder image/a.png'),
+        (('upscale', 'empty', *UPSCALE[2:], '--scale', '2'), 'empty has no image directly in it'),
+        (('upscale', 'images', *UPSCALE[2:], '--scale', '2'), 'out.png is one file, but there are 2 images'),
+        (('upscale', 'images/a.png', '-o', 'images/a.png', *UPSCALE[4:], '--scale', '2'), 'would be overwritten'),
+        (('upscale', 'images/a.png', '-o', 'a.gif', *UPSCALE[4:], '--scale', '2'), 'images are written as .jpeg, .jpg'),
+        (
+            ('upscale', 'images/a.png', '-o', 'moe.safetensors', *UPSCALE[4:], '--scale', '2'),
+            'moe.safetensors is a file',
+        ),
+        (
+            ('upscale', 'images/a.png', '-o', 'typo.yml/x.png', *UPSCALE[4:], '--scale', '2'),
+            'typo.yml is a file, not a',
+        ),
+        (('upscale', 'images', '-o', 'typo.yml/x/y', *UPSCALE[4:], '--scale', '2'), 'typo.yml is a file, not a folder'),
+        ((*UPSCALE, '--scale', '2', '--ext', 'jpg'), 'out.png and --ext jpg contradict each other'),
+        (('upscale', 'corrupt.png', *UPSCALE[2:], '--scale', '2'), 'corrupt.png'),
+        (('upscale', 'nothing.png', *UPSCALE[2:], '--scale', '2'), 'nothing.png: the file is empty'),
+        (('convert', 'gone.pth', '-o', 'm.safetensors'), 'there is no checkpoint gone.pth'),
+        (('convert', 'hostile.pth', '-o', 'm.safetensors'), 'Nothing in it was run'),
+        (('convert', 'moe.safetensors', '-o', 'm.pth'), "must end in '.safetensors'"),
+        (('convert', 'moe.safetensors', '-o', 'dense.safetensors'), 'already exists: give --overwrite'),
+        (('convert', 'moe.safetensors', '-o', 'm.safetensors', '-opt', 'typo.yml'), "the key 'network_g' is missing"),
+        (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--force_yml', 'a=b'), 'give both'),
+        (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--metadata', 'license'), 'license: give KEY=VALUE'),
+        (
+            ('convert', 'moe.safetensors', '-o', 'm.safetensors', '--metadata', 'network_g={}'),
+            'network_g is written by',
+        ),
+        (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--store', 'int8'), "invalid choice: 'int8'"),
+    ],
+)
 def test_a_mistake_gets_one_line_and_exit_code_2(capsys, argv, words):
     before = sorted(os.listdir())
     assert words in fails(capsys, *argv)
     assert sorted(os.listdir()) == before  # no folder, and no half-written file
 
 
-@pytest.mark.parametrize(('missing', 'hint'), [
-    ('corupt.png', " Did you mean 'corrupt.png'?"), ('corrupt.jpg', " Did you mean 'corrupt.png'?"),
-    ('image', " Did you mean 'images'?"), ('zq.png', ''), ('typo2.png', ''),  # typo.yml is no image
-])
+@pytest.mark.parametrize(
+    ('missing', 'hint'),
+    [
+        ('corupt.png', " Did you mean 'corrupt.png'?"),
+        ('corrupt.jpg', " Did you mean 'corrupt.png'?"),
+        ('image', " Did you mean 'images'?"),
+        ('zq.png', ''),
+        ('typo2.png', ''),  # typo.yml is no image
+    ],
+)
 def test_a_missing_image_is_compared_with_images_by_the_stem(capsys, missing, hint):
     error = fails(capsys, 'upscale', missing, '-o', 'out.png', '--model', 'moe.safetensors', '--scale', '2')
     assert error == f'there is no image or folder {missing}.{hint}'
@@ -176,6 +202,7 @@ def test_help_of_train_and_test_names_what_fits_each(capsys):
         with pytest.raises(SystemExit):
             main([command, '--help'])
         return ' '.join(capsys.readouterr().out.split())
+
     training = ('--auto_resume', '--debug', 'train:ema_decay', 'datasets:train:', 'options/moeisr_edsr.yml')
     testing = ('val:budget', 'path:pretrain_network_g', 'options/test_moeisr_edsr.yml')
     assert all((word in shown('train'), word in shown('test')) == (True, False) for word in training)
@@ -205,8 +232,14 @@ def test_convert(capsys):
 
 def test_as_a_module_in_a_process_of_its_own(folder):
     """`python -m moeisr_basicsr`, with the current folder elsewhere: the exit code reaches the shell."""
-    done = subprocess.run([sys.executable, '-m', 'moeisr_basicsr', 'train', '-opt', 'gone.yml'], capture_output=True,
-                          text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=120)
+    done = subprocess.run(
+        [sys.executable, '-m', 'moeisr_basicsr', 'train', '-opt', 'gone.yml'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        timeout=120,
+    )
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ['basicsr: error: gone.yml: cannot read this options file: No such file or '
-                                        'directory.']
+    assert done.stderr.splitlines() == [
+        'basicsr: error: gone.yml: cannot read this options file: No such file or directory.'
+    ]

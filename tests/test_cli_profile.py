@@ -1,23 +1,39 @@
 """`basicsr profile` through the command's own entry point, on tiny networks."""
+
 import json
 import re
 
 import pytest
 import torch
 import yaml
+from PIL import Image
+
 from moeisr_basicsr.analysis import schema
-from moeisr_basicsr.analysis.complexity import (decoder_macs, dense_folded_macs, dense_plain_macs, encoder_macs,
-                                                parameters)
+from moeisr_basicsr.analysis.complexity import (
+    decoder_macs,
+    dense_folded_macs,
+    dense_plain_macs,
+    encoder_macs,
+    parameters,
+)
 from moeisr_basicsr.archs.moeisr_arch import LIIF, MoEISR
 from moeisr_basicsr.checkpoint import save_model
 from moeisr_basicsr.cli import main
 from moeisr_basicsr.inference import upscale
-from PIL import Image
 
-MOEISR = {'type': 'MoEISR', 'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}, 'decoder': 'liif',
-          'experts': [[16], [16, 16], [32, 32, 16]], 'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8}}
-LTE = {'type': 'LTE', 'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}, 'hidden_list': [16],
-       'hidden_dim': 32}
+MOEISR = {
+    'type': 'MoEISR',
+    'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1},
+    'decoder': 'liif',
+    'experts': [[16], [16, 16], [32, 32, 16]],
+    'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8},
+}
+LTE = {
+    'type': 'LTE',
+    'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1},
+    'hidden_list': [16],
+    'hidden_dim': 32,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +57,29 @@ def build(network):
 
 def test_results_agree_with_the_closed_forms(options, tmp_path, capsys):
     target = tmp_path / 'out.json'
-    assert main(['profile', '-opt', options(MOEISR), '--lq-size', '6x9', '--scale', '2', '2x3.5', '--repeats', '1',
-                 '--device', 'cpu', '--json', str(target), '--plot', str(tmp_path / 'out.png')]) == 0
+    assert (
+        main(
+            [
+                'profile',
+                '-opt',
+                options(MOEISR),
+                '--lq-size',
+                '6x9',
+                '--scale',
+                '2',
+                '2x3.5',
+                '--repeats',
+                '1',
+                '--device',
+                'cpu',
+                '--json',
+                str(target),
+                '--plot',
+                str(tmp_path / 'out.png'),
+            ]
+        )
+        == 0
+    )
     results, net = schema.load(target), build(MOEISR)
     assert results['command'] == 'profile' and results['model']['network_g'] == MOEISR
     assert results['model']['parameters'] == parameters(net)._asdict()
@@ -72,11 +109,31 @@ def test_model_file_image_and_budget(tmp_path):
     pixels = (torch.rand(8, 10, 3) * 255).byte()
     Image.fromarray(pixels.numpy()).save(tmp_path / 'lq.png')
     target = tmp_path / 'out.json'
-    assert main(['profile', '--model', str(tmp_path / 'net.safetensors'), '--image', str(tmp_path / 'lq.png'),
-                 '--scale', '3', '--budget', '0.6', '--repeats', '1', '--no-plain', '--device', 'cpu', '--json',
-                 str(target)]) == 0
+    assert (
+        main(
+            [
+                'profile',
+                '--model',
+                str(tmp_path / 'net.safetensors'),
+                '--image',
+                str(tmp_path / 'lq.png'),
+                '--scale',
+                '3',
+                '--budget',
+                '0.6',
+                '--repeats',
+                '1',
+                '--no-plain',
+                '--device',
+                'cpu',
+                '--json',
+                str(target),
+            ]
+        )
+        == 0
+    )
     results = json.loads(target.read_text())
-    row, = results['rows']
+    (row,) = results['rows']
     lq = pixels.permute(2, 0, 1)[None] / 255
     counts = torch.bincount(upscale(net, lq, scale=3, budget=0.6).expert_map.flatten().long(), minlength=3)
     assert row['routing']['loads'] == pytest.approx((counts / counts.sum()).tolist(), abs=1e-6)
@@ -88,9 +145,30 @@ def test_model_file_image_and_budget(tmp_path):
 def test_dense_decoder_of_other_widths(options, tmp_path, capsys):
     """The baseline is the dense network of those widths: its multiply-adds, and times of its own."""
     target = tmp_path / 'out.json'
-    assert main(['profile', '-opt', options(MOEISR), '--lq-size', '6x9', '--scale', '2', '--repeats', '1', '--device',
-                 'cpu', '--dense-hidden', '24', '16', '--json', str(target)]) == 0
-    row, = schema.load(target)['rows']
+    assert (
+        main(
+            [
+                'profile',
+                '-opt',
+                options(MOEISR),
+                '--lq-size',
+                '6x9',
+                '--scale',
+                '2',
+                '--repeats',
+                '1',
+                '--device',
+                'cpu',
+                '--dense-hidden',
+                '24',
+                '16',
+                '--json',
+                str(target),
+            ]
+        )
+        == 0
+    )
+    (row,) = schema.load(target)['rows']
     liif = LIIF(MOEISR['encoder'], hidden_list=[24, 16])
     assert row['macs']['dense_plain'] == dense_plain_macs(liif.decoder, (6, 9), (12, 18))
     assert row['macs']['dense_folded'] == dense_folded_macs(liif.decoder, (6, 9), (12, 18))
@@ -105,9 +183,13 @@ def test_shares_that_say_nothing_of_pictures_are_said_to(options, tmp_path, caps
     Image.new('RGB', (6, 5)).save(tmp_path / 'lq.png')
     trained, untrained = ('--model', str(tmp_path / 'net.safetensors')), ('-opt', options(MOEISR))
     image = ('--image', str(tmp_path / 'lq.png'))
-    for words, noise, random in ((trained, True, False), (untrained, False, True), ((*trained, *image), False, False),
-                                 ((*trained, '--budget', '0.6'), False, False),
-                                 ((*trained, '--cost-weight', '1'), False, False)):
+    for words, noise, random in (
+        (trained, True, False),
+        (untrained, False, True),
+        ((*trained, *image), False, False),
+        ((*trained, '--budget', '0.6'), False, False),
+        ((*trained, '--cost-weight', '1'), False, False),
+    ):
         size = () if '--image' in words else ('--lq-size', '5x6')
         assert main(['profile', *words, *size, '--scale', '2', '--repeats', '1', '--no-plain', '--device', 'cpu']) == 0
         shown = ' '.join(capsys.readouterr().out.split())
@@ -116,9 +198,29 @@ def test_shares_that_say_nothing_of_pictures_are_said_to(options, tmp_path, caps
 
 def test_dense_network_has_no_mapper(options, tmp_path, capsys):
     target = tmp_path / 'out.json'
-    assert main(['profile', '-opt', options(LTE), '--lq-size', '5x5', '--scale', '2', '--repeats', '1', '--precision',
-                 'bf16', '--device', 'cpu', '--json', str(target)]) == 0
-    row, = schema.load(target)['rows']
+    assert (
+        main(
+            [
+                'profile',
+                '-opt',
+                options(LTE),
+                '--lq-size',
+                '5x5',
+                '--scale',
+                '2',
+                '--repeats',
+                '1',
+                '--precision',
+                'bf16',
+                '--device',
+                'cpu',
+                '--json',
+                str(target),
+            ]
+        )
+        == 0
+    )
+    (row,) = schema.load(target)['rows']
     assert row['routing'] == {'loads': [1.0], 'mean_cost': 1.0} and row['macs']['mapper'] == 0
     assert row['macs']['tables'] + row['macs']['experts'] == row['macs']['dense_folded']
     shown = capsys.readouterr().out
@@ -127,23 +229,49 @@ def test_dense_network_has_no_mapper(options, tmp_path, capsys):
 
 def test_training_step(options, tmp_path, capsys):
     target = tmp_path / 'out.json'
-    assert main(['profile', '-opt', options(MOEISR), '--train', '--batch', '2', '--patch', '8', '--queries', '30',
-                 '--repeats', '1', '--device', 'cpu', '--json', str(target), '--plot', str(tmp_path / 't.png')]) == 0
+    assert (
+        main(
+            [
+                'profile',
+                '-opt',
+                options(MOEISR),
+                '--train',
+                '--batch',
+                '2',
+                '--patch',
+                '8',
+                '--queries',
+                '30',
+                '--repeats',
+                '1',
+                '--device',
+                'cpu',
+                '--json',
+                str(target),
+                '--plot',
+                str(tmp_path / 't.png'),
+            ]
+        )
+        == 0
+    )
     rows = schema.load(target)['rows']
     assert [row['case'] for row in rows] == ['train-exact', 'train-naive', 'train-sampled']
     assert all(row['lq_size'] == [8, 8] and row['count'] == 2 for row in rows)
     assert 'unchosen experts' in capsys.readouterr().out and (tmp_path / 't.png').is_file()
 
 
-@pytest.mark.parametrize('more, message', [
-    (['--lq-size', '5'], "'5' is not a size"),
-    (['--scale', '0.5'], 'at least 1'),
-    (['--budget', '0.01'], 'budget must lie between'),
-    (['--repeats', '0'], 'whole number of at least 1'),
-    (['--plot', 'out.pdf'], '.png'),
-    (['--image', 'missing.png'], 'missing.png'),
-    (['--device', 'tpu'], "'tpu'"),
-])
+@pytest.mark.parametrize(
+    'more, message',
+    [
+        (['--lq-size', '5'], "'5' is not a size"),
+        (['--scale', '0.5'], 'at least 1'),
+        (['--budget', '0.01'], 'budget must lie between'),
+        (['--repeats', '0'], 'whole number of at least 1'),
+        (['--plot', 'out.pdf'], '.png'),
+        (['--image', 'missing.png'], 'missing.png'),
+        (['--device', 'tpu'], "'tpu'"),
+    ],
+)
 def test_mistakes_are_one_line(options, capsys, more, message):
     assert main(['profile', '-opt', options(MOEISR), *more]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

@@ -1,15 +1,17 @@
 """`basicsr profile --data` through the command's entry point: lower bounds that sleeping datasets set, no speeds."""
+
 import multiprocessing
 import time
 
 import pytest
 import yaml
+from PIL import Image
+from tiny_runs import run_yaml, write_images
+
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.cli import main
 from moeisr_basicsr.data import arbitrary_scale_dataset
 from moeisr_basicsr.data.image_source import ImageSource
-from PIL import Image
-from tiny_runs import run_yaml, write_images
 
 PAUSE = 0.04  # seconds; far above what a stage of a tiny item takes
 OWN_DATASETS = """
@@ -66,8 +68,9 @@ def rows(profile, tmp_path):
 
 
 def test_stages_and_workers(rows, tmp_path, capsys):
-    stages, *loaders = rows('--workers', '0', '2', '--items', '9', '--step-ms', '50', '--plot',
-                            str(tmp_path / 'out.png'))
+    stages, *loaders = rows(
+        '--workers', '0', '2', '--items', '9', '--step-ms', '50', '--plot', str(tmp_path / 'out.png')
+    )
     times = dict(stages['time_ms'])
     assert stages['case'] == 'data-stages' and stages['count'] == 12  # whole batches of 4
     total = times.pop('total')
@@ -85,10 +88,15 @@ def test_stages_and_workers(rows, tmp_path, capsys):
         assert picture.format == 'PNG'
 
 
-@pytest.mark.parametrize('slow, stage', [((ImageSource, 'rgb'), 'read'),
-                                         ((arbitrary_scale_dataset, 'resize'), 'resize'),
-                                         ((arbitrary_scale_dataset, 'draw_queries'), 'queries'),
-                                         ((arbitrary_scale_dataset, 'to_tensor'), 'tensor')])
+@pytest.mark.parametrize(
+    'slow, stage',
+    [
+        ((ImageSource, 'rgb'), 'read'),
+        ((arbitrary_scale_dataset, 'resize'), 'resize'),
+        ((arbitrary_scale_dataset, 'draw_queries'), 'queries'),
+        ((arbitrary_scale_dataset, 'to_tensor'), 'tensor'),
+    ],
+)
 def test_time_goes_to_the_stage_that_takes_it(rows, monkeypatch, slow, stage):
     original = getattr(*slow)
 
@@ -105,18 +113,45 @@ def test_time_goes_to_the_stage_that_takes_it(rows, monkeypatch, slow, stage):
 
 def test_pairs_have_no_shrinking(rows, tmp_path):
     write_images(tmp_path / 'lq', 4, (32, 36))
-    times = rows('--workers', '0', '--items', '4', **{
-        'datasets:train': {'name': 'pairs', 'type': 'ArbitraryScalePairedDataset', 'sample_q': 64, 'lq_size': 12,
-                           'dataroot_gt': str(tmp_path / 'train'), 'dataroot_lq': str(tmp_path / 'lq'),
-                           'batch_size_per_gpu': 4, 'num_worker_per_gpu': 7}})[0]['time_ms']
+    times = rows(
+        '--workers',
+        '0',
+        '--items',
+        '4',
+        **{
+            'datasets:train': {
+                'name': 'pairs',
+                'type': 'ArbitraryScalePairedDataset',
+                'sample_q': 64,
+                'lq_size': 12,
+                'dataroot_gt': str(tmp_path / 'train'),
+                'dataroot_lq': str(tmp_path / 'lq'),
+                'batch_size_per_gpu': 4,
+                'num_worker_per_gpu': 7,
+            }
+        },
+    )[0]['time_ms']
     assert list(times) == ['read', 'queries', 'tensor', 'collate', 'other', 'total']
 
 
 def own_dataset(rows, tmp_path, name, *more):
     (tmp_path / 'own_sets.py').write_text(OWN_DATASETS)
-    return rows('--items', '8', *more, '--import', str(tmp_path / 'own_sets.py'), **{
-        'datasets:train': {'name': 'own', 'type': name, 'batch_size_per_gpu': 4, 'num_worker_per_gpu': 0,
-                           'dataset_enlarge_ratio': 3}})
+    return rows(
+        '--items',
+        '8',
+        *more,
+        '--import',
+        str(tmp_path / 'own_sets.py'),
+        **{
+            'datasets:train': {
+                'name': 'own',
+                'type': name,
+                'batch_size_per_gpu': 4,
+                'num_worker_per_gpu': 0,
+                'dataset_enlarge_ratio': 3,
+            }
+        },
+    )
 
 
 def test_own_dataset_and_waiting_time(rows, tmp_path):
@@ -140,18 +175,21 @@ def test_options_can_be_changed_for_the_run(rows):
     assert stages['count'] == 3
 
 
-@pytest.mark.parametrize('more, message', [
-    (['--workers', '-1'], "'-1'"),
-    (['--workers', 'many'], "'many' is not a number of workers"),
-    (['--items', '0'], 'whole number of at least 1'),
-    (['--step-ms', '0'], 'not a time above 0 ms'),
-    (['--train'], '--data'),
-    (['--plot', 'out.pdf'], '.png'),
-    (['--force_yml', 'datasets:train:lq_sise=3'], 'lq_size'),
-    (['--force_yml', 'datasets:train:dataroot_gt=nowhere'], 'nowhere'),
-    (['--force_yml', 'datasets:train:batch_size_per_gpu=99'], 'raise dataset_enlarge_ratio'),
-    (['--force_yml', 'datasets:train:lq_size=70'], 'too small'),
-])
+@pytest.mark.parametrize(
+    'more, message',
+    [
+        (['--workers', '-1'], "'-1'"),
+        (['--workers', 'many'], "'many' is not a number of workers"),
+        (['--items', '0'], 'whole number of at least 1'),
+        (['--step-ms', '0'], 'not a time above 0 ms'),
+        (['--train'], '--data'),
+        (['--plot', 'out.pdf'], '.png'),
+        (['--force_yml', 'datasets:train:lq_sise=3'], 'lq_size'),
+        (['--force_yml', 'datasets:train:dataroot_gt=nowhere'], 'nowhere'),
+        (['--force_yml', 'datasets:train:batch_size_per_gpu=99'], 'raise dataset_enlarge_ratio'),
+        (['--force_yml', 'datasets:train:lq_size=70'], 'too small'),
+    ],
+)
 def test_mistakes_are_one_line(profile, capsys, more, message):
     assert profile(*more) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -161,18 +199,23 @@ def test_mistakes_are_one_line(profile, capsys, more, message):
 def test_damaged_image_in_a_worker_is_one_line(profile, tmp_path, capsys):
     write_images(tmp_path / 'broken', 4, (64, 72))
     (tmp_path / 'broken' / '2.png').write_bytes(b'\x89PNG\r\n\x1a\nrubbish')
-    assert profile('--workers', '1', '--items', '8', '--force_yml',
-                   f'datasets:train:dataroot_gt={tmp_path / "broken"}') == 2
+    assert (
+        profile('--workers', '1', '--items', '8', '--force_yml', f'datasets:train:dataroot_gt={tmp_path / "broken"}')
+        == 2
+    )
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and '2.png' in lines[0]
 
 
-@pytest.mark.parametrize('words, message', [
-    (['--data', '--model', 'x.safetensors'], '-opt instead of --model'),
-    (['-opt', 'x.yml', '--workers', '2'], '--workers needs --data'),
-    (['-opt', 'x.yml', '--train', '--step-ms', '9'], '--step-ms needs --data'),
-    (['-opt', 'x.yml', '--force_yml', 'name=x'], '--force_yml needs --data'),
-])
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['--data', '--model', 'x.safetensors'], '-opt instead of --model'),
+        (['-opt', 'x.yml', '--workers', '2'], '--workers needs --data'),
+        (['-opt', 'x.yml', '--train', '--step-ms', '9'], '--step-ms needs --data'),
+        (['-opt', 'x.yml', '--force_yml', 'name=x'], '--force_yml needs --data'),
+    ],
+)
 def test_arguments_that_do_not_go_together(capsys, words, message):
     assert main(['profile', *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

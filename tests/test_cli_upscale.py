@@ -1,4 +1,5 @@
 """`basicsr upscale`: sizes, alpha, 16 bit, grey, expert maps, folders, and files that are never half written."""
+
 import os
 
 import cv2
@@ -15,9 +16,14 @@ from moeisr_basicsr.data.image_io import read_image, write_image
 from moeisr_basicsr.data.resize import resize
 from moeisr_basicsr.inference import upscale
 
-NETWORK = {'type': 'MoEISR', 'encoder': {'type': 'EDSREncoder', 'num_feat': 6, 'num_block': 1},
-           'experts': [[4], [4, 4], [4] * 3, [4] * 4], 'mapper': {'num_layers': 1, 'num_feat': 4, 'hidden': 4},
-           'skip': 'bicubic', 'zero_init_last': False}
+NETWORK = {
+    'type': 'MoEISR',
+    'encoder': {'type': 'EDSREncoder', 'num_feat': 6, 'num_block': 1},
+    'experts': [[4], [4, 4], [4] * 3, [4] * 4],
+    'mapper': {'num_layers': 1, 'num_feat': 4, 'hidden': 4},
+    'skip': 'bicubic',
+    'zero_init_last': False,
+}
 
 
 @pytest.fixture(scope='module')
@@ -72,14 +78,17 @@ def expected(model, rgb, depth=255, **target):
     return image.clip(0, 1) * depth
 
 
-@pytest.mark.parametrize(('argv', 'target', 'size'), [
-    (['--scale', '3.3'], {'scale': 3.3}, (40, 23)),
-    (['--scale', '2.5x4'], {'scale': (2.5, 4)}, (30, 28)),
-    (['--scale', '1'], {'scale': 1}, (12, 7)),
-    (['--size', '31x17'], {'size': (17, 31)}, (17, 31)),
-    (['--scale', '2', '--cost-weight', '0.7'], {'scale': 2, 'cost_weight': 0.7}, (24, 14)),
-    (['--scale', '2', '--budget', '0.6'], {'scale': 2, 'budget': 0.6}, (24, 14)),
-])
+@pytest.mark.parametrize(
+    ('argv', 'target', 'size'),
+    [
+        (['--scale', '3.3'], {'scale': 3.3}, (40, 23)),
+        (['--scale', '2.5x4'], {'scale': (2.5, 4)}, (30, 28)),
+        (['--scale', '1'], {'scale': 1}, (12, 7)),
+        (['--size', '31x17'], {'size': (17, 31)}, (17, 31)),
+        (['--scale', '2', '--cost-weight', '0.7'], {'scale': 2, 'cost_weight': 0.7}, (24, 14)),
+        (['--scale', '2', '--budget', '0.6'], {'scale': 2, 'budget': 0.6}, (24, 14)),
+    ],
+)
 def test_size_and_pixels(model, argv, target, size):
     rgb = noise((12, 7, 3))
     cv2.imwrite('a.png', rgb[..., ::-1])
@@ -249,8 +258,9 @@ def test_an_image_that_is_given_twice_is_done_once(model, capsys):
     for name in ('a.png', 'b.png'):
         cv2.imwrite(f'in/{name}', noise((9, 8, 3)))
     os.symlink('a.png', 'in/link.png')
-    assert run(model, 'in/b.png', 'in', './in/../in/a.png', os.path.abspath('in/b.png'), '-o', 'out', '--scale',
-               '2') == 0
+    assert (
+        run(model, 'in/b.png', 'in', './in/../in/a.png', os.path.abspath('in/b.png'), '-o', 'out', '--scale', '2') == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ['in/b.png', 'in/a.png', 'in/link.png']
     assert sorted(os.listdir('out')) == ['a_x2.png', 'b_x2.png', 'link_x2.png']
@@ -278,8 +288,11 @@ def test_a_folder_takes_its_own_results(model, capsys):
     before = sorted(os.listdir('in'))
     os.remove('in/b_x2.png')
     assert run(model, 'in', '-o', 'in', '--scale', '2', '--expert-map', '--resume') == 0
-    assert sorted(os.listdir('in')) == before == ['a.png', 'a_x2.png', 'a_x2_experts.png', 'b.png', 'b_x2.png',
-                                                  'b_x2_experts.png']
+    assert (
+        sorted(os.listdir('in'))
+        == before
+        == ['a.png', 'a_x2.png', 'a_x2_experts.png', 'b.png', 'b_x2.png', 'b_x2_experts.png']
+    )
     assert run(model, 'in', '-o', 'in', '--scale', '2', '--expert-map', '--overwrite') == 2
     assert 'a_x2.png is an input: it would be overwritten' in capsys.readouterr().err
 
@@ -294,6 +307,7 @@ def test_a_failure_in_the_middle_leaves_no_file(model, monkeypatch, capsys, exte
     def failing(*args):
         yield next(whole(*args))
         raise RuntimeError('out of memory')
+
     monkeypatch.setattr(upscale_run, 'upscale_strips', failing)
     code = run(model, 'a.png', '-o', f'out.{extension}', '--scale', '2', '--overwrite', '--expert-map')
     assert code == 2 and 'not enough memory' in capsys.readouterr().err
@@ -304,6 +318,7 @@ def test_only_a_lack_of_memory_is_called_so(model, monkeypatch):
     def failing(*args):
         raise RuntimeError('CUDA error: an illegal memory access was encountered')
         yield
+
     cv2.imwrite('a.png', noise((12, 7, 3)))
     monkeypatch.setattr(upscale_run, 'upscale_strips', failing)
     with pytest.raises(RuntimeError, match='illegal memory access'):
@@ -312,12 +327,14 @@ def test_only_a_lack_of_memory_is_called_so(model, monkeypatch):
 
 def test_a_full_disk_is_one_line(model, monkeypatch, capsys):
     from moeisr_basicsr.data import strip_writer
+
     os.mkdir('in')
     for name in 'abc':
         cv2.imwrite(f'in/{name}.png', noise((12, 7, 3)))
 
     def full(handle):
         raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr(strip_writer.os, 'fsync', full)
     assert run(model, 'in', '-o', 'out', '--scale', '2') == 2
     lines = capsys.readouterr().err.splitlines()

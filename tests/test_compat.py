@@ -1,4 +1,5 @@
 """Compat: BasicSR 1.4.2 imports, runs on the CPU, and neither its YAML nor its overrides nor its files run code."""
+
 import contextlib
 import os
 import subprocess
@@ -34,13 +35,20 @@ logger: {print_freq: 10}
 def run_python(code, *arguments, cwd=None):
     """Run code in a fresh interpreter that finds this project; returns the completed process."""
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([sys.executable, '-c', textwrap.dedent(code), *map(str, arguments)], env=env, text=True,
-                          capture_output=True, cwd=cwd, timeout=120)
+    return subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code), *map(str, arguments)],
+        env=env,
+        text=True,
+        capture_output=True,
+        cwd=cwd,
+        timeout=120,
+    )
 
 
 def parse(tmp_path, monkeypatch, *arguments, text=MINIMAL_YAML):
     """BasicSR's own `parse_options`, patched, on a YAML file and command-line arguments."""
     from basicsr.utils.options import parse_options
+
     path = tmp_path / 'options.yml'
     path.write_text(text)
     monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', str(path), *arguments])
@@ -63,7 +71,8 @@ def test_every_module_of_basicsr_imports():
 
 
 def test_shims_keep_a_module_that_exists():
-    done = run_python("""
+    done = run_python(
+        """
         import sys, types
         package = types.ModuleType('moeisr_basicsr')
         package.__path__ = [sys.argv[1]]
@@ -76,38 +85,53 @@ def test_shims_keep_a_module_that_exists():
         compat.install_shims()
         assert sys.modules[existing.__name__] is existing
         assert len(compat._LIBRARIES) == libraries
-        """, ROOT / 'moeisr_basicsr')
+        """,
+        ROOT / 'moeisr_basicsr',
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_grayscale_shim_is_torchvisions_function():
     from torchvision.transforms.functional_tensor import rgb_to_grayscale
+
     image = torch.rand(1, 3, 4, 5)
     weights = torch.tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R 601 as torchvision rounds it
     torch.testing.assert_close(rgb_to_grayscale(image, num_output_channels=1), (image * weights).sum(1, keepdim=True))
 
 
 def test_importing_compat_imports_neither_torch_nor_basicsr():
-    done = run_python("""
+    done = run_python(
+        """
         import sys, types
         package = types.ModuleType('moeisr_basicsr')
         package.__path__ = [sys.argv[1]]
         sys.modules['moeisr_basicsr'] = package
         import moeisr_basicsr.compat
         print([name for name in ('torch', 'torchvision', 'basicsr') if name in sys.modules])
-        """, ROOT / 'moeisr_basicsr')
+        """,
+        ROOT / 'moeisr_basicsr',
+    )
     assert done.stdout.strip() == '[]', done.stderr
 
 
 def test_patching_twice_wraps_once():
     from basicsr.models.base_model import BaseModel
+
     before = BaseModel.__init__, BaseModel.model_to_device
     compat.patch_basicsr()
     assert (BaseModel.__init__, BaseModel.model_to_device) == before
 
 
-@pytest.mark.parametrize('tag', ['!!python/object/apply:os.system ["touch {0}"]', '!!python/name:os.system',
-                                 '!!python/object/new:os.system ["touch {0}"]', '!!python/tuple [1, 2]', '!own 1'])
+@pytest.mark.parametrize(
+    'tag',
+    [
+        '!!python/object/apply:os.system ["touch {0}"]',
+        '!!python/name:os.system',
+        '!!python/object/new:os.system ["touch {0}"]',
+        '!!python/tuple [1, 2]',
+        '!own 1',
+    ],
+)
 def test_yaml_tags_are_refused_by_name_and_line(tmp_path, monkeypatch, tag):
     target = tmp_path / 'hacked'
     text = MINIMAL_YAML + 'bad: ' + tag.format(target)
@@ -117,28 +141,46 @@ def test_yaml_tags_are_refused_by_name_and_line(tmp_path, monkeypatch, tag):
 
 
 def test_parse_options_reads_floats_and_overrides(tmp_path, monkeypatch):
-    opt = parse(tmp_path, monkeypatch, '--force_yml', 'train:optim_g:lr=2e-4', 'train:milestones=[3, 4]',
-                'path:pretrain_network_g=none', 'logger:print_freq=-5', 'datasets:train:name=!!float 1e1')
+    opt = parse(
+        tmp_path,
+        monkeypatch,
+        '--force_yml',
+        'train:optim_g:lr=2e-4',
+        'train:milestones=[3, 4]',
+        'path:pretrain_network_g=none',
+        'logger:print_freq=-5',
+        'datasets:train:name=!!float 1e1',
+    )
     assert opt['train']['optim_g'] == {'type': 'Adam', 'lr': 2e-4} and opt['train']['milestones'] == [3, 4]
     assert opt['path']['pretrain_network_g'] is None and opt['logger']['print_freq'] == -5
     assert opt['datasets']['train'] == {'name': 10.0, 'lr': 1e-4, 'eps': 2e-3, 'phase': 'train'}
 
 
-@pytest.mark.parametrize('entry', [
-    'name"]; open("{0}", "w"); opt["name=1',
-    'x"] + __import__("os").system("touch {0}") + opt["name=1',
-    'name[open("{0}","w")]=1',
-    'train\\":x=1',
-    'name={{!!python/object/apply:os.system ["touch {0}"]: 1}}',
-])
+@pytest.mark.parametrize(
+    'entry',
+    [
+        'name"]; open("{0}", "w"); opt["name=1',
+        'x"] + __import__("os").system("touch {0}") + opt["name=1',
+        'name[open("{0}","w")]=1',
+        'train\\":x=1',
+        'name={{!!python/object/apply:os.system ["touch {0}"]: 1}}',
+    ],
+)
 def test_hostile_override_is_refused(tmp_path, monkeypatch, entry):
     with pytest.raises(UserError):
         parse(tmp_path, monkeypatch, '--force_yml', entry.format(tmp_path / 'hacked'))
     assert not (tmp_path / 'hacked').exists()
 
 
-@pytest.mark.parametrize('value', ['[__import__("os").system("touch {0}")]', '[open("{0}", mode="w")]',
-                                   '[i for i in [open("{0}", "w")]]', 'open("{0}", "w")'])
+@pytest.mark.parametrize(
+    'value',
+    [
+        '[__import__("os").system("touch {0}")]',
+        '[open("{0}", mode="w")]',
+        '[i for i in [open("{0}", "w")]]',
+        'open("{0}", "w")',
+    ],
+)
 def test_hostile_value_is_not_evaluated(tmp_path, monkeypatch, value):
     value = value.format(tmp_path / 'hacked')
     if '=' in value or not value.startswith('['):  # BasicSR splits at each '='; without a bracket it is a string
@@ -151,12 +193,15 @@ def test_hostile_value_is_not_evaluated(tmp_path, monkeypatch, value):
     assert not (tmp_path / 'hacked').exists()
 
 
-@pytest.mark.parametrize(('entry', 'message'), [
-    ('trian:total_iter=1', "no key 'trian'. Did you mean 'train'"),
-    ('name:x=1', "'name' is a value"),
-    ('train:optim_g:lr=[1,', 'not a list'),
-    ('train:optim_g:lr=!!float x', 'not a number'),
-])
+@pytest.mark.parametrize(
+    ('entry', 'message'),
+    [
+        ('trian:total_iter=1', "no key 'trian'. Did you mean 'train'"),
+        ('name:x=1', "'name' is a value"),
+        ('train:optim_g:lr=[1,', 'not a list'),
+        ('train:optim_g:lr=!!float x', 'not a number'),
+    ],
+)
 def test_force_yml_errors_name_the_entry(tmp_path, monkeypatch, entry, message):
     with pytest.raises(UserError) as caught:
         parse(tmp_path, monkeypatch, '--force_yml', entry)
@@ -180,6 +225,7 @@ class Hostile:
 
 def model_with(opt):
     from basicsr.models.base_model import BaseModel
+
     return BaseModel({'num_gpu': 0, 'is_train': True, 'dist': False, 'path': {}, **opt})
 
 
@@ -188,8 +234,10 @@ def test_hostile_weights_are_refused_everywhere(tmp_path, monkeypatch, legacy):
     target, path = tmp_path / 'hacked', tmp_path / 'net.pth'
     torch.save({'params': Hostile(target)}, path, _use_new_zipfile_serialization=not legacy)
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-    readers = [lambda file: model_with({}).load_network(torch.nn.Linear(1, 1), file),
-               *(sys.modules[name].torch.load for name in compat._LOADING_MODULES)]
+    readers = [
+        lambda file: model_with({}).load_network(torch.nn.Linear(1, 1), file),
+        *(sys.modules[name].torch.load for name in compat._LOADING_MODULES),
+    ]
     for read in readers:
         with pytest.raises(UserError, match='net.pth'):
             read(str(path))
@@ -204,8 +252,10 @@ def test_safe_torch_is_torch_otherwise():
 
 def test_basicsr_loads_its_own_weights(tmp_path):
     net, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
-    torch.save({'params': OrderedDict((f'module.{key}', value) for key, value in net.state_dict().items())},
-               tmp_path / 'net.pth')
+    torch.save(
+        {'params': OrderedDict((f'module.{key}', value) for key, value in net.state_dict().items())},
+        tmp_path / 'net.pth',
+    )
     model_with({}).load_network(other, str(tmp_path / 'net.pth'))
     assert torch.equal(other.weight, net.weight)
 
@@ -214,13 +264,21 @@ def test_resume_state_without_cuda(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from basicsr import train
     from basicsr.models.lr_scheduler import MultiStepRestartLR
+
     optimizer = torch.optim.Adam(torch.nn.Linear(1, 1).parameters(), 1e-3)
     scheduler = MultiStepRestartLR(optimizer, milestones=[2, 2, 9])
     folder = tmp_path / 'experiments/run/training_states'
     folder.mkdir(parents=True)
     for iteration in (9, 10):  # 10 is the later one, although '9' sorts after it
-        torch.save({'iter': iteration, 'epoch': 1, 'schedulers': [scheduler.state_dict()],
-                    'optimizers': [optimizer.state_dict()]}, folder / f'{iteration}.state')
+        torch.save(
+            {
+                'iter': iteration,
+                'epoch': 1,
+                'schedulers': [scheduler.state_dict()],
+                'optimizers': [optimizer.state_dict()],
+            },
+            folder / f'{iteration}.state',
+        )
     opt = {'name': 'run', 'auto_resume': True, 'path': {'models': 'models'}, 'network_g': {}}
     state = train.load_resume_state(opt)
     assert state['iter'] == 10 and state['schedulers'][0]['milestones'] == Counter([2, 2, 9])
@@ -241,6 +299,7 @@ def test_model_falls_back_to_the_cpu(monkeypatch):
 
 def test_cuda_prefetch_falls_back_to_the_cpu(monkeypatch):
     from basicsr import train
+
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     prefetcher = train.CUDAPrefetcher([1, 2], {})
     prefetcher.reset()
@@ -274,13 +333,22 @@ DDP = """
 @pytest.mark.skipif(torch.cuda.is_available(), reason='shows the fallback of machines without CUDA')
 def test_two_ranks_on_the_cpu():
     import socket
+
     with socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
         port = listener.getsockname()[1]
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     code = textwrap.dedent(DDP)
-    ranks = [subprocess.Popen([sys.executable, '-c', code, str(rank), str(port)], env=env, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, '-c', code, str(rank), str(port)],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
     results = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], results
     assert results[0][0].split()[:2] == ['gloo', 'DistributedDataParallel'] and '0.5' in results[0][0]
@@ -302,20 +370,31 @@ def test_slurm_variables_become_torchruns(tmp_path, monkeypatch):
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2];touch hacked" ] && printf "n1\\nn2\\n"\n')
     scontrol.chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    for key, value in {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_PROCID': '3', 'SLURM_NTASKS': '4',
-                       'SLURM_LOCALID': '1', 'SLURM_NODELIST': 'n[1-2];touch hacked'}.items():
+    for key, value in {
+        'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+        'SLURM_PROCID': '3',
+        'SLURM_NTASKS': '4',
+        'SLURM_LOCALID': '1',
+        'SLURM_NODELIST': 'n[1-2];touch hacked',
+    }.items():
         monkeypatch.setenv(key, value)
     for key in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'LOCAL_RANK'):
         monkeypatch.setenv(key, 'old')
     monkeypatch.delenv('MASTER_PORT')
     compat._environment_from_slurm(None)
     assert [os.environ[key] for key in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT', 'LOCAL_RANK')] == [
-        '3', '4', 'n1', '29500', '1']
+        '3',
+        '4',
+        'n1',
+        '29500',
+        '1',
+    ]
     assert not (tmp_path / 'hacked').exists()
 
 
 def test_jpeg_takes_a_float_quality():
     from basicsr.data.degradations import add_jpg_compression, random_add_jpg_compression
+
     image = np.random.default_rng(0).random((8, 8, 3), dtype=np.float32)
     np.testing.assert_array_equal(add_jpg_compression(image, 50.7), add_jpg_compression(image, 50))
     assert random_add_jpg_compression(image).shape == image.shape
@@ -324,6 +403,7 @@ def test_jpeg_takes_a_float_quality():
 def test_tensorboard_writes_what_can_be_read_back(tmp_path):
     from basicsr.utils.logger import init_tb_logger
     from basicsr.utils.plot_util import read_data_from_tensorboard
+
     writer = init_tb_logger(str(tmp_path))
     for step in (1, 2):
         writer.add_scalar('losses/l_pix', 0.5 * step, step)
@@ -338,8 +418,9 @@ def test_torchvision_names_are_defined_only_where_they_are_missing(tmp_path, mon
     folder.mkdir()
     (folder / '__init__.py').write_text('')
     (folder / '_C.so').write_bytes(b'not a library')
-    (folder / '_meta_registrations.py').write_text("f('torchvision::zz_new')\ng(\"torchvision::nms\")\n")
-    done = run_python("""
+    (folder / '_meta_registrations.py').write_text('f(\'torchvision::zz_new\')\ng("torchvision::nms")\n')
+    done = run_python(
+        """
         import sys, torch
         sys.path.insert(0, sys.argv[1])
         torch.version.cuda = torch.version.hip = None
@@ -355,7 +436,10 @@ def test_torchvision_names_are_defined_only_where_they_are_missing(tmp_path, mon
             torch.ops.torchvision.zz_new(torch.zeros(1))
         except NotImplementedError as error:
             print('no kernel')
-        """, tmp_path, ROOT / 'moeisr_basicsr')
+        """,
+        tmp_path,
+        ROOT / 'moeisr_basicsr',
+    )
     assert done.stdout.strip() == 'no kernel', done.stderr
 
 

@@ -1,4 +1,5 @@
 """Cost weight and budget against brute force."""
+
 import math
 
 import pytest
@@ -69,11 +70,17 @@ def test_tied_pixels_are_split_in_pixel_order():
     assert (costs[1:] <= costs[:-1]).all(), 'the dearer experts must come first in pixel order'
 
 
-@pytest.mark.parametrize('budget', [.3, .6, .9])
-@pytest.mark.parametrize('logits', [torch.zeros(10_000, 4), torch.tensor([[1., -9., -9., 1.]]).repeat(10_000, 1),
-                                    torch.randint(-4, 5, (10_000, 4), generator=torch.Generator().manual_seed(0)) / 2.])
+@pytest.mark.parametrize('budget', [0.3, 0.6, 0.9])
+@pytest.mark.parametrize(
+    'logits',
+    [
+        torch.zeros(10_000, 4),
+        torch.tensor([[1.0, -9.0, -9.0, 1.0]]).repeat(10_000, 1),
+        torch.randint(-4, 5, (10_000, 4), generator=torch.Generator().manual_seed(0)) / 2.0,
+    ],
+)
 def test_budget_is_met_where_experts_tie(logits, budget):
-    costs = torch.tensor([.25, .5, .75, 1.])
+    costs = torch.tensor([0.25, 0.5, 0.75, 1.0])
     control = Budget(budget, costs)
     control.observe(logits)
     assert costs[control.route(logits, costs)].mean().item() == pytest.approx(budget, abs=1e-4)
@@ -91,8 +98,11 @@ def test_budget_takes_the_queries_that_lose_least():
     log_p = logits.double().log_softmax(dim=-1)
     score = log_p.gather(1, expert[:, None]).sum()
     kappas = torch.linspace(-30, 30, 6001).tolist()
-    affordable = [log_p.gather(1, chosen[:, None]).sum() for chosen in
-                  (route_by_cost(logits, COSTS, kappa) for kappa in kappas) if mean_cost(chosen) <= 0.35]
+    affordable = [
+        log_p.gather(1, chosen[:, None]).sum()
+        for chosen in (route_by_cost(logits, COSTS, kappa) for kappa in kappas)
+        if mean_cost(chosen) <= 0.35
+    ]
     assert score >= max(affordable) - 1e-9
 
 

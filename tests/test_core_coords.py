@@ -1,4 +1,5 @@
 """Coordinates, nearest cells, corners and weights against exact rational arithmetic and PyTorch's own sampler."""
+
 import math
 from fractions import Fraction
 
@@ -7,12 +8,22 @@ import torch
 import torch.nn.functional as F
 
 from moeisr_basicsr.core import make_cell, make_coord, output_size
-from moeisr_basicsr.core.coords import (corner_axis, ensemble_weight, grid_axis, grid_corners, make_corners,
-                                        nearest_index, pixel_centres)
+from moeisr_basicsr.core.coords import (
+    corner_axis,
+    ensemble_weight,
+    grid_axis,
+    grid_corners,
+    make_corners,
+    nearest_index,
+    pixel_centres,
+)
 
 # (LR size, output size) of one axis: odd and even factors, halves, non-integer ones, one pixel, no enlargement.
-AXES = [(n, output_size((n, n), factor)[0]) for n in (1, 2, 3, 7, 48, 113, 256, 513)
-        for factor in (1, 1.5, 2, 2.7, 3, 3.3, 4, 5, 7, 8)]
+AXES = [
+    (n, output_size((n, n), factor)[0])
+    for n in (1, 2, 3, 7, 48, 113, 256, 513)
+    for factor in (1, 1.5, 2, 2.7, 3, 3.3, 4, 5, 7, 8)
+]
 
 
 def published_coord(size):
@@ -30,8 +41,14 @@ def test_make_coord_is_the_published_formula(size):
     coord = make_coord(size)
     assert coord.dtype == torch.float32
     assert torch.equal(coord, published_coord(size))
-    exact = torch.tensor([[(2 * row + 1) / size[0] - 1, (2 * col + 1) / size[1] - 1]
-                          for row in range(size[0]) for col in range(size[1])], dtype=torch.float64)
+    exact = torch.tensor(
+        [
+            [(2 * row + 1) / size[0] - 1, (2 * col + 1) / size[1] - 1]
+            for row in range(size[0])
+            for col in range(size[1])
+        ],
+        dtype=torch.float64,
+    )
     torch.testing.assert_close(coord.double(), exact, rtol=0, atol=2e-7)
 
 
@@ -126,8 +143,9 @@ def test_strip_equals_whole_bitwise(n_out, n):
         assert torch.equal(strip.rel, whole.rel[:, start:stop])
 
 
-@pytest.mark.parametrize(('lr_size', 'size'), [
-    ((5, 7), (15, 21)), ((1, 1), (4, 3)), ((6, 1), (7, 5)), ((11, 4), (29, 28))])
+@pytest.mark.parametrize(
+    ('lr_size', 'size'), [((5, 7), (15, 21)), ((1, 1), (4, 3)), ((6, 1), (7, 5)), ((11, 4), (29, 28))]
+)
 def test_scattered_corners_equal_the_grid_bitwise(lr_size, size):
     grid = grid_corners(grid_axis(size[0], lr_size[0]), grid_axis(size[1], lr_size[1]), lr_size[1])
     scattered = make_corners(make_coord(size).expand(2, -1, -1), lr_size)
@@ -156,9 +174,19 @@ def test_corner_axis_keeps_the_shape_of_its_input():
     assert axis.rel.dtype == torch.float32
 
 
-@pytest.mark.parametrize(('size', 'scale', 'expected'), [
-    ((10, 20), 2, (20, 40)), ((5, 7), 1.5, (8, 11)), ((5, 3), 2.5, (13, 8)), ((48, 48), 3.3, (158, 158)),
-    ((10, 20), (2, 3.5), (20, 70)), ((10, 20), [1, 4], (10, 80)), ((1, 1), 1.0, (1, 1)), ((3, 4), 1.49, (4, 6))])
+@pytest.mark.parametrize(
+    ('size', 'scale', 'expected'),
+    [
+        ((10, 20), 2, (20, 40)),
+        ((5, 7), 1.5, (8, 11)),
+        ((5, 3), 2.5, (13, 8)),
+        ((48, 48), 3.3, (158, 158)),
+        ((10, 20), (2, 3.5), (20, 70)),
+        ((10, 20), [1, 4], (10, 80)),
+        ((1, 1), 1.0, (1, 1)),
+        ((3, 4), 1.49, (4, 6)),
+    ],
+)
 def test_output_size_rounds_halves_up(size, scale, expected):
     """Python's own round() would give 12 for 12.5 and 8 for 7.5: halves go up here."""
     assert output_size(size, scale) == expected

@@ -1,4 +1,5 @@
 """The decoder against its plain twins: folding, dispatch, exact straight-through training, rendering."""
+
 import pytest
 import torch
 from reference import FAMILIES, grid, mixture
@@ -7,10 +8,19 @@ from moeisr_basicsr.core import MoEDecoder, render
 from moeisr_basicsr.core.experts import apply_linear
 from moeisr_basicsr.core.routing import Routing, gumbel_noise, route_gumbel
 
-EXPERTS = {'liif': [[12], [8, 20], [16, 4, 8]], 'lte': [[], [12], [8, 20]], 'shared': [[12], [12, 20], [12, 4, 8]],
-           'nested': [[12, 8], [12], [12, 8, 20]], 'nested-lte': [[], [12], [12, 20]]}
-OPTIONS = {'lte': {'hidden_dim': 12}, 'shared': {'shared_layers': 1}, 'nested': {'shared_layers': 3},
-           'nested-lte': {'shared_layers': 2, 'hidden_dim': 12}}
+EXPERTS = {
+    'liif': [[12], [8, 20], [16, 4, 8]],
+    'lte': [[], [12], [8, 20]],
+    'shared': [[12], [12, 20], [12, 4, 8]],
+    'nested': [[12, 8], [12], [12, 8, 20]],
+    'nested-lte': [[], [12], [12, 20]],
+}
+OPTIONS = {
+    'lte': {'hidden_dim': 12},
+    'shared': {'shared_layers': 1},
+    'nested': {'shared_layers': 3},
+    'nested-lte': {'shared_layers': 2, 'hidden_dim': 12},
+}
 FAMILY = {'lte': 'lte', 'nested-lte': 'lte'}
 KINDS = list(EXPERTS)
 
@@ -18,8 +28,15 @@ KINDS = list(EXPERTS)
 def make_decoder(family='liif', experts=None, seed=0, **options):
     """`family` may also be 'shared', LIIF with one first layer for all experts, or 'nested', with all hidden layers."""
     torch.manual_seed(seed)
-    decoder = MoEDecoder(6, 3, FAMILY.get(family, 'liif'), experts or EXPERTS[family],
-                         mapper={'num_layers': 2, 'num_feat': 8, 'hidden': 8}, **OPTIONS.get(family, {}), **options)
+    decoder = MoEDecoder(
+        6,
+        3,
+        FAMILY.get(family, 'liif'),
+        experts or EXPERTS[family],
+        mapper={'num_layers': 2, 'num_feat': 8, 'hidden': 8},
+        **OPTIONS.get(family, {}),
+        **options,
+    )
     if decoder.mapper is not None:  # make neighbouring queries differ in their expert
         with torch.no_grad():
             decoder.mapper.query_in.weight[:, -4:-2].mul_(8)
@@ -196,7 +213,7 @@ def test_queries_are_independent_of_their_company():
     feat = torch.randn(1, 6, 5, 7)
     coord, cell = random_queries(batch=1, count=40)
     whole = decoder(feat, coord, cell)
-    parts = [decoder(feat, coord[:, at:at + 7], cell[:, at:at + 7]) for at in range(0, 40, 7)]
+    parts = [decoder(feat, coord[:, at : at + 7], cell[:, at : at + 7]) for at in range(0, 40, 7)]
     close(torch.cat([part.output for part in parts], dim=1), whole.output, 1e-6)
     assert torch.equal(torch.cat([part.routing.expert for part in parts], dim=1), whole.routing.expert)
 
@@ -215,7 +232,8 @@ def test_a_shared_first_layer_is_stored_and_computed_once():
     separate = make_decoder('liif', EXPERTS['shared'])
     width, inputs = 12, 9 * 6 + 4
     assert [name for name, value in decoder.state_dict().items() if value.shape == (width, inputs)] == [
-        'pool.shared.0.weight']
+        'pool.shared.0.weight'
+    ]
     count, before = (sum(value.numel() for value in net.state_dict().values()) for net in (decoder, separate))
     assert before - count == 2 * width * (inputs + 1)
     assert decoder.depths == separate.depths == [1, 2, 3]
@@ -228,8 +246,13 @@ def test_a_shared_first_layer_is_stored_and_computed_once():
 def test_nested_experts_have_only_output_layers_of_their_own():
     decoder = make_decoder('nested')
     assert {name: tuple(value.shape) for name, value in decoder.pool.named_parameters() if name.endswith('weight')} == {
-        'shared.0.weight': (12, 58), 'shared.1.weight': (8, 12), 'shared.2.weight': (20, 8),
-        'experts.0.layers.0.weight': (3, 8), 'experts.1.layers.0.weight': (3, 12), 'experts.2.layers.0.weight': (3, 20)}
+        'shared.0.weight': (12, 58),
+        'shared.1.weight': (8, 12),
+        'shared.2.weight': (20, 8),
+        'experts.0.layers.0.weight': (3, 8),
+        'experts.1.layers.0.weight': (3, 12),
+        'experts.2.layers.0.weight': (3, 20),
+    }
     assert decoder.depths == [2, 1, 3]
     assert decoder.expert_macs == make_decoder('liif', EXPERTS['nested']).expert_macs
 
@@ -242,9 +265,10 @@ def test_all_answers_are_those_of_each_expert(family):
     coord, cell = (part.double() for part in random_queries())
     weight = torch.randn(2, 37, 3, 3, dtype=torch.float64)  # of every expert's every answer
     found = []
-    for answer in (lambda: decoder(feat, coord, cell).answers,
-                   lambda: torch.stack([FAMILIES[decoder.family](decoder.pool, j, feat, coord, cell)
-                                        for j in range(3)], dim=2)):
+    for answer in (
+        lambda: decoder(feat, coord, cell).answers,
+        lambda: torch.stack([FAMILIES[decoder.family](decoder.pool, j, feat, coord, cell) for j in range(3)], dim=2),
+    ):
         decoder.zero_grad()
         answers = answer()
         (answers * weight).sum().backward()
@@ -269,22 +293,38 @@ def test_linear_layers_as_convolutions(rows, widths):
     assert layer.weight.grad is not None
 
 
-@pytest.mark.parametrize(('family', 'experts', 'count', 'message'), [
-    ('liif', [[8], [12, 8]], 1, 'first widths agree'), ('liif', [[8, 6], [8, 5]], 2, 'first widths agree'),
-    ('liif', [[8], []], 1, 'one hidden layer in each LIIF expert'), ('liif', [[], []], 1, 'one hidden layer in each'),
-    ('lte', [[8], [12, 8]], 1, 'first widths agree'), ('liif', [[8]], -1, 'must not be negative')])
+@pytest.mark.parametrize(
+    ('family', 'experts', 'count', 'message'),
+    [
+        ('liif', [[8], [12, 8]], 1, 'first widths agree'),
+        ('liif', [[8, 6], [8, 5]], 2, 'first widths agree'),
+        ('liif', [[8], []], 1, 'one hidden layer in each LIIF expert'),
+        ('liif', [[], []], 1, 'one hidden layer in each'),
+        ('lte', [[8], [12, 8]], 1, 'first widths agree'),
+        ('liif', [[8]], -1, 'must not be negative'),
+    ],
+)
 def test_shared_layers_need_equal_widths(family, experts, count, message):
     with pytest.raises(ValueError, match=f'shared_layers.*{message}'):
         MoEDecoder(4, 3, family, experts, shared_layers=count)
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    ({'family': 'lif'}, 'decoder must be one of'), ({'experts': []}, 'experts must list'),
-    ({'experts': [256]}, 'experts must list'), ({'experts': [[0]]}, 'experts must list'), ({'tau': 0}, 'tau'),
-    ({'experts': [[]] * 257}, '256 experts at most; got 257'),
-    ({'expert_grad': 'fast'}, 'expert_grad'), ({'sample_rate': 0}, 'sample_rate'),
-    ({'family': 'lte', 'hidden_dim': 7}, 'hidden_dim'), ({'mapper': {'num_layers': 6}}, 'num_layers'),
-    ({'mapper': {'granularity': 'image'}}, 'granularity')])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'family': 'lif'}, 'decoder must be one of'),
+        ({'experts': []}, 'experts must list'),
+        ({'experts': [256]}, 'experts must list'),
+        ({'experts': [[0]]}, 'experts must list'),
+        ({'tau': 0}, 'tau'),
+        ({'experts': [[]] * 257}, '256 experts at most; got 257'),
+        ({'expert_grad': 'fast'}, 'expert_grad'),
+        ({'sample_rate': 0}, 'sample_rate'),
+        ({'family': 'lte', 'hidden_dim': 7}, 'hidden_dim'),
+        ({'mapper': {'num_layers': 6}}, 'num_layers'),
+        ({'mapper': {'granularity': 'image'}}, 'granularity'),
+    ],
+)
 def test_bad_options_say_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         MoEDecoder(4, **options)

@@ -1,4 +1,5 @@
 """The mapper: folded against unfolded, one decision per cell, grid against scattered, fp32 under autocast."""
+
 import subprocess
 import sys  # core.render is also a function's name
 
@@ -61,8 +62,10 @@ def test_gradients_reach_every_parameter():
     cell = torch.rand(2, 30, 2, dtype=torch.float64)
     pull = torch.randn(2, 30, 4, dtype=torch.float64)
     grads = []
-    for logits in (mapper(mapper.table(feat), coord, cell * cell.new_tensor((4, 5)), (4, 5)),
-                   unfolded(mapper, feat, coord, cell)):
+    for logits in (
+        mapper(mapper.table(feat), coord, cell * cell.new_tensor((4, 5)), (4, 5)),
+        unfolded(mapper, feat, coord, cell),
+    ):
         grads.append(torch.autograd.grad((logits * pull).sum(), list(mapper.parameters())))
     for (name, _), folded, plain in zip(mapper.named_parameters(), *grads):
         assert plain.abs().max() > 0, name
@@ -95,8 +98,13 @@ def test_grid_logits_equal_scattered_logits(granularity, size):
     rows, cols = near_axes(size, (7, 5))
     on_grid = TORCH.logits(mapper, table[0].view(7, 5, -1), rows, cols, cell[0, 0] * unit)
     torch.testing.assert_close(on_grid, scattered, rtol=0, atol=1e-6)
-    strip = TORCH.logits(mapper, table[0].view(7, 5, -1), Near(*(part[2:5] for part in rows)),
-                         Near(*(part[1:4] for part in cols)), cell[0, 0] * unit)
+    strip = TORCH.logits(
+        mapper,
+        table[0].view(7, 5, -1),
+        Near(*(part[2:5] for part in rows)),
+        Near(*(part[1:4] for part in cols)),
+        cell[0, 0] * unit,
+    )
     torch.testing.assert_close(strip, scattered[2:5, 1:4], rtol=0, atol=1e-6)
 
 
@@ -165,7 +173,7 @@ def test_standardise_gives_the_logits_mean_zero_and_the_spread_asked_for():
     mapper.standardise(before.mean(dim=0), before.std(dim=0, correction=0), 1.5)
     after = mapper(mapper.table(feat), coord, cell, (6, 7)).flatten(0, 1)
     torch.testing.assert_close(after.mean(dim=0), torch.zeros(4), rtol=0, atol=1e-4)
-    torch.testing.assert_close(after.std(dim=0, correction=0), torch.full((4, ), 1.5), rtol=1e-3, atol=0)
+    torch.testing.assert_close(after.std(dim=0, correction=0), torch.full((4,), 1.5), rtol=1e-3, atol=0)
     mapper.standardise(torch.zeros(4), torch.zeros(4))  # a constant logit keeps its scale, without a division by zero
     assert torch.equal(mapper(mapper.table(feat), coord, cell, (6, 7)).flatten(0, 1), after)
 
@@ -188,7 +196,11 @@ def test_tf32_is_off_for_the_mapper_and_comes_back():
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, 'fp32_precision'), reason='PyTorch before 2.9')
 def test_tf32_by_its_newer_names():
     """In a process of its own: who has used them cannot go back."""
-    subprocess.run([sys.executable, '-c', """
+    subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            """
 import torch
 from moeisr_basicsr.core.precision import full_fp32
 settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
@@ -197,4 +209,7 @@ for setting in settings:
 with full_fp32(torch.device('cuda')):
     assert [setting.fp32_precision for setting in settings] == ['ieee', 'ieee']
 assert [setting.fp32_precision for setting in settings] == ['tf32', 'tf32']
-"""], check=True)
+""",
+        ],
+        check=True,
+    )

@@ -1,4 +1,5 @@
 """Routing: keyed Gumbel noise, straight-through gates, cost-aware argmax."""
+
 import math
 
 import pytest
@@ -128,12 +129,17 @@ def test_by_hand():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=4), min_size=1, max_size=8),
-       st.lists(st.floats(0.03125, 1, width=32), min_size=4, max_size=4),
-       st.lists(st.integers(-3200, 3200), min_size=2, max_size=6))
+@given(
+    st.lists(st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=4), min_size=1, max_size=8),
+    st.lists(st.floats(0.03125, 1, width=32), min_size=4, max_size=4),
+    st.lists(st.integers(-3200, 3200), min_size=2, max_size=6),
+)
 @example([[0.0, 0.0, 0.0, 1e-9]], [1.0, 1.0, 1.0, 0.5], [0, 1])
-@example([[-7.940105438232422, -7.940104961395264, -20.0, -20.0]],  # fp32 ties here, and the dearer comes first
-         [0.13278253376483917, 0.13278251886367798, 0.9, 0.9], [0, 32])
+@example(
+    [[-7.940105438232422, -7.940104961395264, -20.0, -20.0]],  # fp32 ties here, and the dearer comes first
+    [0.13278253376483917, 0.13278251886367798, 0.9, 0.9],
+    [0, 32],
+)
 def test_cost_never_rises_with_kappa(logits, costs, steps):
     """Near ties included: in fp32, rounding makes some queries dearer."""
     logits, costs = torch.tensor(logits), torch.tensor(costs)

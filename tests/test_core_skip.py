@@ -1,4 +1,5 @@
 """The image skip against PyTorch's bilinear sampler and against MATLAB's bicubic, written out as loops."""
+
 import math
 
 import pytest
@@ -10,8 +11,17 @@ from moeisr_basicsr.core.coords import pixel_centres
 from moeisr_basicsr.core.skip import keys_kernel, skip_at, skip_grid
 from moeisr_basicsr.data.resize import imresize
 
-CASES = [((6, 9), 2), ((6, 9), 3), ((5, 4), (2.5, 3.3)), ((7, 3), (1, 4)), ((1, 1), 4), ((2, 2), 3), ((1, 2), 2.5),
-         ((2, 1), (1.5, 7)), ((3, 17), 1)]
+CASES = [
+    ((6, 9), 2),
+    ((6, 9), 3),
+    ((5, 4), (2.5, 3.3)),
+    ((7, 3), (1, 4)),
+    ((1, 1), 4),
+    ((2, 2), 3),
+    ((1, 2), 2.5),
+    ((2, 1), (1.5, 7)),
+    ((3, 17), 1),
+]
 
 
 def cubic(distance):
@@ -78,8 +88,9 @@ def test_scattered_positions_anywhere(mode):
     coord[:, :4] = torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]])
     actual = skip_at(image, coord, mode)
     if mode == 'bilinear':
-        expected = F.grid_sample(image, coord.flip(-1).unsqueeze(1), mode='bilinear', padding_mode='border',
-                                 align_corners=False)[:, :, 0].transpose(1, 2)
+        expected = F.grid_sample(
+            image, coord.flip(-1).unsqueeze(1), mode='bilinear', padding_mode='border', align_corners=False
+        )[:, :, 0].transpose(1, 2)
     else:
         expected = torch.zeros_like(actual)
         padded = torch.cat([image.flip(-2), image, image.flip(-2)], dim=-2)

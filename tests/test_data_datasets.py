@@ -1,4 +1,5 @@
 """The arbitrary-scale datasets: what an item holds, that it can be made again, and what awkward input gives."""
+
 import copy
 import math
 import multiprocessing
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from basicsr.data import build_dataloader, build_dataset
+from data_cases import SIZES, differs, locate, make_lmdb, noise, options, same
+from helpers import shared_data
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data_cases import SIZES, differs, locate, make_lmdb, noise, options, same
-from helpers import shared_data
 from moeisr_basicsr.core.coords import make_coord
 from moeisr_basicsr.data import cache as cache_module
 from moeisr_basicsr.data.image_io import write_image
@@ -33,8 +34,9 @@ def folder(tmp_path):
 @pytest.mark.parametrize('downsample', ['matlab', 'pil'])
 def test_a_training_item_is_what_its_coordinates_say(folder, asymmetric, downsample):
     """The HR patch is found again by its colours; the LR patch, coordinates and cells must all follow from it."""
-    dataset = build_dataset(options(folder, asymmetric=asymmetric, downsample=downsample, use_flip=False,
-                                    use_rot=False))
+    dataset = build_dataset(
+        options(folder, asymmetric=asymmetric, downsample=downsample, use_flip=False, use_rot=False)
+    )
     scales = []
     for index in range(24):
         item = dataset[index]
@@ -48,7 +50,7 @@ def test_a_training_item_is_what_its_coordinates_say(folder, asymmetric, downsam
         assert len(set(map(tuple, position.tolist()))) == 50  # without replacement
         top, left = corner[0]
         assert top >= 0 and left >= 0 and (corner[0] + size <= image.shape[:2]).all()
-        patch = image[top:top + size[0], left:left + size[1]]
+        patch = image[top : top + size[0], left : left + size[1]]
         shrink = pil_resize if downsample == 'pil' else lambda x, s: imresize(x, size=s)
         np.testing.assert_array_equal(item['lq'].permute(1, 2, 0) * 255, shrink(patch, (8, 8)))
         coord = make_coord(tuple(size.tolist()))
@@ -115,8 +117,13 @@ def test_workers_make_the_same_items_and_see_the_epoch(folder, method, cache):
     dataset = build_dataset(options(folder, cache=cache, repeat=4))
     alone = build_dataset(options(folder, repeat=4))
     dataset[0]  # opened in this process as well
-    loader = DataLoader(dataset, batch_size=3, num_workers=2 if method == 'fork' else 1, multiprocessing_context=method,
-                        persistent_workers=True)
+    loader = DataLoader(
+        dataset,
+        batch_size=3,
+        num_workers=2 if method == 'fork' else 1,
+        multiprocessing_context=method,
+        persistent_workers=True,
+    )
     for epoch in (0, 1):
         dataset.set_epoch(epoch)
         alone.set_epoch(epoch)
@@ -139,19 +146,26 @@ def test_basicsr_builds_and_loads_it(folder):
     assert same(pickle.loads(pickle.dumps(dataset))[4], dataset[4])
 
 
-@pytest.mark.parametrize('scale, lq_size, size', [
-    (2, (160, 240), (320, 480)), (3, (107, 160), (321, 480)), (4, (80, 120), (320, 480)),
-    (2.5, (128, 192), (320, 480)), (3.3, (97, 145), (320, 479)), ([2, 3.5], (160, 137), (320, 480)),
-    (1, (321, 481), (321, 481)), (12, (26, 40), (312, 480)),
-])
+@pytest.mark.parametrize(
+    'scale, lq_size, size',
+    [
+        (2, (160, 240), (320, 480)),
+        (3, (107, 160), (321, 480)),
+        (4, (80, 120), (320, 480)),
+        (2.5, (128, 192), (320, 480)),
+        (3.3, (97, 145), (320, 479)),
+        ([2, 3.5], (160, 137), (320, 480)),
+        (1, (321, 481), (321, 481)),
+        (12, (26, 40), (312, 480)),
+    ],
+)
 def test_validation_sizes(scale, lq_size, size):
     root = shared_data('BSDS500_train')
     dataset = build_dataset(options(root, 'val', scale=scale))
-    index = next(i for i, name in enumerate(dataset.names)
-                 if Image.open(root / name).size == (481, 321))
+    index = next(i for i, name in enumerate(dataset.names) if Image.open(root / name).size == (481, 321))
     item = dataset[index]
     assert tuple(item['lq'].shape[1:]) == lq_size and tuple(item['gt'].shape[1:]) == size
-    truth = np.asarray(Image.open(item['gt_path']).convert('RGB'))[:size[0], :size[1]]
+    truth = np.asarray(Image.open(item['gt_path']).convert('RGB'))[: size[0], : size[1]]
     np.testing.assert_array_equal(item['gt'].permute(1, 2, 0) * 255, truth)
     np.testing.assert_array_equal(item['lq'].permute(1, 2, 0) * 255, imresize(truth, size=lq_size))
     np.testing.assert_allclose(item['scale'], [size[0] / lq_size[0], size[1] / lq_size[1]], rtol=1e-6)
@@ -171,8 +185,9 @@ def test_a_small_image_gets_the_largest_factor_it_allows(tmp_path):
     dataset = build_dataset(options(tmp_path, scale_range=[2, 4]))
     scales = torch.stack([dataset[index]['scale'] for index in range(30)])
     assert scales.max() == 20 / 8 and scales.min() < 2.4 and (scales[:, 0] == scales[:, 1]).all()
-    scales = torch.stack([build_dataset(options(tmp_path, scale_range=[2, 4], asymmetric=True))[index]['scale']
-                          for index in range(30)])
+    scales = torch.stack(
+        [build_dataset(options(tmp_path, scale_range=[2, 4], asymmetric=True))[index]['scale'] for index in range(30)]
+    )
     assert scales.max() == 30 / 8
     write_image(tmp_path / 'small.png', noise(15, 30))
     with pytest.raises(UserError, match=r'small.png: 15 x 30 pixels .* too small.*need 16 x 16'):
@@ -184,34 +199,39 @@ def test_a_small_image_gets_the_largest_factor_it_allows(tmp_path):
 
 
 def test_a_fixed_scale_in_training_and_a_scale_range_beside_it(folder):
-    assert {tuple(build_dataset(options(folder, scale=[2, 2.5], use_rot=False))[index]['scale'].tolist())
-            for index in range(5)} == {(2.0, 2.5)}
+    assert {
+        tuple(build_dataset(options(folder, scale=[2, 2.5], use_rot=False))[index]['scale'].tolist())
+        for index in range(5)
+    } == {(2.0, 2.5)}
     dataset = build_dataset(options(folder, scale=2, scale_range=[3, 4]))  # a run's own scale is set on every dataset
     assert all(dataset[index]['scale'].min() > 2.9 for index in range(5))
 
 
-@pytest.mark.parametrize('change, words', [
-    ({'dataroot_gt': None}, "images: the key 'dataroot_gt' is missing"),
-    ({'dataroot_gt': '/nowhere'}, '/nowhere is not a folder'),
-    ({'scale_range': [4, 1]}, r'scale_range must rise: \[1, 4\]'),
-    ({'scale_range': [0.5, 2]}, 'at least 1'),
-    ({'scale_range': 4}, 'least, greatest'),
-    ({'scale_range': [1, float('inf')]}, 'at least 1'),
-    ({'scale': 0.5}, 'scale must be a factor of at least 1'),
-    ({'scale': [2, 3, 4]}, 'rows, columns'),
-    ({'sample_q': 65}, 'sample_q must be at most lq_size squared, 64'),
-    ({'sample_q': 0}, 'at least 1'),
-    ({'lq_size': 2.5}, 'whole number'),
-    ({'use_flip': 'yes'}, 'true or false'),
-    ({'downsample': 'matlb'}, "Did you mean 'matlab'"),
-    ({'cache': 'ram'}, 'none, memory'),
-    ({'phase': 'trian'}, "Did you mean 'train'"),
-    ({'seed': -1}, 'at least 0'),
-    ({'io_backend': {'type': 'lmbd'}}, "Did you mean 'lmdb'"),
-    ({'io_backend': {'type': 'lmdb'}}, 'is not an LMDB'),
-    ({'meta_info_file': '/nowhere.txt'}, '/nowhere.txt cannot be read'),
-    ({'phase': 'val'}, "the key 'scale' is missing"),
-])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'dataroot_gt': None}, "images: the key 'dataroot_gt' is missing"),
+        ({'dataroot_gt': '/nowhere'}, '/nowhere is not a folder'),
+        ({'scale_range': [4, 1]}, r'scale_range must rise: \[1, 4\]'),
+        ({'scale_range': [0.5, 2]}, 'at least 1'),
+        ({'scale_range': 4}, 'least, greatest'),
+        ({'scale_range': [1, float('inf')]}, 'at least 1'),
+        ({'scale': 0.5}, 'scale must be a factor of at least 1'),
+        ({'scale': [2, 3, 4]}, 'rows, columns'),
+        ({'sample_q': 65}, 'sample_q must be at most lq_size squared, 64'),
+        ({'sample_q': 0}, 'at least 1'),
+        ({'lq_size': 2.5}, 'whole number'),
+        ({'use_flip': 'yes'}, 'true or false'),
+        ({'downsample': 'matlb'}, "Did you mean 'matlab'"),
+        ({'cache': 'ram'}, 'none, memory'),
+        ({'phase': 'trian'}, "Did you mean 'train'"),
+        ({'seed': -1}, 'at least 0'),
+        ({'io_backend': {'type': 'lmbd'}}, "Did you mean 'lmdb'"),
+        ({'io_backend': {'type': 'lmdb'}}, 'is not an LMDB'),
+        ({'meta_info_file': '/nowhere.txt'}, '/nowhere.txt cannot be read'),
+        ({'phase': 'val'}, "the key 'scale' is missing"),
+    ],
+)
 def test_wrong_options(folder, change, words):
     with pytest.raises(UserError, match=words) as caught:
         build_dataset({**options(folder), **change})
@@ -264,7 +284,7 @@ def test_lmdb_gives_what_the_folder_gives(folder, tmp_path, cache):
 
 def test_a_damaged_file_or_record_names_itself(folder, tmp_path):
     whole = (folder / 'b.png').read_bytes()
-    (folder / 'b.png').write_bytes(whole[:len(whole) // 2])
+    (folder / 'b.png').write_bytes(whole[: len(whole) // 2])
     dataset = build_dataset(options(folder))
     with pytest.raises(UserError, match=str(folder / 'b.png')):
         dataset[1]
@@ -278,7 +298,7 @@ def test_a_damaged_file_or_record_names_itself(folder, tmp_path):
         dataset[1]
     with pytest.raises(UserError, match='b.png: the file is empty'):
         build_dataset(options(folder, cache='memory'))
-    (folder / 'b.png').write_bytes(whole[:len(whole) // 2])
+    (folder / 'b.png').write_bytes(whole[: len(whole) // 2])
     root = tmp_path / 'images.lmdb'
     root.mkdir()
     make_lmdb(root, folder, 'abc')
@@ -304,7 +324,7 @@ def test_images_of_every_kind_train(tmp_path):
         for index in range(6):
             item = dataset[index]
             assert item['lq'].shape == (3, 8, 8) and item['gt'].shape == (50, 3)
-            assert 0 <= item['gt'].min() and item['gt'].max() <= 1
+            assert item['gt'].min() >= 0 and item['gt'].max() <= 1
         assert (dataset[0]['gt'] == dataset[0]['gt'][:, :1]).all() and (dataset[0]['lq'] == dataset[0]['lq'][:1]).all()
         sixteen = dataset[4]['gt'] * 65535
         torch.testing.assert_close(sixteen, sixteen.round(), rtol=0, atol=0.01)

@@ -1,4 +1,5 @@
 """What a photograph's EXIF data says of the picture stays with its copy; what no longer holds does not."""
+
 import io
 import random
 
@@ -36,7 +37,10 @@ def test_what_holds_is_kept(tmp_path, kind, suffix):
     with Image.open(path) as copy:
         found = copy.getexif()
         assert {tag: found[tag] for tag in (MAKE, DATE, ARTIST)} == {
-            MAKE: 'Camera', DATE: '2026:11:22 10:11:12', ARTIST: 'A. Nobody'}
+            MAKE: 'Camera',
+            DATE: '2026:11:22 10:11:12',
+            ARTIST: 'A. Nobody',
+        }
         camera, place = found.get_ifd(EXIF), found.get_ifd(GPS)
         assert float(camera[EXPOSURE]) == 1 / 250 and camera[TAKEN] == '2026:11:22 10:11:11'
         assert [float(part) for part in place[LATITUDE]] == [47, 22, 30]

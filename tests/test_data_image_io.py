@@ -1,4 +1,5 @@
 """Images of every kind people have: the right pixels, or one error that names the file."""
+
 import io
 import struct
 import threading
@@ -7,9 +8,9 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from helpers import shared_data
 from PIL import Image, ImageCms
 
-from helpers import shared_data
 from moeisr_basicsr.data.image_io import check_writable, read_header, read_image, to_float, to_unsigned, write_image
 from moeisr_basicsr.errors import UserError
 
@@ -34,14 +35,20 @@ def encoded(image, kind, **options):
 
 def raw_png(pixels, colour_type, depth, transparent=None):
     """A PNG written from its definition, without filters."""
+
     def chunk(kind, data):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
 
     rows = b''.join(b'\0' + row.astype('>u2' if depth == 16 else np.uint8).tobytes() for row in pixels)
     header = struct.pack('>IIBBBBB', pixels.shape[1], pixels.shape[0], depth, colour_type, 0, 0, 0)
     colour = b'' if transparent is None else chunk(b'tRNS', transparent.astype('>u2').tobytes())
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + colour + chunk(b'IDAT', zlib.compress(rows))
-            + chunk(b'IEND', b''))
+    return (
+        b'\x89PNG\r\n\x1a\n'
+        + chunk(b'IHDR', header)
+        + colour
+        + chunk(b'IDAT', zlib.compress(rows))
+        + chunk(b'IEND', b'')
+    )
 
 
 def raw_tiff(pixels, tags=()):
@@ -51,12 +58,23 @@ def raw_tiff(pixels, tags=()):
     depth = pixels.dtype.itemsize * 8
     bits = struct.pack(f'<{channels}H', *[depth] * channels)
     bits_at = 8 + len(data)
-    entries = {256: (4, 1, width), 257: (4, 1, height), 259: (3, 1, 1), 262: (3, 1, 2 if channels > 2 else 1),
-               258: (3, channels, bits_at if channels > 2 else int.from_bytes(bits, 'little')), 273: (4, 1, 8),
-               277: (3, 1, channels), 278: (4, 1, height), 279: (4, 1, len(data))}
+    entries = {
+        256: (4, 1, width),
+        257: (4, 1, height),
+        259: (3, 1, 1),
+        262: (3, 1, 2 if channels > 2 else 1),
+        258: (3, channels, bits_at if channels > 2 else int.from_bytes(bits, 'little')),
+        273: (4, 1, 8),
+        277: (3, 1, channels),
+        278: (4, 1, height),
+        279: (4, 1, len(data)),
+    }
     entries.update({tag: (3, 1, value) for tag, value in tags})
-    directory = struct.pack('<H', len(entries)) + b''.join(
-        struct.pack('<HHII', tag, *entries[tag]) for tag in sorted(entries)) + bytes(4)
+    directory = (
+        struct.pack('<H', len(entries))
+        + b''.join(struct.pack('<HHII', tag, *entries[tag]) for tag in sorted(entries))
+        + bytes(4)
+    )
     return struct.pack('<2sHI', b'II', 42, bits_at + len(bits)) + data + bits + directory
 
 
@@ -196,8 +214,9 @@ def test_exif_orientation(orientation):
 def test_profile_and_frames():
     picture = Image.fromarray(smooth())
     assert read_image(encoded(picture, 'PNG', icc_profile=SRGB)).icc_profile == SRGB
-    animation = encoded(picture, 'WEBP', save_all=True, append_images=[Image.fromarray(smooth()[::-1].copy())],
-                        lossless=True)
+    animation = encoded(
+        picture, 'WEBP', save_all=True, append_images=[Image.fromarray(smooth()[::-1].copy())], lossless=True
+    )
     assert read_image(animation).num_frames == 2
     np.testing.assert_array_equal(read_image(animation).rgb, smooth())
 
@@ -275,7 +294,7 @@ def test_pillows_limit_survives_reading_in_threads():
         thread.start()
     for thread in threads:
         thread.join()
-    assert Image.MAX_IMAGE_PIXELS == before
+    assert before == Image.MAX_IMAGE_PIXELS
 
 
 def test_depth_conversions_are_exact_and_rounded():
@@ -323,16 +342,19 @@ def test_other_formats(tmp_path, suffix, tolerance):
         assert read_image(path).alpha is not None
 
 
-@pytest.mark.parametrize('name, options, words', [
-    ('a.jpg', {'bit_depth': 16}, 'JPEG cannot hold 16 bits; write .png'),
-    ('a.webp', {'bit_depth': 16}, 'WEBP cannot hold 16 bits'),
-    ('a.jpg', {'has_alpha': True}, 'JPEG cannot hold transparency'),
-    ('a.bmp', {'has_alpha': True}, 'BMP cannot hold transparency'),
-    ('a.webp', {'size': (20000, 10)}, '20000 x 10'),
-    ('a.pgn', {}, "Did you mean '.png'"),
-    ('a', {}, 'not a format'),
-    ('none/a.png', {}, 'does not exist'),
-])
+@pytest.mark.parametrize(
+    'name, options, words',
+    [
+        ('a.jpg', {'bit_depth': 16}, 'JPEG cannot hold 16 bits; write .png'),
+        ('a.webp', {'bit_depth': 16}, 'WEBP cannot hold 16 bits'),
+        ('a.jpg', {'has_alpha': True}, 'JPEG cannot hold transparency'),
+        ('a.bmp', {'has_alpha': True}, 'BMP cannot hold transparency'),
+        ('a.webp', {'size': (20000, 10)}, '20000 x 10'),
+        ('a.pgn', {}, "Did you mean '.png'"),
+        ('a', {}, 'not a format'),
+        ('none/a.png', {}, 'does not exist'),
+    ],
+)
 def test_nothing_is_dropped_in_silence(tmp_path, name, options, words):
     with pytest.raises(UserError, match=words):
         check_writable(tmp_path / name, **{'size': (4, 4), **options})

@@ -1,4 +1,5 @@
 """scripts/create_lmdb.py: what it stores, what it leaves out, and what happens when it is interrupted."""
+
 import importlib.util
 import re
 import sys
@@ -58,8 +59,9 @@ def test_whole_images_are_what_basicsr_reads(script, folder, tmp_path, capsys):
     np.testing.assert_array_equal(found['one_v2'], noise(50, 70))
     np.testing.assert_array_equal(found['sub_two_words'], noise(30, 20, seed=1))
     assert (found['grey'] == found['grey'][..., :1]).all() and found['grey'].std() > 10
-    assert (output / 'meta_info.txt').read_text() == ('grey.png (40,40,1) 1\none_v2.png (50,70,3) 1\n'
-                                                      'sub_two_words.png (30,20,3) 1\n')
+    assert (output / 'meta_info.txt').read_text() == (
+        'grey.png (40,40,1) 1\none_v2.png (50,70,3) 1\nsub_two_words.png (30,20,3) 1\n'
+    )
     assert '3 images from 3 files' in capsys.readouterr().out and not (tmp_path / 'out.lmdb.partial').exists()
     assert script.main([str(folder), '-o', str(output)]) == 2
     assert 'exists already' in capsys.readouterr().err
@@ -67,14 +69,16 @@ def test_whole_images_are_what_basicsr_reads(script, folder, tmp_path, capsys):
 
 def test_squares_cover_the_image_as_basicsr_cuts_them(script, folder, tmp_path):
     output = tmp_path / 'out.lmdb'
-    assert script.main([str(folder), '-o', str(output), '--crop', '32', '--step', '16', '--thresh', '3',
-                        '--workers', '1']) == 0
+    assert (
+        script.main([str(folder), '-o', str(output), '--crop', '32', '--step', '16', '--thresh', '3', '--workers', '1'])
+        == 0
+    )
     found, image = records(output), noise(50, 70)
     # 50 = 16 + 32 + a rest of 2, which --thresh lets go; 70 = 32 + 32 + a rest of 6, which gets its own squares.
     places = [(top, left) for top in (0, 16) for left in (0, 16, 32, 38)]
     assert [key for key in found if key.startswith('one')] == [f'one_v2_s{n:03d}' for n in range(1, 9)]
     for number, (top, left) in enumerate(places, 1):
-        np.testing.assert_array_equal(found[f'one_v2_s{number:03d}'], image[top:top + 32, left:left + 32])
+        np.testing.assert_array_equal(found[f'one_v2_s{number:03d}'], image[top : top + 32, left : left + 32])
     assert found['sub_two_words_s001'].shape == (30, 20, 3)  # smaller than a square: whole
 
 
@@ -132,7 +136,7 @@ def test_a_small_map_grows(script, folder, tmp_path, monkeypatch):
 
 def test_damaged_files(script, folder, tmp_path, capsys):
     data = (folder / 'one.v2.png').read_bytes()
-    (folder / 'one.v2.png').write_bytes(data[:len(data) // 2])
+    (folder / 'one.v2.png').write_bytes(data[: len(data) // 2])
     output = tmp_path / 'out.lmdb'
     assert script.main([str(folder), '-o', str(output), '--workers', '1']) == 2
     assert re.search('one.v2.png: the image is damaged', capsys.readouterr().err)
@@ -141,16 +145,19 @@ def test_damaged_files(script, folder, tmp_path, capsys):
     assert list(records(tmp_path / 'b.lmdb')) == ['grey', 'sub_two_words']
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['{folder}', '-o', 'out'], 'must end in .lmdb'),
-    (['{folder}/none', '-o', '{out}'], 'is not a folder'),
-    (['{empty}', '-o', '{out}'], 'holds no image'),
-    (['{folder}', '-o', '{out}', '--crop', '0'], '--crop: 0 must be at least 1'),
-    (['{folder}', '-o', '{out}', '--step', '5'], 'give --crop'),
-    (['{folder}', '-o', '{out}', '--jpeg-shrink', '0.5'], 'at least 1'),
-    (['{folder}', '{folder}', '-o', '{out}'], 'same name'),
-    (['{folder}', '-o', '{out}', '--min-detail', '900'], 'No image is left'),
-])
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (['{folder}', '-o', 'out'], 'must end in .lmdb'),
+        (['{folder}/none', '-o', '{out}'], 'is not a folder'),
+        (['{empty}', '-o', '{out}'], 'holds no image'),
+        (['{folder}', '-o', '{out}', '--crop', '0'], '--crop: 0 must be at least 1'),
+        (['{folder}', '-o', '{out}', '--step', '5'], 'give --crop'),
+        (['{folder}', '-o', '{out}', '--jpeg-shrink', '0.5'], 'at least 1'),
+        (['{folder}', '{folder}', '-o', '{out}'], 'same name'),
+        (['{folder}', '-o', '{out}', '--min-detail', '900'], 'No image is left'),
+    ],
+)
 def test_mistakes_are_one_line(script, folder, tmp_path, capsys, arguments, words):
     (tmp_path / 'empty').mkdir()
     places = {'folder': folder, 'out': tmp_path / 'o.lmdb', 'empty': tmp_path / 'empty'}

@@ -1,11 +1,12 @@
 """Own pairs of LR and HR images: what an item holds at factors that are not whole, and pairs that do not fit."""
+
 import numpy as np
 import pytest
 import torch
 from basicsr.data import build_dataset
-
 from data_cases import locate, make_lmdb, noise, options, paired, same
 from helpers import shared_data
+
 from moeisr_basicsr.core.coords import make_coord
 from moeisr_basicsr.data.image_io import write_image
 from moeisr_basicsr.data.pairs import patch_axis
@@ -40,7 +41,7 @@ def test_a_paired_item_fits_its_partner(pair_folders):
         np.testing.assert_allclose(covering[:, :2][inside], np.floor(centre)[inside], atol=1e-3)
         assert inside.mean() > 0.5
         # Exactly: distances between queries along both axes, in the patch and in the image.
-        order = np.array([[1, 2.5], [0, 3]])[::1 if item['scale'][0] == 2.5 else -1]
+        order = np.array([[1, 2.5], [0, 3]])[:: 1 if item['scale'][0] == 2.5 else -1]
         for axis, (source, factor) in enumerate(order):
             along = np.abs(np.diff(coord[:, axis])) * 4 * factor  # 8 LR pixels are 2 units
             np.testing.assert_allclose(along, np.abs(np.diff(position[:, 1 - int(source)])), atol=1e-4)
@@ -121,7 +122,7 @@ def test_two_hr_images_of_one_partner(pair_folders, tmp_path):
 
 def test_paired_lmdb(pair_folders, tmp_path):
     lq, gt = pair_folders
-    for name, folder in (('lq', lq), ('gt', gt)):
+    for name, _folder in (('lq', lq), ('gt', gt)):
         (tmp_path / f'{name}.lmdb').mkdir()
     for name in 'ab':
         (lq / f'{name}x.png').rename(lq / f'{name}.png')

@@ -1,12 +1,13 @@
 """MATLAB's and Pillow's bicubic: against published images, a slow twin, and the libraries themselves."""
+
 import hashlib
 import math
 
 import numpy as np
 import pytest
+from helpers import shared_data
 from PIL import Image
 
-from helpers import shared_data
 from moeisr_basicsr.data.resize import imresize, pil_resize, resize
 from moeisr_basicsr.errors import UserError
 
@@ -52,7 +53,7 @@ def slow_line(line, m, scale):
 def slow_imresize(image, size, scales):
     """Rows first where the row factor is not the greater one; rounded and clipped after each pass if it is uint8."""
     values = image.astype(np.float64)
-    for axis in ((0, 1) if scales[0] <= scales[1] else (1, 0)):
+    for axis in (0, 1) if scales[0] <= scales[1] else (1, 0):
         values = np.apply_along_axis(slow_line, axis, values, size[axis], scales[axis])
         if image.dtype == np.uint8:
             values = np.clip(np.floor(values + 0.5), 0, 255)
@@ -62,7 +63,7 @@ def slow_imresize(image, size, scales):
 @pytest.mark.parametrize('name', SET5)
 def test_reproduces_the_published_images_bit_for_bit(name):
     hr = load('Set5', f'{name}.png')
-    hr = hr[:hr.shape[0] // 2 * 2, :hr.shape[1] // 2 * 2]
+    hr = hr[: hr.shape[0] // 2 * 2, : hr.shape[1] // 2 * 2]
     lq = imresize(hr, scale=0.5)
     np.testing.assert_array_equal(lq, load('Set5_LRx2_reference', f'{name}x2.png'))
     assert hashlib.sha256(lq.tobytes()).hexdigest() == PUBLISHED_X2[name]
@@ -73,17 +74,28 @@ def test_bicubic_baseline_of_set5(scale, published):
     luma, values = np.array([65.738, 129.057, 25.064]) / 256, []
     for name in SET5:
         hr = load('Set5', f'{name}.png')
-        hr = hr[:hr.shape[0] // scale * scale, :hr.shape[1] // scale * scale]
+        hr = hr[: hr.shape[0] // scale * scale, : hr.shape[1] // scale * scale]
         up = imresize(imresize(hr, scale=1 / scale), size=hr.shape[:2])
         difference = ((up.astype(float) - hr) @ luma)[scale:-scale, scale:-scale]
         values.append(10 * np.log10(255**2 / np.mean(difference**2)))
     assert abs(np.mean(values) - published) < 0.02
 
 
-@pytest.mark.parametrize('size, out', [
-    ((17, 23), (8, 11)), ((17, 23), (34, 46)), ((20, 31), (7, 29)), ((20, 31), (29, 7)), ((9, 9), (9, 4)),
-    ((5, 4), (1, 1)), ((1, 1), (3, 2)), ((1, 12), (1, 5)), ((3, 2), (40, 41)), ((40, 30), (2, 3)),
-])
+@pytest.mark.parametrize(
+    'size, out',
+    [
+        ((17, 23), (8, 11)),
+        ((17, 23), (34, 46)),
+        ((20, 31), (7, 29)),
+        ((20, 31), (29, 7)),
+        ((9, 9), (9, 4)),
+        ((5, 4), (1, 1)),
+        ((1, 1), (3, 2)),
+        ((1, 12), (1, 5)),
+        ((3, 2), (40, 41)),
+        ((40, 30), (2, 3)),
+    ],
+)
 @pytest.mark.parametrize('dtype', [np.uint8, np.float64])
 def test_equals_the_slow_twin(size, out, dtype):
     rng = np.random.default_rng(size[0] * 100 + out[1])
@@ -109,8 +121,9 @@ def test_the_axis_with_the_smaller_factor_goes_first():
     image = np.random.default_rng(4).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     turned = imresize(image.swapaxes(0, 1), size=(11, 20)).swapaxes(0, 1)
     np.testing.assert_array_equal(imresize(image, size=(20, 11)), turned)
-    np.testing.assert_array_equal(imresize(image, size=(20, 11)),
-                                  imresize(imresize(image, size=(30, 11)), size=(20, 11)))
+    np.testing.assert_array_equal(
+        imresize(image, size=(20, 11)), imresize(imresize(image, size=(30, 11)), size=(20, 11))
+    )
     assert (imresize(image, size=(20, 11)) != imresize(imresize(image, size=(20, 40)), size=(20, 11))).any()
 
 
@@ -119,8 +132,12 @@ def test_types_shapes_and_large_images_in_blocks():
     image = rng.random((700, 300, 3))
     whole = imresize(image, size=(350, 171))
     for column in (0, 57, 170):  # each output column depends on all blocks of rows
-        np.testing.assert_allclose(whole[:, column], np.stack(
-            [np.ascontiguousarray(imresize(image[..., c], size=(350, 171)))[:, column] for c in range(3)], axis=-1))
+        np.testing.assert_allclose(
+            whole[:, column],
+            np.stack(
+                [np.ascontiguousarray(imresize(image[..., c], size=(350, 171)))[:, column] for c in range(3)], axis=-1
+            ),
+        )
     np.testing.assert_allclose(imresize(image.astype(np.float32), size=(350, 171)), whole, atol=1e-6)
     assert imresize(image.astype(np.float32), size=(3, 4)).dtype == np.float32
     sixteen = (image * 30000 + 15000).astype(np.uint16)  # away from 0 and 65535, where each pass clips
@@ -157,14 +174,17 @@ def test_pil_is_pillow():
     np.testing.assert_allclose(pil_resize(image / 255.0, (100, 71)), sixteen / 65535, atol=0.02)
 
 
-@pytest.mark.parametrize('call, words', [
-    (lambda image: imresize(image), 'either scale or size'),
-    (lambda image: imresize(image, scale=0), 'above 0'),
-    (lambda image: imresize(image, scale=float('nan')), 'above 0'),
-    (lambda image: imresize(image, size=(0, 3)), 'at least 1'),
-    (lambda image: imresize(image[:0], size=(2, 2)), 'empty'),
-    (lambda image: imresize(image.astype(np.int64), size=(2, 2)), 'int64'),
-])
+@pytest.mark.parametrize(
+    'call, words',
+    [
+        (lambda image: imresize(image), 'either scale or size'),
+        (lambda image: imresize(image, scale=0), 'above 0'),
+        (lambda image: imresize(image, scale=float('nan')), 'above 0'),
+        (lambda image: imresize(image, size=(0, 3)), 'at least 1'),
+        (lambda image: imresize(image[:0], size=(2, 2)), 'empty'),
+        (lambda image: imresize(image.astype(np.int64), size=(2, 2)), 'int64'),
+    ],
+)
 def test_wrong_arguments(call, words):
     with pytest.raises(ValueError, match=words):
         call(np.zeros((4, 4, 3), np.uint8))

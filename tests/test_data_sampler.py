@@ -1,4 +1,5 @@
 """The order of training samples: BasicSR's on every rank, with repeats of their own and a place to start from."""
+
 import basicsr.train
 import pytest
 import torch
@@ -21,6 +22,7 @@ class Plain(Dataset):
 
 class Drawing(Plain):
     """Ten images whose items depend on epoch and index."""
+
     epoch = None
 
     def set_epoch(self, epoch):
@@ -78,7 +80,7 @@ def test_an_epoch_can_start_in_its_middle(ranks, rank):
     whole = list(sampler)
     sampler.start = 4
     assert list(sampler) == whole[4:] and len(sampler) == len(whole)
-    rest = [batch for batch in DataLoader(sampler.dataset, 2, sampler=sampler, drop_last=True, collate_fn=len)]
+    rest = list(DataLoader(sampler.dataset, 2, sampler=sampler, drop_last=True, collate_fn=len))
     assert len(rest) == (len(whole) - 4) // 2
     sampler.set_epoch(5)
     assert sampler.start == 0 and len(list(sampler)) == len(whole)

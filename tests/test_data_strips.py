@@ -1,10 +1,11 @@
 """Files that are written strip by strip: equal through independent readers, complete or not there at all."""
+
 import cv2
 import numpy as np
 import pytest
+from helpers import shared_data
 from PIL import Image
 
-from helpers import shared_data
 from moeisr_basicsr.data import strip_writer
 from moeisr_basicsr.data.image_io import read_image
 from moeisr_basicsr.data.strip_writer import StripWriter
@@ -20,8 +21,8 @@ def check_strips(path, pixels, strip_rows):
     with StripWriter(path, height, width, channels, pixels.dtype.itemsize * 8) as writer:
         buffer = np.empty((strip_rows, width, channels), pixels.dtype)
         for start in range(0, height, strip_rows):
-            part = buffer[:min(strip_rows, height - start)]
-            part[...] = pixels[start:start + strip_rows]
+            part = buffer[: min(strip_rows, height - start)]
+            part[...] = pixels[start : start + strip_rows]
             writer.write(part)  # the buffer is used again: the writer must have taken what it needs
 
 
@@ -31,7 +32,7 @@ def check_strips(path, pixels, strip_rows):
 @pytest.mark.parametrize('suffix', ['.png', '.tif'])
 def test_strips_through_an_independent_reader(tmp_path, suffix, size, channels, depth):
     pixels = noise(*size, channels, depth=depth, seed=channels)
-    pixels[size[0] // 2:] //= 8  # both filters and differences that overflow, and small ones
+    pixels[size[0] // 2 :] //= 8  # both filters and differences that overflow, and small ones
     path = tmp_path / f'strips{suffix}'
     check_strips(path, pixels, 7)
     if depth == 8:

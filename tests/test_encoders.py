@@ -1,4 +1,5 @@
 """Encoders: sizes from the papers, forward passes in plain operations, receptive radius, SwinIR's padding."""
+
 import moeisr_basicsr  # noqa: F401, I001  before BasicSR, which needs its shims
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_rdn_parameters():
 
 def test_swinir_parameters():
     width, window, heads = 180, 8, 6
-    attention = 3 * width * (width + 1) + width * (width + 1) + (2 * window - 1)**2 * heads
+    attention = 3 * width * (width + 1) + width * (width + 1) + (2 * window - 1) ** 2 * heads
     layer = 4 * width + attention + 2 * width * (width + 1) + width * (2 * width + 1)
     body = 6 * (6 * layer + conv(width, width)) + conv(width, width)
     norms = 2 * width + 2 * width  # after the patch embedding and after the body
@@ -72,9 +73,15 @@ def test_rdn_and_edsr_in_plain_operations():
     torch.testing.assert_close(rdn(x), fused + shallow, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(('encoder', 'options', 'halo'), [
-    (EDSREncoder, {}, 34), (EDSREncoder, {'num_block': 3}, 8), (RDNEncoder, {'growth': 2}, 131),
-    (RDNEncoder, {'config': 'A', 'growth': 2}, 123)])
+@pytest.mark.parametrize(
+    ('encoder', 'options', 'halo'),
+    [
+        (EDSREncoder, {}, 34),
+        (EDSREncoder, {'num_block': 3}, 8),
+        (RDNEncoder, {'growth': 2}, 131),
+        (RDNEncoder, {'config': 'A', 'growth': 2}, 123),
+    ],
+)
 def test_halo_is_the_receptive_radius(encoder, options, halo):
     """All weights positive, so that nothing cancels: exactly the pixels within the halo act on a feature."""
     encoder = encoder(num_feat=4, **options).double()
@@ -86,7 +93,7 @@ def test_halo_is_the_receptive_radius(encoder, options, halo):
     for shape in ((1, 3, 1, side), (1, 3, side, 1)):
         x = torch.rand(shape, dtype=torch.float64, requires_grad=True)
         feat = encoder(x).flatten(2)[..., halo + 2]
-        grad, = torch.autograd.grad(feat.sum(), x)
+        (grad,) = torch.autograd.grad(feat.sum(), x)
         acts = grad.sum(dim=1).flatten() > 0
         assert acts[2:-2].all(), 'smaller than claimed'
         assert not acts[:2].any() and not acts[-2:].any(), 'larger than claimed'
@@ -109,7 +116,7 @@ def test_swinir_takes_any_size(size):
         shallow = encoder.conv_first(padded)
         deep = encoder.conv_after_body(encoder.forward_features(shallow)) + shallow
         feat = encoder(x)
-        expected = F.leaky_relu(encoder.conv_before_upsample[0](deep), 0.01)[..., :size[0], :size[1]]
+        expected = F.leaky_relu(encoder.conv_before_upsample[0](deep), 0.01)[..., : size[0], : size[1]]
     assert feat.shape == (2, 64, *size)
     assert torch.equal(feat, expected)
 
@@ -119,7 +126,7 @@ def test_swinir_attention_shifts_between_layers():
     torch.manual_seed(0)
     encoder = SwinIREncoder(embed_dim=12, depths=[2], num_heads=[2], img_size=48).eval()
     x = torch.rand(1, 3, 24, 24, requires_grad=True)
-    grad, = torch.autograd.grad(encoder(x)[..., 12, 12].sum(), x)
+    (grad,) = torch.autograd.grad(encoder(x)[..., 12, 12].sum(), x)
     acts = grad.abs().sum(dim=(0, 1)) > 0
     assert acts[8:16, 8:16].all()
     assert acts[:6, :6].any() or acts[18:, 18:].any()

@@ -1,4 +1,5 @@
 """Checkpoint files: whole or absent, damage found, the old ones removed, and no code run from any of them."""
+
 import errno
 import os
 import pickle
@@ -8,9 +9,9 @@ import pytest
 import torch
 from tiny_runs import assert_same
 
-from moeisr_basicsr.engine.checkpoint_store import CheckpointStore, DamagedCheckpoint
 from moeisr_basicsr import atomic_file
 from moeisr_basicsr.atomic_file import SaveError, link_or_copy, save_atomic
+from moeisr_basicsr.engine.checkpoint_store import CheckpointStore, DamagedCheckpoint
 
 
 @pytest.fixture
@@ -66,8 +67,15 @@ def test_the_newest_k_stay_and_names_stay_always(store):
     store.name_weights(content(10)[0], ['best_Set5_psnr', 'best_Set14_psnr'], saved=10)
     save(store, 20, 30)
     store.name_weights(content(31)[0], ['latest'])
-    assert files(store) == ['20.state', '30.state', 'net_g_20.pth', 'net_g_30.pth', 'net_g_best_Set14_psnr.pth',
-                            'net_g_best_Set5_psnr.pth', 'net_g_latest.pth']
+    assert files(store) == [
+        '20.state',
+        '30.state',
+        'net_g_20.pth',
+        'net_g_30.pth',
+        'net_g_best_Set14_psnr.pth',
+        'net_g_best_Set5_psnr.pth',
+        'net_g_latest.pth',
+    ]
     for name, seed in (('best_Set5_psnr', 10), ('best_Set14_psnr', 10), ('latest', 31)):
         assert_same(torch.load(store.weights_path('net_g', name)), content(seed)[0]['net_g'])
 
@@ -124,7 +132,7 @@ class Hostile:
         self.path = str(path)
 
     def __reduce__(self):
-        return os.mkdir, (self.path, )
+        return os.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize('name', ['20.state', 'net_g_20.pth'])
@@ -155,13 +163,14 @@ def test_disk_full_leaves_what_was_there(store, monkeypatch):
 
         def write(self, data):
             if len(data) > self.room:
-                self.file.write(bytes(data)[:self.room])
+                self.file.write(bytes(data)[: self.room])
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return self.file.write(data)
 
     original = atomic_file.write_atomic
     for victim in ('net_g_20.pth', '20.state'):
         for room in (0, 100, 2000):
+
             def write_atomic(path, write):
                 if os.path.basename(path) == victim:
                     return original(path, lambda file: write(FullDisk(file, room)))
@@ -174,8 +183,9 @@ def test_disk_full_leaves_what_was_there(store, monkeypatch):
             assert victim in str(error.value)
             assert newest(store)[0].iteration == 10
             assert not [name for name in files(store) if name.endswith('.tmp')]
-            after = {path.name: path.read_bytes() for folder in (store.models, store.states)
-                     for path in folder.iterdir()}
+            after = {
+                path.name: path.read_bytes() for folder in (store.models, store.states) for path in folder.iterdir()
+            }
             assert {name: after[name] for name in before} == before
             monkeypatch.undo()
     save(store, 20)  # room again

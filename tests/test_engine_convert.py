@@ -1,4 +1,5 @@
 """From training to one model file: the weights themselves say which network they belong to."""
+
 import torch
 from tiny_runs import run_options
 
@@ -10,8 +11,10 @@ from moeisr_basicsr.engine.train_loop import train
 
 def test_weights_convert_to_the_network_that_was_trained_whatever_the_options_file_says(tmp_path):
     """`--force_yml` may have changed the network: same shapes, another granularity, another skip."""
-    options = run_options(tmp_path, **{'train:total_iter': 2, 'network_g:skip': 'bilinear', 'val': None,
-                                       'network_g:mapper:granularity': 'cell'})
+    options = run_options(
+        tmp_path,
+        **{'train:total_iter': 2, 'network_g:skip': 'bilinear', 'val': None, 'network_g:mapper:granularity': 'cell'},
+    )
     (tmp_path / 'run.yml').unlink()
     assert train({**options, 'opt_file': None} if options.get('opt_file') is None else options) == exit_codes.OK
     models = tmp_path / 'experiments' / 'run' / 'models'

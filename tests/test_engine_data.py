@@ -1,4 +1,5 @@
 """The loader of the training loop: its place in the epoch, its workers, other datasets."""
+
 import random
 
 import numpy as np
@@ -27,8 +28,12 @@ class DrawingDataset(Dataset):
 
     def __getitem__(self, index):
         worker = get_worker_info()
-        return {'index': index, 'worker': -1 if worker is None else worker.id, 'lq_path': str(index),
-                'draws': torch.tensor([random.random(), np.random.rand(), float(torch.rand(()))], dtype=torch.float64)}
+        return {
+            'index': index,
+            'worker': -1 if worker is None else worker.id,
+            'lq_path': str(index),
+            'draws': torch.tensor([random.random(), np.random.rand(), float(torch.rand(()))], dtype=torch.float64),
+        }
 
 
 def data(root, ranks=None, **changes):
@@ -44,8 +49,7 @@ def take(source, place, count):
 def test_any_place_can_be_reached_again(tmp_path):
     """From every place of two epochs on, also with workers: the same batches as without an interruption."""
     whole = take(data(tmp_path), Place(), 14)
-    assert [(place.epoch, place.samples) for place, _ in whole] == [
-        (at // 6, 4 * (at % 6 + 1)) for at in range(14)]
+    assert [(place.epoch, place.samples) for place, _ in whole] == [(at // 6, 4 * (at % 6 + 1)) for at in range(14)]
     for start, workers in ((1, 0), (5, 1), (6, 0), (8, 2)):
         place = whole[start - 1][0]
         again = take(data(tmp_path, **{'datasets:train:num_worker_per_gpu': workers}), place, 14 - start)
@@ -59,8 +63,10 @@ def test_any_place_can_be_reached_again(tmp_path):
 def test_ranks_share_the_samples_of_one_process(tmp_path):
     """Batch 4 of one rank is the interleaved batches of 2 of two ranks; and a place can be taken over."""
     whole = take(data(tmp_path), Place(), 6)
-    parts = [take(data(tmp_path, Ranks(rank, 2), **{'datasets:train:batch_size_per_gpu': 2}), Place(), 6)
-             for rank in range(2)]
+    parts = [
+        take(data(tmp_path, Ranks(rank, 2), **{'datasets:train:batch_size_per_gpu': 2}), Place(), 6)
+        for rank in range(2)
+    ]
     for (_, one), (_, first), (_, second) in zip(whole, *parts):
         assert torch.equal(one['gt'][0::2], first['gt']) and torch.equal(one['gt'][1::2], second['gt'])
     state = {'place': parts[0][2][0].state(Ranks(0, 2))}
@@ -78,9 +84,16 @@ def test_workers_live_for_the_whole_run(tmp_path):
 
 
 def drawing(workers, persistent=True):
-    return {'datasets:train': {'name': 'drawing', 'type': 'DrawingDataset', 'batch_size_per_gpu': 1,
-                               'dataset_enlarge_ratio': 2, 'num_worker_per_gpu': workers,
-                               'persistent_workers': persistent}}
+    return {
+        'datasets:train': {
+            'name': 'drawing',
+            'type': 'DrawingDataset',
+            'batch_size_per_gpu': 1,
+            'dataset_enlarge_ratio': 2,
+            'num_worker_per_gpu': workers,
+            'persistent_workers': persistent,
+        }
+    }
 
 
 def test_datasets_that_draw_from_global_generators_differ_by_epoch_and_repeat(tmp_path):

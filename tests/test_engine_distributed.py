@@ -1,4 +1,5 @@
 """One process against two under torchrun on gloo: the same gradients, losses and validation results."""
+
 import os
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from moeisr_basicsr.cli import main
 from moeisr_basicsr.engine.rendezvous import fresh_store
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FLOAT64 = '''
+FLOAT64 = """
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
@@ -37,11 +38,11 @@ class Float64MoEISR(MoEISR):
 
     def encode(self, lq):
         return super().encode(lq.double())
-'''
+"""
 
 
 # The runs of one test session share the two processes: starting them takes longer than the runs.
-SCRIPT = '''
+SCRIPT = """
 import sys
 import torch.distributed as dist
 from moeisr_basicsr.cli import main
@@ -52,7 +53,7 @@ for line in sys.argv[1:]:
     code = main([*line.split(), '--launcher', 'pytorch'])
     assert code == 0, (line, code)
 dist.destroy_process_group()
-'''
+"""
 
 
 def under_torchrun(root, lines):
@@ -62,8 +63,22 @@ def under_torchrun(root, lines):
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(REPOSITORY)}
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}',
-                           'script.py', *lines], cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--nproc_per_node=2',
+            f'--master_port={port}',
+            'script.py',
+            *lines,
+        ],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -81,10 +96,19 @@ def alone(root, line):
 
 def train_options(root, processes, name, **changes):
     """The same run in one process with a batch of 4 and in two with a batch of 2."""
-    options = run_yaml(root, name=f'{name}_{processes}', **{
-        'train:total_iter': 20, 'datasets:train:batch_size_per_gpu': 4 // processes, 'val:val_freq': 100,
-        'train:optim_g': {'type': 'SGD', 'lr': 0.5}, 'logger:save_checkpoint_freq': 1, 'logger:keep_checkpoints': 0,
-        **changes})
+    options = run_yaml(
+        root,
+        name=f'{name}_{processes}',
+        **{
+            'train:total_iter': 20,
+            'datasets:train:batch_size_per_gpu': 4 // processes,
+            'val:val_freq': 100,
+            'train:optim_g': {'type': 'SGD', 'lr': 0.5},
+            'logger:save_checkpoint_freq': 1,
+            'logger:keep_checkpoints': 0,
+            **changes,
+        },
+    )
     if name == 'fp64':  # rendering is fp32
         del options['val'], options['datasets']['val'], options['datasets']['val_2']
     return options
@@ -94,12 +118,20 @@ def evaluation_options(root, processes):
     """Three datasets of 3, 3 and 4 images: an uneven number of jobs."""
     base = run_yaml(root)
     third = {**base['datasets']['val'], 'name': 'tiny_x2x3', 'scale': [2, 3], 'dataroot_gt': str(root / 'train')}
-    return {**{key: base[key] for key in ('model_type', 'num_gpu', 'network_g', 'manual_seed')},
-            'name': f'test_{processes}', 'path': {'pretrain_network_g': str(root / 'weights.pth')},
-            'datasets': {'test_1': base['datasets']['val'], 'test_2': base['datasets']['val_2'], 'test_3': third},
-            'val': {'save_img': True, 'bicubic_baseline': True, 'metrics': {
+    return {
+        **{key: base[key] for key in ('model_type', 'num_gpu', 'network_g', 'manual_seed')},
+        'name': f'test_{processes}',
+        'path': {'pretrain_network_g': str(root / 'weights.pth')},
+        'datasets': {'test_1': base['datasets']['val'], 'test_2': base['datasets']['val_2'], 'test_3': third},
+        'val': {
+            'save_img': True,
+            'bicubic_baseline': True,
+            'metrics': {
                 'psnr': {'type': 'calculate_psnr_sr'},
-                'ssim': {'type': 'calculate_ssim_sr', 'protocol': 'div2k', 'crop_border': 0}}}}
+                'ssim': {'type': 'calculate_ssim_sr', 'protocol': 'div2k', 'crop_border': 0},
+            },
+        },
+    }
 
 
 @pytest.fixture(scope='module')
@@ -112,17 +144,27 @@ def runs(tmp_path_factory):
     float64 = {'network_g:type': 'Float64MoEISR', 'network_g:expert_grad': 'sampled', 'train:accumulate': 2}
     # every expert learns every query, the mapper is fitted to their losses, and the encoder rests
     experts_opt = {'type': 'MoEExpertLoss', 'loss_weight': 4.0, 'routing_weight': 1e-3, 'fit_temperature': 1e-2}
-    fit = {'network_g:expert_grad': 'naive', 'train:trainable': ['decoder'], 'train:temperature': None,
-           'train:experts_opt': experts_opt}
+    fit = {
+        'network_g:expert_grad': 'naive',
+        'train:trainable': ['decoder'],
+        'train:temperature': None,
+        'train:experts_opt': experts_opt,
+    }
     for processes in (1, 2):
-        options = {'fp32': train_options(root, processes, 'fp32', **{'datasets:train:num_worker_per_gpu': 1}),
-                   'fp64': train_options(root, processes, 'fp64', **float64),
-                   'fit': train_options(root, processes, 'fit', **fit),
-                   'test': evaluation_options(root, processes)}
+        options = {
+            'fp32': train_options(root, processes, 'fp32', **{'datasets:train:num_worker_per_gpu': 1}),
+            'fp64': train_options(root, processes, 'fp64', **float64),
+            'fit': train_options(root, processes, 'fit', **fit),
+            'test': evaluation_options(root, processes),
+        }
         for name, one in options.items():
             (root / f'{name}.yml').write_text(yaml.safe_dump(one, sort_keys=False))
-        lines = ['train -opt fp32.yml', 'train -opt fp64.yml --import float64.py', 'train -opt fit.yml',
-                 'test -opt test.yml']
+        lines = [
+            'train -opt fp32.yml',
+            'train -opt fp64.yml --import float64.py',
+            'train -opt fit.yml',
+            'test -opt test.yml',
+        ]
         if processes == 2:
             under_torchrun(root, lines)
         else:
@@ -134,8 +176,9 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize('name, tolerance', [('fp32', 1e-5), ('fp64', 1e-9), ('fit', 1e-5)])
 def test_two_processes_train_as_one(runs, name, tolerance):
     """20 losses, gradient norms and loads; the fp64 run is also cut into parts and samples its unchosen experts."""
-    one, two = ([line for line in metrics_lines(runs, f'{name}_{processes}') if line['kind'] == 'train']
-                for processes in (1, 2))
+    one, two = (
+        [line for line in metrics_lines(runs, f'{name}_{processes}') if line['kind'] == 'train'] for processes in (1, 2)
+    )
     assert [line['iter'] for line in one] == [line['iter'] for line in two] == list(range(1, 21))
     for line, other in zip(one, two):
         for key in ('l_pix', 'l_balance', 'grad_norm', 'load/expert_1', 'mean_cost'):
@@ -162,13 +205,22 @@ def test_the_state_of_two_processes(runs):
 
 def test_two_processes_evaluate_as_one(runs):
     """Images x scales shared among ranks: every value is exactly the single process's, in the same order."""
-    one, two = ([{key: value for key, value in row.items() if key != 'time_ms'}
-                 for row in schema.load(runs / 'results' / f'test_{processes}' / 'results.json')['rows']]
-                for processes in (1, 2))
+    one, two = (
+        [
+            {key: value for key, value in row.items() if key != 'time_ms'}
+            for row in schema.load(runs / 'results' / f'test_{processes}' / 'results.json')['rows']
+        ]
+        for processes in (1, 2)
+    )
     assert len(one) == 3 + 3 + 4 + 3
     assert_same(one, two)
-    pictures = [sorted(str(path.relative_to(runs / 'results' / f'test_{processes}'))
-                       for path in (runs / 'results' / f'test_{processes}').rglob('*.png')) for processes in (1, 2)]
+    pictures = [
+        sorted(
+            str(path.relative_to(runs / 'results' / f'test_{processes}'))
+            for path in (runs / 'results' / f'test_{processes}').rglob('*.png')
+        )
+        for processes in (1, 2)
+    ]
     assert pictures[0] == pictures[1] and len(pictures[0]) == 10
 
 

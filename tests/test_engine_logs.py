@@ -1,4 +1,5 @@
 """metrics.jsonl, folders of a run, and the plain form of states."""
+
 import errno
 import json
 import math
@@ -30,11 +31,18 @@ def test_a_resumed_run_drops_the_lines_that_come_again(tmp_path):
         file.write('{"kind": "train", "iter": 1')  # killed while writing
     MetricsFile(tmp_path, is_main=True, after=10)
     assert [(line['kind'], line['iter']) for line in lines(tmp_path)] == [
-        ('train', 5), ('validation', 5), ('train', 10), ('validation', 10)]
+        ('train', 5),
+        ('validation', 5),
+        ('train', 10),
+        ('validation', 10),
+    ]
     assert lines(tmp_path)[1]['metrics']['psnr'] == 'inf'  # JSON has no infinity
     MetricsFile(tmp_path, is_main=True, after=10, validate_again=True)
     assert [(line['kind'], line['iter']) for line in lines(tmp_path)] == [
-        ('train', 5), ('validation', 5), ('train', 10)]
+        ('train', 5),
+        ('validation', 5),
+        ('train', 10),
+    ]
 
 
 def test_a_full_disk_costs_the_lines_and_not_the_run(tmp_path, monkeypatch):
@@ -72,9 +80,18 @@ def test_only_rank_0_writes(tmp_path):
 
 def options(root):
     folder = root / 'experiments' / 'run'
-    return {'name': 'run', 'is_train': True, 'root_path': str(root), 'path': {
-        'experiments_root': str(folder), 'models': str(folder / 'models'), 'log': str(folder),
-        'training_states': str(folder / 'training_states'), 'visualization': str(folder / 'visualization')}}
+    return {
+        'name': 'run',
+        'is_train': True,
+        'root_path': str(root),
+        'path': {
+            'experiments_root': str(folder),
+            'models': str(folder / 'models'),
+            'log': str(folder),
+            'training_states': str(folder / 'training_states'),
+            'visualization': str(folder / 'visualization'),
+        },
+    }
 
 
 def test_a_fresh_run_archives_what_is_there_and_loses_nothing(tmp_path):
@@ -106,8 +123,20 @@ def test_tensorboard_has_what_users_plot(tmp_path):
     events = reader.EventAccumulator(str(tmp_path / 'tb_logger' / 'run'))
     events.Reload()
     tags = set(events.Tags()['scalars'])
-    assert {'losses/l_pix', 'losses/l_balance', 'load/expert_1', 'load/expert_2', 'mean_cost', 'lr', 'tau', 'grad_norm',
-            'queries_per_s', 'metrics/tiny_x2/psnr', 'metrics/tiny_x3.3/psnr', 'val_load/tiny_x2/expert_1'} <= tags
+    assert {
+        'losses/l_pix',
+        'losses/l_balance',
+        'load/expert_1',
+        'load/expert_2',
+        'mean_cost',
+        'lr',
+        'tau',
+        'grad_norm',
+        'queries_per_s',
+        'metrics/tiny_x2/psnr',
+        'metrics/tiny_x3.3/psnr',
+        'val_load/tiny_x2/expert_1',
+    } <= tags
     assert [event.step for event in events.Scalars('losses/l_pix')] == [1, 2, 3, 4]
     assert {'tiny_x2_x2/0', 'tiny_x2_x2/0_experts', 'tiny_x3.3_x3.3/0'} <= set(events.Tags()['images'])
     logs = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
@@ -126,6 +155,7 @@ def test_plain_values():
 
 def test_generators_come_back_through_a_file(tmp_path):
     import random
+
     cpu = torch.device('cpu')
     np.random.randn(3)  # leaves a cached second value
     torch.save(plain(rng_state(cpu)), tmp_path / 'rng')

@@ -1,4 +1,5 @@
 """Interrupted and resumed = never interrupted: weights, EMA, optimizer, schedule, generators, metrics, best values."""
+
 import json
 import os
 import random
@@ -234,11 +235,14 @@ def test_networks_that_the_checkpoint_does_not_hold_come_from_their_files(tmp_pa
     assert path['pretrain_network_g'] is None and path['pretrain_network_identity'] == 'identity.pth'
 
 
-@pytest.mark.parametrize(('changes', 'words'), [
-    ({'datasets:train:dataroot_gt': 'empty'}, 'no image'),  # before the model
-    ({'path:pretrain_network_g': 'other.pth'}, 'does not fit'),
-    ({'datasets:train:lq_size': 80}, 'too small'),  # at the first batch
-])
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'datasets:train:dataroot_gt': 'empty'}, 'no image'),  # before the model
+        ({'path:pretrain_network_g': 'other.pth'}, 'does not fit'),
+        ({'datasets:train:lq_size': 80}, 'too small'),  # at the first batch
+    ],
+)
 def test_a_start_that_fails_leaves_the_earlier_run_where_it_was(tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
     assert train(run_options(tmp_path, **{'train:total_iter': 2})) == exit_codes.OK
@@ -259,6 +263,7 @@ def test_a_failure_after_a_step_keeps_both_runs(tmp_path, monkeypatch):
 
     def fail():
         raise UserError('a damaged image')
+
     interrupt(monkeypatch, 3, fail)
     with pytest.raises(UserError, match='damaged'):
         train(run_options(tmp_path))
@@ -289,8 +294,9 @@ def test_a_restart_before_the_first_folder_goes_on_with_no_older_run(tmp_path, m
 def test_the_options_choose_cudnns_benchmark_which_validation_does_without(tmp_path, monkeypatch):
     seen = []
     validate = Trainer._validate
-    monkeypatch.setattr(Trainer, '_validate',
-                        lambda self: (seen.append(torch.backends.cudnn.benchmark), validate(self)))
+    monkeypatch.setattr(
+        Trainer, '_validate', lambda self: (seen.append(torch.backends.cudnn.benchmark), validate(self))
+    )
     monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
     for chosen in (True, False):
         assert train(run_options(tmp_path, cudnn_benchmark=chosen, **{'train:total_iter': 1})) == exit_codes.OK
@@ -301,6 +307,7 @@ def test_the_options_choose_cudnns_benchmark_which_validation_does_without(tmp_p
 def test_a_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):
     from moeisr_basicsr.atomic_file import SaveError
     from moeisr_basicsr.engine.checkpoint_store import CheckpointStore
+
     store = CheckpointStore.save
 
     def full(self, iteration, weights, state):

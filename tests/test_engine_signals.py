@@ -1,4 +1,5 @@
 """Signals: the first asks for an orderly end, the second ends at once, torchrun's copy of the first is no second."""
+
 import os
 import signal
 import subprocess
@@ -12,19 +13,24 @@ from moeisr_basicsr.engine import exit_codes
 from moeisr_basicsr.engine.signals import StopRequest
 
 # The module alone: importing the whole package would take seconds.
-LOAD = f'''
+LOAD = f"""
 import importlib.util, os, signal, sys, time, types
 folder = {str(Path(exit_codes.__file__).parent)!r}
 engine = types.ModuleType('engine'); engine.__path__ = [folder]; sys.modules['engine'] = engine
 from engine.signals import StopRequest, shield_worker
-'''
-WAIT = LOAD + '''
+"""
+WAIT = (
+    LOAD
+    + """
 with StopRequest() as stop:
     print('ready', flush=True)
     while True:
         time.sleep(0.01)
-'''
-WORKER = LOAD + '''
+"""
+)
+WORKER = (
+    LOAD
+    + """
 import multiprocessing
 
 def work():
@@ -41,13 +47,19 @@ sys.stdin.readline()
 worker.terminate()
 worker.join(20)
 print(worker.exitcode, flush=True)
-'''
+"""
+)
 
 
 def start(script, **environment):
     clean = {key: value for key, value in os.environ.items() if not key.startswith('TORCHELASTIC')}
-    process = subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**clean, **environment})
+    process = subprocess.Popen(
+        [sys.executable, '-c', script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**clean, **environment},
+    )
     assert process.stdout.readline() == 'ready\n'
     return process
 

@@ -1,4 +1,5 @@
 """The example of another implicit task: it learns, with more than one expert, and needs no BasicSR."""
+
 import ast
 import importlib.util
 import sys
@@ -47,7 +48,11 @@ def test_command_line(example, monkeypatch, capsys, tmp_path):
 
 def test_it_uses_the_core_only():
     modules = {node.module for node in ast.walk(ast.parse(PATH.read_text())) if isinstance(node, ast.ImportFrom)}
-    names = {alias.name for node in ast.walk(ast.parse(PATH.read_text())) if isinstance(node, ast.Import)
-             for alias in node.names}
+    names = {
+        alias.name
+        for node in ast.walk(ast.parse(PATH.read_text()))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     assert 'moeisr_basicsr.core' in modules
     assert not any('basicsr' in name for name in (modules | names) - {'moeisr_basicsr.core'})

@@ -1,4 +1,5 @@
 """Upscaling with a network in hand: sizes, errors, modes, cost control. Tiles are in test_tiles.py."""
+
 import pytest
 import torch
 from reference import grid
@@ -22,10 +23,19 @@ def make_net(**options):
     return net
 
 
-@pytest.mark.parametrize(('request_', 'expected'), [
-    ({'scale': 2}, (18, 14)), ({'scale': 3.3}, (30, 23)), ({'scale': 2.5}, (23, 18)), ({'scale': 1}, (9, 7)),
-    ({'scale': (2, 3.5)}, (18, 25)), ({'scale': [1, 4]}, (9, 28)), ({'size': (21, 40)}, (21, 40)),
-    ({'size': (9, 7)}, (9, 7))])
+@pytest.mark.parametrize(
+    ('request_', 'expected'),
+    [
+        ({'scale': 2}, (18, 14)),
+        ({'scale': 3.3}, (30, 23)),
+        ({'scale': 2.5}, (23, 18)),
+        ({'scale': 1}, (9, 7)),
+        ({'scale': (2, 3.5)}, (18, 25)),
+        ({'scale': [1, 4]}, (9, 28)),
+        ({'size': (21, 40)}, (21, 40)),
+        ({'size': (9, 7)}, (9, 7)),
+    ],
+)
 def test_size_and_content(request_, expected):
     """The picture is the network's answer to the queries of its pixels, and each map entry that query's expert."""
     net = make_net().eval()
@@ -54,10 +64,17 @@ def test_one_pixel():
     assert upscale(make_net(), torch.rand(1, 3, 1, 1), size=(3, 5)).image.isfinite().all()
 
 
-@pytest.mark.parametrize(('scale', 'size', 'message'), [
-    (None, None, 'give either a scale or a size'), (2, (20, 20), 'give either a scale or a size'),
-    (0.99, None, 'scale must be a finite factor of at least 1.*got 0.99'), ((2, 0.5), None, r'got \(2, 0.5\)'),
-    (float('nan'), None, 'scale must be'), (None, (10, 8), r'at least the input size of 10 x 9 .*got 10 x 8')])
+@pytest.mark.parametrize(
+    ('scale', 'size', 'message'),
+    [
+        (None, None, 'give either a scale or a size'),
+        (2, (20, 20), 'give either a scale or a size'),
+        (0.99, None, 'scale must be a finite factor of at least 1.*got 0.99'),
+        ((2, 0.5), None, r'got \(2, 0.5\)'),
+        (float('nan'), None, 'scale must be'),
+        (None, (10, 8), r'at least the input size of 10 x 9 .*got 10 x 8'),
+    ],
+)
 def test_bad_sizes(scale, size, message):
     with pytest.raises(UserError, match=message) as caught:
         target_size((10, 9), scale, size)
@@ -116,8 +133,8 @@ def test_strips_are_the_image_in_order():
     assert [strip.top for strip in strips] == [0, *(strip.bottom for strip in strips[:-1])]
     assert strips[-1].bottom == 240
     for strip in strips:
-        assert torch.equal(strip.image, whole.image[0, :, strip.top:strip.bottom])
-        assert torch.equal(strip.expert_map, whole.expert_map[0, strip.top:strip.bottom])
+        assert torch.equal(strip.image, whole.image[0, :, strip.top : strip.bottom])
+        assert torch.equal(strip.expert_map, whole.expert_map[0, strip.top : strip.bottom])
 
 
 def test_mean_cost_falls_with_the_cost_weight():

@@ -1,4 +1,5 @@
 """The build of the fused CPU kernels: switched off, impossible, or begun by two processes at once."""
+
 import os
 import platform
 import shutil
@@ -27,14 +28,14 @@ if cpu.available():
 """
 
 
-needs_kernels = pytest.mark.skipif(not cpu.available(),
-                                   reason=f'the fused kernels cannot run here: {cpu.reason()}')
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason=f'the fused kernels cannot run here: {cpu.reason()}')
 
 
 def start_child(folder, **variables):
     env = {**os.environ, 'TORCH_EXTENSIONS_DIR': str(folder), 'MOEISR_KERNELS': 'auto', **variables}
-    return subprocess.Popen([sys.executable, '-c', CHILD], env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, '-c', CHILD], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def finish_child(child):
@@ -71,8 +72,12 @@ def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
         load_library()
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get('CXX', 'c++')) is None or platform.system() != 'Linux' or
-                    platform.machine() != 'x86_64', reason='no C++ compiler for x86-64 Linux')
+@pytest.mark.skipif(
+    shutil.which(os.environ.get('CXX', 'c++')) is None
+    or platform.system() != 'Linux'
+    or platform.machine() != 'x86_64',
+    reason='no C++ compiler for x86-64 Linux',
+)
 def test_the_sources_compile():
     """Where they could: the other tests are skipped after a build that failed."""
     load_library()

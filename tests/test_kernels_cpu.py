@@ -1,4 +1,5 @@
 """The fused CPU kernels against plain loops over the four corners, in double precision and without folding tricks."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ TOLERANCE = {isa: 4e-3 if isa in cpu.ISAS['bf16'] else 1e-5 for isa in cpu.ALL_I
 
 def linear(inp, out, generator):
     """Weight and bias as `nn.Linear` starts them."""
-    bound = inp ** -0.5
+    bound = inp**-0.5
     return tuple((torch.rand(shape, generator=generator) * 2 - 1) * bound for shape in ((out, inp), (out,)))
 
 
@@ -94,9 +95,11 @@ def liif_tables(experts, size, seed=1):
 
 def lte_tables(size, basis, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return cpu.LteTables(torch.randn(*size, 2 * basis, generator=generator),
-                         torch.randn(*size, 2 * basis, generator=generator) * 3,
-                         torch.rand(basis, generator=generator))
+    return cpu.LteTables(
+        torch.randn(*size, 2 * basis, generator=generator),
+        torch.randn(*size, 2 * basis, generator=generator) * 3,
+        torch.rand(basis, generator=generator),
+    )
 
 
 def run(experts, tables, rows, cols, expert_map, isa=None, precision='fp32', tile=None):
@@ -108,8 +111,10 @@ def run(experts, tables, rows, cols, expert_map, isa=None, precision='fp32', til
 
 @needs_kernels
 @pytest.mark.parametrize('isa', ISAS)
-@pytest.mark.parametrize('lr_size, out_size, channels', [
-    ((5, 7), (20, 28), 3), ((4, 6), (12, 18), 1), ((6, 5), (17, 33), 3), ((1, 1), (4, 3), 5), ((3, 9), (3, 40), 8)])
+@pytest.mark.parametrize(
+    'lr_size, out_size, channels',
+    [((5, 7), (20, 28), 3), ((4, 6), (12, 18), 1), ((6, 5), (17, 33), 3), ((1, 1), (4, 3), 5), ((3, 9), (3, 40), 8)],
+)
 def test_liif_matches_plain_loops(isa, lr_size, out_size, channels):
     """Integer, odd and unequal factors, borders, one LR cell, any number of channels, widths that need padding."""
     experts = make_experts([[256], [20, 100], [3, 64, 256], [100, 33, 65, 32]], channels)
@@ -165,8 +170,9 @@ def test_against_the_unfolded_algorithm():
             for col_shift in (-1, 1):
                 at = coord + torch.tensor([row_shift / height, col_shift / width]) + 1e-6
                 at = at.clamp(-1 + 1e-6, 1 - 1e-6).flip(-1)[:, None]
-                code, centre = (F.grid_sample(x, at, mode='nearest', align_corners=False)[0, :, 0].t()
-                                for x in (unfolded, centres))
+                code, centre = (
+                    F.grid_sample(x, at, mode='nearest', align_corners=False)[0, :, 0].t() for x in (unfolded, centres)
+                )
                 rel = (coord[0] - centre) * torch.tensor([height, width])
                 x = torch.cat([code, rel, rel_cell.expand_as(rel)], dim=-1)
                 answers.append(mlp[2](F.relu(mlp[1](F.relu(mlp[0](x))))))
@@ -176,10 +182,16 @@ def test_against_the_unfolded_algorithm():
         weight = mlp[0].weight
         bias = mlp[0].bias + weight[:, -2:] @ rel_cell
         table = F.conv2d(feat, weight[:, :-4].view(64, channels, 3, 3), bias, padding=1)[0].permute(1, 2, 0)
-    experts = [{'w_rel': weight[:, -4:-2].t(), 'hidden': [(mlp[1].weight, mlp[1].bias)],
-                'last': (mlp[2].weight, mlp[2].bias)}]
-    got = run(experts, [table.contiguous()], grid_axis(out_size[0], height), grid_axis(out_size[1], width),
-              torch.zeros(out_size, dtype=torch.uint8))
+    experts = [
+        {'w_rel': weight[:, -4:-2].t(), 'hidden': [(mlp[1].weight, mlp[1].bias)], 'last': (mlp[2].weight, mlp[2].bias)}
+    ]
+    got = run(
+        experts,
+        [table.contiguous()],
+        grid_axis(out_size[0], height),
+        grid_axis(out_size[1], width),
+        torch.zeros(out_size, dtype=torch.uint8),
+    )
     assert (got - expected.t().view(3, *out_size)).abs().max() <= 1e-5
 
 
@@ -200,8 +212,14 @@ def test_result_depends_on_nothing_but_the_pixel(isa):
         assert torch.equal(run(experts, tables, rows, cols, expert_map, isa), whole)
     finally:
         torch.set_num_threads(threads)
-    part = run(experts, tables, GridAxis(rows.index[:, 9:31], rows.rel[:, 9:31]),
-               GridAxis(cols.index[:, 20:], cols.rel[:, 20:]), expert_map[9:31, 20:].contiguous(), isa)
+    part = run(
+        experts,
+        tables,
+        GridAxis(rows.index[:, 9:31], rows.rel[:, 9:31]),
+        GridAxis(cols.index[:, 20:], cols.rel[:, 20:]),
+        expert_map[9:31, 20:].contiguous(),
+        isa,
+    )
     assert torch.equal(part, whole[:, 9:31, 20:])
     first = run(experts, tables, rows, cols, torch.zeros_like(expert_map), isa)
     assert torch.equal(first[:, expert_map == 0], whole[:, expert_map == 0])
@@ -220,10 +238,14 @@ def test_tables_may_start_at_the_tile_and_views_are_read_and_written_in_place():
     first_row = int(rows.index[:, rows_part].min())
     window = [table[first_row:] for table in tables]
     image = torch.full((3, 40, 36), -1.0)
-    cpu.decode(cpu.PackedExperts(experts), window,
-               GridAxis(rows.index[:, rows_part] - first_row, rows.rel[:, rows_part]),
-               GridAxis(cols.index[:, cols_part], cols.rel[:, cols_part]), expert_map[rows_part, cols_part],
-               image[:, rows_part, cols_part])
+    cpu.decode(
+        cpu.PackedExperts(experts),
+        window,
+        GridAxis(rows.index[:, rows_part] - first_row, rows.rel[:, rows_part]),
+        GridAxis(cols.index[:, cols_part], cols.rel[:, cols_part]),
+        expert_map[rows_part, cols_part],
+        image[:, rows_part, cols_part],
+    )
     assert torch.equal(image[:, rows_part, cols_part], whole[:, rows_part, cols_part])
     image[:, rows_part, cols_part] = -1
     assert (image == -1).all()
@@ -273,7 +295,7 @@ def test_bad_input_is_named():
         run(experts, [good[0].permute(2, 0, 1).contiguous().permute(1, 2, 0)], axis, axis, expert_map)
     with pytest.raises(ValueError, match='expert_map must be uint8'):
         run(experts, good, axis, axis, expert_map.long())
-    with pytest.raises(ValueError, match="precision must be"):
+    with pytest.raises(ValueError, match='precision must be'):
         cpu.PackedExperts(experts, 'fp64')
     experts[0]['last'] = (torch.zeros(3, 40), torch.zeros(3))
     with pytest.raises(ValueError, match='expert 0, layer 0'):
@@ -310,8 +332,14 @@ def test_needed_cells_are_those_that_the_pixels_read():
     rows, expert_map = GridAxis(rows.index[:, 4:], rows.rel[:, 4:]), whole[4:]
     needed = cpu.needed_cells(rows, cols, expert_map, (6, 9), 4)
     for j, cells in enumerate(needed):
-        expected = sorted({int(rows.index[a, r]) * 9 + int(cols.index[b, c])
-                           for r, c in (expert_map == j).nonzero().tolist() for a in (0, 1) for b in (0, 1)})
+        expected = sorted(
+            {
+                int(rows.index[a, r]) * 9 + int(cols.index[b, c])
+                for r, c in (expert_map == j).nonzero().tolist()
+                for a in (0, 1)
+                for b in (0, 1)
+            }
+        )
         assert cells.tolist() == expected
     assert 0 < len(needed[1]) < 54 and len(needed[3]) == 0
     with pytest.raises(ValueError, match='0 to 1'):

@@ -1,4 +1,5 @@
 """The fused CPU backend against the torch backend on the same maps, and its place in `upscale`."""
+
 import pytest
 import torch
 
@@ -22,16 +23,29 @@ def sharpen(mapper):
 
 @needs_kernels
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-@pytest.mark.parametrize(('family', 'experts'), [
-    ('liif', [[64], [64] * 2, [64] * 3, [64] * 4]), ('liif', [[20], [7, 100]]), ('liif', [[33, 5]]),
-    ('shared', [[64], [64] * 2, [64, 20, 7]]), ('shared', [[20], [20, 100]]),
-    ('nested', [[64], [64, 20], [64, 20, 7]]), ('nested-lte', [[], [20], [20, 100]]),
-    ('lte', [[], [64], [64] * 3]), ('lte', [[20], [7, 100]])])
+@pytest.mark.parametrize(
+    ('family', 'experts'),
+    [
+        ('liif', [[64], [64] * 2, [64] * 3, [64] * 4]),
+        ('liif', [[20], [7, 100]]),
+        ('liif', [[33, 5]]),
+        ('shared', [[64], [64] * 2, [64, 20, 7]]),
+        ('shared', [[20], [20, 100]]),
+        ('nested', [[64], [64, 20], [64, 20, 7]]),
+        ('nested-lte', [[], [20], [20, 100]]),
+        ('lte', [[], [64], [64] * 3]),
+        ('lte', [[20], [7, 100]]),
+    ],
+)
 @pytest.mark.parametrize('size', [(39, 45), (27, 91), (14, 31)])
 def test_fused_equals_torch(family, experts, size, precision):
     torch.manual_seed(0)
-    options = {'lte': {'hidden_dim': 40}, 'shared': {'shared_layers': 1}, 'nested': {'shared_layers': 3},
-               'nested-lte': {'hidden_dim': 40, 'shared_layers': 2}}.get(family, {})
+    options = {
+        'lte': {'hidden_dim': 40},
+        'shared': {'shared_layers': 1},
+        'nested': {'shared_layers': 3},
+        'nested-lte': {'hidden_dim': 40, 'shared_layers': 2},
+    }.get(family, {})
     decoder = MoEDecoder(16, 3, 'lte' if 'lte' in family else 'liif', experts, **options).eval()
     if decoder.mapper is not None:
         sharpen(decoder.mapper)

@@ -1,4 +1,5 @@
 """Which backend is chosen: kernels that fail at their first launch, and the switch. Triton is played by a stand-in."""
+
 import logging
 import subprocess
 import sys
@@ -19,6 +20,7 @@ EXPERTS = {'liif': [[8], [8, 8], [4]], 'lte': [[], [8], [4]]}
 
 class Launches(TorchBackend):
     """A backend that can fail at a launch, as Triton does when it compiles: in `broken`, with `error`."""
+
     broken, error = '', None
     made, seen = 0, []
 
@@ -64,9 +66,12 @@ def make_decoder(family='liif', experts=None):
     return MoEDecoder(6, 3, family, experts or EXPERTS[family], mapper={'num_layers': 1}, **extra).eval()
 
 
-FAILURES = [('decode', RuntimeError('Failed to find C compiler. Please specify via CC environment variable.')),
-            ('decode', subprocess.CalledProcessError(1, ['gcc', 'main.c', '-I/usr/include'])),
-            ('route', ImportError('main.so:\nundefined symbol')), ('logits', ValueError('at 3:1:\n  x = y\n^'))]
+FAILURES = [
+    ('decode', RuntimeError('Failed to find C compiler. Please specify via CC environment variable.')),
+    ('decode', subprocess.CalledProcessError(1, ['gcc', 'main.c', '-I/usr/include'])),
+    ('route', ImportError('main.so:\nundefined symbol')),
+    ('logits', ValueError('at 3:1:\n  x = y\n^')),
+]
 
 
 @pytest.mark.parametrize(('broken', 'error'), FAILURES)
@@ -104,8 +109,10 @@ def test_upscale_survives_a_failing_launch(triton, monkeypatch):
     """The whole way: what is rendered afterwards is torch's image."""
     triton.broken, triton.error = FAILURES[0]
     net = MoEISR({'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}, 'liif', [[16], [16, 16]])
-    monkeypatch.setattr('moeisr_basicsr.inference.fused_backend',
-                        lambda decoder, device, precision: fused_backend(decoder, 'cuda', precision))
+    monkeypatch.setattr(
+        'moeisr_basicsr.inference.fused_backend',
+        lambda decoder, device, precision: fused_backend(decoder, 'cuda', precision),
+    )
     lq = torch.rand(1, 3, 12, 12)
     got = upscale(net, lq, 2).image
     assert 'decode' in triton.seen

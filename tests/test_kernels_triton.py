@@ -1,4 +1,5 @@
 """The Triton kernels, in processes of their own: triton_cases.py interpreted or on a GPU, and the compiler alone."""
+
 import importlib.util
 import os
 import subprocess
@@ -10,11 +11,12 @@ import torch
 
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec('triton') is None,
-                                reason='Triton is not installed; it is needed for the CUDA kernels only')
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec('triton') is None, reason='Triton is not installed; it is needed for the CUDA kernels only'
+)
 
 # Compiles the decode kernel for a device that is not there, and prints what it would need. argv: compute capabilities.
-COMPILE = '''
+COMPILE = """
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
@@ -45,13 +47,16 @@ for capability in map(int, sys.argv[1:]):
     product = 'wgmma.mma_async' if capability == 90 else 'mma.sync'
     print(decode.metadata.shared, product in decode.asm['ptx'], len(decode.asm['cubin']) > 0,
           len(route.asm['cubin']) > 0)
-'''
+"""
 
 
 def run(args, tmp_path, interpret):
-    env = os.environ | {'TRITON_INTERPRET': '1' if interpret else '0', 'TRITON_CACHE_DIR': str(tmp_path),
-                        'MOEISR_KERNELS': 'auto',
-                        'PYTHONPATH': os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
+    env = os.environ | {
+        'TRITON_INTERPRET': '1' if interpret else '0',
+        'TRITON_CACHE_DIR': str(tmp_path),
+        'MOEISR_KERNELS': 'auto',
+        'PYTHONPATH': os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')]),
+    }
     done = subprocess.run([sys.executable, *args], env=env, cwd=HERE, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
@@ -61,8 +66,11 @@ def run(args, tmp_path, interpret):
 def test_cases(mode, tmp_path):
     if mode == 'gpu' and not torch.cuda.is_available():
         pytest.skip('no CUDA device')
-    output = run(['-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-p', 'no:xdist', 'triton_cases.py'], tmp_path,
-                 interpret=mode == 'interpreter')
+    output = run(
+        ['-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-p', 'no:xdist', 'triton_cases.py'],
+        tmp_path,
+        interpret=mode == 'interpreter',
+    )
     assert ' passed' in output and ' skipped' not in output, output[-2000:]
 
 

@@ -2,6 +2,7 @@
 
 The modules are read with `ast`, never imported, so an import inside a function counts as well.
 """
+
 import ast
 import sys
 from pathlib import Path
@@ -17,8 +18,12 @@ TOOLS = {'analysis', 'checkpoint', 'convert', 'inference', 'options', 'report', 
 BELOW_MODELS = {'core', 'kernels'} | FOUNDATION | TOOLS
 # What each part of the package may import from the package; '' is the package's own `__init__`.
 ALLOWED = {
-    'core': set(), 'kernels': {'core'},
-    'errors': set(), 'registration': set(), 'safe_reading': {'errors'}, 'compat': {'errors', 'safe_reading'},
+    'core': set(),
+    'kernels': {'core'},
+    'errors': set(),
+    'registration': set(),
+    'safe_reading': {'errors'},
+    'compat': {'errors', 'safe_reading'},
     'atomic_file': {'compat', 'errors'},
     **{part: {'core'} | FOUNDATION for part in PARTS},
     **{tool: BELOW_MODELS | PARTS | {''} for tool in TOOLS},  # '' for its version only
@@ -29,8 +34,13 @@ ALLOWED = {
     '': {'compat', 'models'} | PARTS,  # importing the package registers everything
 }
 # Outside packages, by their first name; parts not listed may import any.
-OUTSIDE = {'core': {'torch', 'einops'}, 'kernels': {'torch', 'triton', 'numpy'}, 'safe_reading': {'torch', 'yaml'},
-           'errors': set(), 'registration': set()}
+OUTSIDE = {
+    'core': {'torch', 'einops'},
+    'kernels': {'torch', 'triton', 'numpy'},
+    'safe_reading': {'torch', 'yaml'},
+    'errors': set(),
+    'registration': set(),
+}
 COMMAND_LINE = {'argparse', 'rich'}
 ASSEMBLED = ('basicsr.models', 'basicsr.train', 'basicsr.test')  # BasicSR's own upper layers
 MAY_IMPORT_ASSEMBLED = {'compat', 'models', 'engine', 'cli', 'data', 'options'}
@@ -44,7 +54,7 @@ def imported_names(source, module, is_package):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            start = '.'.join(base[:len(base) - node.level + 1]) if node.level else ''
+            start = '.'.join(base[: len(base) - node.level + 1]) if node.level else ''
             stem = '.'.join(part for part in (start, node.module) if part)
             names += [f'{stem}.{alias.name}' for alias in node.names]
     return names
@@ -84,8 +94,9 @@ def modules():
 
 
 def test_imports_point_downwards():
-    found = [line for path, module, is_package in modules()
-             for line in violations(path.read_text(), module, is_package)]
+    found = [
+        line for path, module, is_package in modules() for line in violations(path.read_text(), module, is_package)
+    ]
     assert not found, '\n'.join(found)
 
 
@@ -111,28 +122,32 @@ def test_no_circle_among_parts():
         uses = {part: below for part, below in uses.items() if part not in lowest}
 
 
-@pytest.mark.parametrize(('module', 'source', 'wrong'), [
-    ('core.render', 'import torch\nfrom .coords import make_coord\nfrom torch.nn import functional', 0),
-    ('core.render', 'from basicsr.utils import scandir', 1),
-    ('core.render', 'import numpy', 1),
-    ('core.render', 'def late():\n    from moeisr_basicsr.errors import UserError', 1),
-    ('core.render', 'from ..inference import upscale', 1),
-    ('core.render', 'from .. import archs', 1),
-    ('kernels.cpu', 'from moeisr_basicsr.core.coords import EPS_AREA\nimport ctypes', 0),
-    ('kernels.cpu', 'from moeisr_basicsr import compat', 1),
-    ('archs.moeisr_arch', 'from moeisr_basicsr.core import render\nfrom basicsr.archs import build_network', 0),
-    ('archs.moeisr_arch', 'from moeisr_basicsr.losses.balance_loss import MoEBalanceLoss', 1),
-    ('losses.balance_loss', 'from basicsr.models import build_model', 1),
-    ('data.sampler', 'import moeisr_basicsr.archs', 1),
-    ('metrics.psnr_metric', 'from ..data import resize', 1),
-    ('inference', 'from moeisr_basicsr.models.batch import Batch', 1),
-    ('inference', 'import argparse', 1),
-    ('inference', 'from basicsr.models.sr_model import SRModel', 1),
-    ('models.moeisr_model', 'from moeisr_basicsr.inference import upscale\nfrom basicsr.models import SRModel', 0),
-    ('models.moeisr_model', 'from moeisr_basicsr.engine.train_loop import train', 1),
-    ('models.moeisr_model', 'from moeisr_basicsr.archs.moeisr_arch import MoEISR', 1),
-    ('engine.train_loop', 'from moeisr_basicsr.cli import main', 1),
-    ('errors', 'from moeisr_basicsr import __version__', 1),
-    ('cli.train', 'import argparse\nfrom moeisr_basicsr import __version__\nfrom .options import add', 0)])
+@pytest.mark.parametrize(
+    ('module', 'source', 'wrong'),
+    [
+        ('core.render', 'import torch\nfrom .coords import make_coord\nfrom torch.nn import functional', 0),
+        ('core.render', 'from basicsr.utils import scandir', 1),
+        ('core.render', 'import numpy', 1),
+        ('core.render', 'def late():\n    from moeisr_basicsr.errors import UserError', 1),
+        ('core.render', 'from ..inference import upscale', 1),
+        ('core.render', 'from .. import archs', 1),
+        ('kernels.cpu', 'from moeisr_basicsr.core.coords import EPS_AREA\nimport ctypes', 0),
+        ('kernels.cpu', 'from moeisr_basicsr import compat', 1),
+        ('archs.moeisr_arch', 'from moeisr_basicsr.core import render\nfrom basicsr.archs import build_network', 0),
+        ('archs.moeisr_arch', 'from moeisr_basicsr.losses.balance_loss import MoEBalanceLoss', 1),
+        ('losses.balance_loss', 'from basicsr.models import build_model', 1),
+        ('data.sampler', 'import moeisr_basicsr.archs', 1),
+        ('metrics.psnr_metric', 'from ..data import resize', 1),
+        ('inference', 'from moeisr_basicsr.models.batch import Batch', 1),
+        ('inference', 'import argparse', 1),
+        ('inference', 'from basicsr.models.sr_model import SRModel', 1),
+        ('models.moeisr_model', 'from moeisr_basicsr.inference import upscale\nfrom basicsr.models import SRModel', 0),
+        ('models.moeisr_model', 'from moeisr_basicsr.engine.train_loop import train', 1),
+        ('models.moeisr_model', 'from moeisr_basicsr.archs.moeisr_arch import MoEISR', 1),
+        ('engine.train_loop', 'from moeisr_basicsr.cli import main', 1),
+        ('errors', 'from moeisr_basicsr import __version__', 1),
+        ('cli.train', 'import argparse\nfrom moeisr_basicsr import __version__\nfrom .options import add', 0),
+    ],
+)
 def test_the_check_itself(module, source, wrong):
     assert len(violations(source, f'{PACKAGE}.{module}')) == wrong

@@ -1,7 +1,7 @@
 """The balance loss: its value by hand, its gradient's path, one process against two. The experts' loss by hand."""
+
 from datetime import timedelta
 
-import moeisr_basicsr  # noqa: F401, I001  before BasicSR, which needs its shims
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from basicsr.losses import build_loss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import moeisr_basicsr  # noqa: F401  before BasicSR, which needs its shims
 from moeisr_basicsr.core.routing import gumbel_noise, route_gumbel
 from moeisr_basicsr.losses.balance_loss import MoEBalanceLoss
 from moeisr_basicsr.losses.expert_loss import MoEExpertLoss
@@ -23,19 +24,34 @@ def one_hot_gates(counts):
     return nn.functional.one_hot(expert, len(counts)).float()[None]
 
 
-@pytest.mark.parametrize(('target', 'counts'), [
-    ('uniform', [5, 5, 5, 5]), ([0.5, 0.25, 0.15, 0.1], [10, 5, 3, 2]), ([0, 0, 1, 0], [0, 0, 7, 0]),
-    (0.525, [5, 5, 5, 5]), (0.1, [8, 0, 0, 0]), (1.0, [0, 0, 0, 3]), (0.4, [0, 9, 0, 0]), (0.4, [6, 0, 0, 3])])
+@pytest.mark.parametrize(
+    ('target', 'counts'),
+    [
+        ('uniform', [5, 5, 5, 5]),
+        ([0.5, 0.25, 0.15, 0.1], [10, 5, 3, 2]),
+        ([0, 0, 1, 0], [0, 0, 7, 0]),
+        (0.525, [5, 5, 5, 5]),
+        (0.1, [8, 0, 0, 0]),
+        (1.0, [0, 0, 0, 3]),
+        (0.4, [0, 9, 0, 0]),
+        (0.4, [6, 0, 0, 3]),
+    ],
+)
 def test_zero_at_the_target(target, counts):
     assert float(MoEBalanceLoss(1.0, target)(one_hot_gates(counts), COSTS)) == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize(('target', 'counts', 'expected'), [
-    # loads .7 .1 .2 0 against .25: J * (.45^2 + .15^2 + .05^2 + .25^2)
-    ('uniform', [7, 1, 2, 0], 4 * (0.2025 + 0.0225 + 0.0025 + 0.0625)),
-    ('uniform', [0, 0, 0, 3], 4 * (3 * 0.0625 + 0.5625)),
-    ([0.5, 0.25, 0.15, 0.1], [7, 1, 2, 0], 4 * (0.04 + 0.0225 + 0.0025 + 0.01)),
-    (0.5, [7, 1, 2, 0], (0.07 + 0.04 + 0.12 - 0.5)**2), (0.2, [0, 0, 0, 10], 0.8**2)])
+@pytest.mark.parametrize(
+    ('target', 'counts', 'expected'),
+    [
+        # loads .7 .1 .2 0 against .25: J * (.45^2 + .15^2 + .05^2 + .25^2)
+        ('uniform', [7, 1, 2, 0], 4 * (0.2025 + 0.0225 + 0.0025 + 0.0625)),
+        ('uniform', [0, 0, 0, 3], 4 * (3 * 0.0625 + 0.5625)),
+        ([0.5, 0.25, 0.15, 0.1], [7, 1, 2, 0], 4 * (0.04 + 0.0225 + 0.0025 + 0.01)),
+        (0.5, [7, 1, 2, 0], (0.07 + 0.04 + 0.12 - 0.5) ** 2),
+        (0.2, [0, 0, 0, 10], 0.8**2),
+    ],
+)
 def test_value_by_hand(target, counts, expected):
     gates = one_hot_gates(counts)
     assert float(MoEBalanceLoss(1.0, target)(gates, COSTS)) == pytest.approx(expected, rel=1e-5)
@@ -66,7 +82,7 @@ def test_gradient_comes_through_the_gates_only(target):
     expected = (0.5 * pull / 100).expand(2, 50, 4)
     torch.testing.assert_close(routing.gates.grad, expected, rtol=1e-4, atol=1e-9)
     soft = torch.softmax(logits + noise, dim=-1)
-    through_softmax, = torch.autograd.grad((soft * expected).sum(), logits)
+    (through_softmax,) = torch.autograd.grad((soft * expected).sum(), logits)
     torch.testing.assert_close(logits.grad, through_softmax, rtol=1e-4, atol=1e-9)
     assert logits.grad.abs().max() > 0
 
@@ -92,21 +108,28 @@ def test_groups_of_scales_by_hand():
     """Three queries below x2.5 went to experts 0 0 1, one at x2.5 to expert 3: each group against the target."""
     gates = one_hot_gates([2, 1, 0, 1])
     scale = torch.tensor([[1.0, 2.0, 2.4, 2.5]])
-    below, above = 4 * ((2 / 3 - 0.25)**2 + (1 / 3 - 0.25)**2 + 2 * 0.25**2), 4 * (0.75**2 + 3 * 0.25**2)
+    below, above = 4 * ((2 / 3 - 0.25) ** 2 + (1 / 3 - 0.25) ** 2 + 2 * 0.25**2), 4 * (0.75**2 + 3 * 0.25**2)
     loss = MoEBalanceLoss(2.0, 'uniform', scale_bounds=[2.5])
     assert float(loss(gates, COSTS, scale)) == pytest.approx(2.0 * (0.75 * below + 0.25 * above), rel=1e-5)
     assert float(loss(gates, COSTS, torch.ones(1, 4))) == pytest.approx(
-        float(MoEBalanceLoss(2.0)(gates, COSTS)), rel=1e-5)  # one group is empty
+        float(MoEBalanceLoss(2.0)(gates, COSTS)), rel=1e-5
+    )  # one group is empty
 
 
 def test_a_target_for_each_group():
     gates = one_hot_gates([2, 1, 0, 1])
     scale = torch.tensor([[1.0, 2.0, 2.4, 2.5]])  # loads 2/3 1/3 0 0 below x2.5, 0 0 0 1 from there on
     loss = MoEBalanceLoss(2.0, [[0.5, 0.5, 0, 0], [0.2, 0, 0, 0.8]], [2.5])
-    below, above = 4 * 2 * (1 / 6)**2, 4 * 2 * 0.2**2
+    below, above = 4 * 2 * (1 / 6) ** 2, 4 * 2 * 0.2**2
     assert float(loss(gates, COSTS, scale)) == pytest.approx(2.0 * (0.75 * below + 0.25 * above), rel=1e-5)
-    assert float(MoEBalanceLoss(1.0, [[0, 1, 0, 0], [1, 0, 0, 0]], [2.5])(
-        one_hot_gates([2, 2, 0, 0]), COSTS, torch.tensor([[3.0, 3.0, 2.0, 2.0]]))) == 0
+    assert (
+        float(
+            MoEBalanceLoss(1.0, [[0, 1, 0, 0], [1, 0, 0, 0]], [2.5])(
+                one_hot_gates([2, 2, 0, 0]), COSTS, torch.tensor([[3.0, 3.0, 2.0, 2.0]])
+            )
+        )
+        == 0
+    )
 
 
 def test_built_from_yaml_options():
@@ -116,14 +139,22 @@ def test_built_from_yaml_options():
     assert options['type'] == 'MoEBalanceLoss'
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    ({'loss_weight': -1}, 'loss_weight must not be negative; got -1'), ({'target': 'equal'}, "got 'equal'"),
-    ({'target': [0.5, 0.6]}, 'fractions that add up to 1'), ({'target': [1.5, -0.5]}, 'fractions that add up to 1'),
-    ({'target': 0}, 'mean cost'), ({'target': 1.2}, 'mean cost'), ({'scale_bounds': [3, 2]}, 'scale_bounds must rise'),
-    ({'target': [[1, 0], [0, 1]]}, r'lists 2 groups; scale_bounds \[\] make 1'),
-    ({'target': [[1, 0]], 'scale_bounds': [2]}, r'lists 1 groups; scale_bounds \[2\] make 2'),
-    ({'target': [[1, 0], [0.5, 0.6]], 'scale_bounds': [2]}, 'fractions that add up to 1'),
-    ({'target': [[1, 0], 1.5], 'scale_bounds': [2]}, 'mean cost')])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'loss_weight': -1}, 'loss_weight must not be negative; got -1'),
+        ({'target': 'equal'}, "got 'equal'"),
+        ({'target': [0.5, 0.6]}, 'fractions that add up to 1'),
+        ({'target': [1.5, -0.5]}, 'fractions that add up to 1'),
+        ({'target': 0}, 'mean cost'),
+        ({'target': 1.2}, 'mean cost'),
+        ({'scale_bounds': [3, 2]}, 'scale_bounds must rise'),
+        ({'target': [[1, 0], [0, 1]]}, r'lists 2 groups; scale_bounds \[\] make 1'),
+        ({'target': [[1, 0]], 'scale_bounds': [2]}, r'lists 1 groups; scale_bounds \[2\] make 2'),
+        ({'target': [[1, 0], [0.5, 0.6]], 'scale_bounds': [2]}, 'fractions that add up to 1'),
+        ({'target': [[1, 0], 1.5], 'scale_bounds': [2]}, 'mean cost'),
+    ],
+)
 def test_bad_options_say_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         MoEBalanceLoss(**options)
@@ -161,9 +192,13 @@ def batch_of_four():
 def losses_and_gradients(router, x, noise):
     result = {}
     scale = 1 + 3 * x[..., 0].sigmoid()
-    for name, target, bounds in (('uniform', 'uniform', []), ('loads', [0.4, 0.3, 0.2, 0.1], []), ('cost', 0.3, []),
-                                 ('groups', [0.4, 0.3, 0.2, 0.1], [2.0, 3.0, 4.5]),  # nothing above 4.5
-                                 ('targets', [[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]], [2.5])):
+    for name, target, bounds in (
+        ('uniform', 'uniform', []),
+        ('loads', [0.4, 0.3, 0.2, 0.1], []),
+        ('cost', 0.3, []),
+        ('groups', [0.4, 0.3, 0.2, 0.1], [2.0, 3.0, 4.5]),  # nothing above 4.5
+        ('targets', [[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]], [2.5]),
+    ):
         router.zero_grad()
         loss = MoEBalanceLoss(1.0, target, bounds)(router(x, noise), COSTS, scale)
         loss.backward()
@@ -172,10 +207,11 @@ def losses_and_gradients(router, x, noise):
 
 
 def run_rank(rank, folder):
-    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2,
-                            timeout=timedelta(seconds=180))
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2, timeout=timedelta(seconds=180)
+    )
     try:
-        x, noise = (part[2 * rank:2 * rank + 2] for part in batch_of_four())
+        x, noise = (part[2 * rank : 2 * rank + 2] for part in batch_of_four())
         torch.save(losses_and_gradients(DistributedDataParallel(Router()), x, noise), f'{folder}/{rank}.pt')
     finally:
         dist.destroy_process_group()

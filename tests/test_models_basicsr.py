@@ -1,4 +1,5 @@
 """BasicSR's own datasets, models and pipelines with our networks, and our models in BasicSR's pipeline."""
+
 import sys
 
 import cv2
@@ -33,15 +34,29 @@ def root(tmp_path, monkeypatch):
 
 def paired_yaml(root, **changes):
     """A whole run on BasicSR's PairedImageDataset at x2."""
+
     def dataset(name):
-        return {'name': name, 'type': 'PairedImageDataset', 'io_backend': {'type': 'disk'},
-                'dataroot_gt': str(root / 'pairs' / name / 'gt'), 'dataroot_lq': str(root / 'pairs' / name / 'lq')}
+        return {
+            'name': name,
+            'type': 'PairedImageDataset',
+            'io_backend': {'type': 'disk'},
+            'dataroot_gt': str(root / 'pairs' / name / 'gt'),
+            'dataroot_lq': str(root / 'pairs' / name / 'lq'),
+        }
 
     base = run_yaml(root, **{'network_g:scale': 2, **changes})
     base['datasets'] = {
-        'train': {**dataset('train'), 'gt_size': 24, 'use_hflip': True, 'use_rot': True, 'batch_size_per_gpu': 2,
-                  'num_worker_per_gpu': 0, 'dataset_enlarge_ratio': 6},
-        'val': dataset('val')}
+        'train': {
+            **dataset('train'),
+            'gt_size': 24,
+            'use_hflip': True,
+            'use_rot': True,
+            'batch_size_per_gpu': 2,
+            'num_worker_per_gpu': 0,
+            'dataset_enlarge_ratio': 6,
+        },
+        'val': dataset('val'),
+    }
     base['scale'] = 2
     base['train']['total_iter'] = 6
     base['val']['val_freq'] = 3
@@ -59,8 +74,9 @@ def run_basicsr(monkeypatch, root, pipeline, options, *arguments):
 
 
 def moved(root, iterations=(3, 6)):
-    first, last = (torch.load(root / 'experiments' / 'run' / 'models' / f'net_g_{at}.pth')['params_ema']
-                   for at in iterations)
+    first, last = (
+        torch.load(root / 'experiments' / 'run' / 'models' / f'net_g_{at}.pth')['params_ema'] for at in iterations
+    )
     return any(not torch.equal(first[name], last[name]) for name in first)
 
 
@@ -98,8 +114,11 @@ def test_basicsrs_pipeline_runs_our_networks_and_models(root, monkeypatch, model
     assert moved(root)
     test_options = {key: options[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'manual_seed', 'scale')}
     test_options['datasets'] = {'test_1': options['datasets']['val']}
-    test_options['path'] = {'pretrain_network_g': str(root / 'experiments' / 'run' / 'models' / 'net_g_latest.pth'),
-                            'param_key_g': 'params_ema', 'strict_load_g': True}
+    test_options['path'] = {
+        'pretrain_network_g': str(root / 'experiments' / 'run' / 'models' / 'net_g_latest.pth'),
+        'param_key_g': 'params_ema',
+        'strict_load_g': True,
+    }
     test_options['val'] = {'save_img': True, 'suffix': None, 'metrics': options['val']['metrics']}
     run_basicsr(monkeypatch, root, basicsr_test, test_options)
     pictures = sorted(path.name for path in (root / 'results' / 'run' / 'visualization' / 'val').iterdir())
@@ -110,8 +129,9 @@ def test_basicsrs_pipeline_runs_our_networks_and_models(root, monkeypatch, model
 
 def test_basicsrs_pipeline_runs_our_yaml_with_queries(root, monkeypatch):
     """ArbitraryScaleImageDataset, several scales, experts, all driven by BasicSR's train_pipeline."""
-    options = run_yaml(root, **{'train:total_iter': 9, 'path:resume_state': None, 'logger:use_tb_logger': False,
-                                'val:save_img': True})
+    options = run_yaml(
+        root, **{'train:total_iter': 9, 'path:resume_state': None, 'logger:use_tb_logger': False, 'val:save_img': True}
+    )
     run_basicsr(monkeypatch, root, basicsr_train, options)
     log = next((root / 'experiments' / 'run').glob('*.log')).read_text()
     assert 'Validation tiny_x2 x2' in log and 'Validation tiny_x3.3 x3.3' in log and 'l_balance' in log
@@ -128,10 +148,21 @@ def test_sr_model_is_tested_in_our_loop(root, dataset):
         section = {key: section[key] for key in ('name', 'dataroot_lq', 'io_backend')}
     torch.save({'params': weights_of(build_model(model_options(**{'network_g:scale': 2})))}, root / 'weights.pth')
     val = {'save_img': True, **({'metrics': options['val']['metrics']} if dataset == 'PairedImageDataset' else {})}
-    assert run_test(parse(root, {
-        **{key: options[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'scale')}, 'val': val,
-        'datasets': {'test': {**section, 'type': dataset}}, 'path': {'pretrain_network_g': str(root / 'weights.pth')},
-    }, is_train=False)) == exit_codes.OK
+    assert (
+        run_test(
+            parse(
+                root,
+                {
+                    **{key: options[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'scale')},
+                    'val': val,
+                    'datasets': {'test': {**section, 'type': dataset}},
+                    'path': {'pretrain_network_g': str(root / 'weights.pth')},
+                },
+                is_train=False,
+            )
+        )
+        == exit_codes.OK
+    )
     picture = cv2.imread(str(root / 'results' / 'run' / 'visualization' / 'val' / '2_run.png'))
     assert picture.shape == (32, 40, 3)
     log = next((root / 'results' / 'run').glob('*.log')).read_text()
@@ -161,8 +192,11 @@ def test_pretrained_weights_of_other_files(root):
     torch.save({'params_ema': {f'module.{name}': value for name, value in source.items()}}, root / 'ema.pth')
     save_file(source, root / 'whole.safetensors')
     torch.save({'params': {name: value for name, value in source.items() if 'encoder' in name}}, root / 'part.pth')
-    for file, extra in (('ema.pth', {'path:param_key_g': 'params_ema'}), ('whole.safetensors', {}),
-                        ('part.pth', {'path:strict_load_g': False})):
+    for file, extra in (
+        ('ema.pth', {'path:param_key_g': 'params_ema'}),
+        ('whole.safetensors', {}),
+        ('part.pth', {'path:strict_load_g': False}),
+    ):
         torch.manual_seed(1)
         model = build_model(model_options(**{'path:pretrain_network_g': str(root / file), 'is_train': False, **extra}))
         same = {name for name, value in weights_of(model).items() if torch.equal(value, source[name])}

@@ -1,4 +1,5 @@
 """Optimizers and schedulers by name, warm-up, and their state as plain values."""
+
 import math
 
 import pytest
@@ -10,9 +11,14 @@ from moeisr_basicsr.models.optimizers import build_optimizer, build_scheduler, s
 from moeisr_basicsr.options.typed import optimizer_classes, scheduler_classes
 
 SCHEDULER_ARGUMENTS = {
-    'CosineAnnealingLR': {'T_max': 10}, 'CosineAnnealingWarmRestarts': {'T_0': 5}, 'StepLR': {'step_size': 3},
-    'CyclicLR': {'base_lr': 1e-4, 'max_lr': 1e-3}, 'ExponentialLR': {'gamma': 0.9}, 'MultiStepLR': {'milestones': [3]},
-    'MultiStepRestartLR': {'milestones': [3]}, 'OneCycleLR': {'max_lr': 1e-3, 'total_steps': 30},
+    'CosineAnnealingLR': {'T_max': 10},
+    'CosineAnnealingWarmRestarts': {'T_0': 5},
+    'StepLR': {'step_size': 3},
+    'CyclicLR': {'base_lr': 1e-4, 'max_lr': 1e-3},
+    'ExponentialLR': {'gamma': 0.9},
+    'MultiStepLR': {'milestones': [3]},
+    'MultiStepRestartLR': {'milestones': [3]},
+    'OneCycleLR': {'max_lr': 1e-3, 'total_steps': 30},
     'CosineAnnealingRestartLR': {'periods': [10, 10], 'restart_weights': [1, 0.5]},
 }
 
@@ -95,21 +101,32 @@ def test_warm_up_scales_the_schedule_and_leaves_no_trace():
         assert optimizer.param_groups[0]['lr'] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize('options, hint', [
-    ({'type': 'Adan', 'lr': 1e-4}, "Did you mean 'Adam'"), ({'type': 'LBFGS', 'lr': 1}, 'must be one of'),
-    ({'type': 'AdamW', 'lr': 1e-4, 'weight_deacy': 0}, "Did you mean 'weight_decay'"),
-    ({'type': 'Adam', 'lr': -1}, 'refuses'), ({'lr': 1e-4}, 'type must be')])
+@pytest.mark.parametrize(
+    'options, hint',
+    [
+        ({'type': 'Adan', 'lr': 1e-4}, "Did you mean 'Adam'"),
+        ({'type': 'LBFGS', 'lr': 1}, 'must be one of'),
+        ({'type': 'AdamW', 'lr': 1e-4, 'weight_deacy': 0}, "Did you mean 'weight_decay'"),
+        ({'type': 'Adam', 'lr': -1}, 'refuses'),
+        ({'lr': 1e-4}, 'type must be'),
+    ],
+)
 def test_wrong_optimizers_are_user_errors(options, hint):
     with pytest.raises(UserError, match=hint):
         build_optimizer(options, [parameter()])
 
 
-@pytest.mark.parametrize('options, hint', [
-    ({'type': 'MultiStpLR', 'milestones': [1]}, "Did you mean 'MultiStepLR'"), ({'type': 'MultiStepLR'}, 'refuses'),
-    ({'type': 'CosineAnnealingRestartLR', 'periods': [20], 'restart_weights': [1, 2]}, 'refuses'),
-    ({'type': 'CosineAnnealingRestartLR', 'periods': [9]}, 'cover 9 iterations; total_iter is 10'),
-    ({'type': 'OneCycleLR', 'max_lr': 1, 'total_steps': 5}, 'cover 5 iterations'),
-    ({'type': 'LambdaLR'}, 'must be one of')])
+@pytest.mark.parametrize(
+    'options, hint',
+    [
+        ({'type': 'MultiStpLR', 'milestones': [1]}, "Did you mean 'MultiStepLR'"),
+        ({'type': 'MultiStepLR'}, 'refuses'),
+        ({'type': 'CosineAnnealingRestartLR', 'periods': [20], 'restart_weights': [1, 2]}, 'refuses'),
+        ({'type': 'CosineAnnealingRestartLR', 'periods': [9]}, 'cover 9 iterations; total_iter is 10'),
+        ({'type': 'OneCycleLR', 'max_lr': 1, 'total_steps': 5}, 'cover 5 iterations'),
+        ({'type': 'LambdaLR'}, 'must be one of'),
+    ],
+)
 def test_wrong_schedulers_are_user_errors(options, hint):
     with pytest.raises(UserError, match=hint):
         build_scheduler(options, torch.optim.SGD([parameter()], lr=1.0), total_iter=10)

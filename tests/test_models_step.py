@@ -1,4 +1,5 @@
 """One training step of the models: gradients, accumulation, EMA, draws, temperature, non-finite losses, precision."""
+
 import math
 import re
 
@@ -47,8 +48,11 @@ def test_step_follows_the_written_loss():
     assert log['mean_cost'] == pytest.approx((load * net.expert_costs).sum().item())
 
 
-NESTED = {'network_g:experts': [[8], [8, 8]], 'network_g:shared_layers': 2,
-          'train:experts_opt': {'type': 'MoEExpertLoss', 'loss_weight': 0.3}}
+NESTED = {
+    'network_g:experts': [[8], [8, 8]],
+    'network_g:shared_layers': 2,
+    'train:experts_opt': {'type': 'MoEExpertLoss', 'loss_weight': 0.3},
+}
 
 
 @pytest.mark.parametrize('skip', ['none', 'bicubic'])
@@ -134,8 +138,14 @@ def test_the_loss_of_all_experts_needs_all_answers():
 @pytest.mark.parametrize('target', ['uniform', 0.9, [[0.2, 0.8], [0.9, 0.1]]])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(parts, target):
     """Also of the balance loss, which is no mean over images, and with parts of unequal size."""
-    options = model_options(**NESTED, **{'train:balance_opt:target': target, 'train:balance_opt:loss_weight': 5.0,
-                                         'train:balance_opt:scale_bounds': [2.5]})
+    options = model_options(
+        **NESTED,
+        **{
+            'train:balance_opt:target': target,
+            'train:balance_opt:loss_weight': 5.0,
+            'train:balance_opt:scale_bounds': [2.5],
+        },
+    )
     whole, cut = build_twice(options, change(options, {'train:accumulate': parts}))
     batch = query_batch()
     batch['cell'][1::2] *= 0.8  # scale factors on both sides of 2.5
@@ -160,8 +170,12 @@ def test_every_parameter_has_a_gradient_with_an_idle_expert():
 
 
 def test_only_the_parts_that_are_named_train():
-    model = build_model(model_options(**NESTED, **{
-        'train:trainable': ['decoder.mapper.query_out', 'encoder.conv_first.weight'], 'train:mapper_spread': 0}))
+    model = build_model(
+        model_options(
+            **NESTED,
+            **{'train:trainable': ['decoder.mapper.query_out', 'encoder.conv_first.weight'], 'train:mapper_spread': 0},
+        )
+    )
     before = weights_of(model)
     model.feed_data(query_batch())
     model.optimize_parameters(1)
@@ -183,8 +197,9 @@ def test_a_part_that_restarts_does_not_start_from_the_pretrained_weights(tmp_pat
     with pytest.raises(UserError, match="train: restart: MoEISR has no parameters in 'mapper'"):
         build_model(model_options(**NESTED, **start, **{'train:restart': ['mapper']}))
     # A resumed run goes on with the weights that it had.
-    resumed = build_model(model_options(**NESTED, **start, **{'train:restart': ['decoder.mapper'],
-                                                              'path:resume_state': 'some.state'}))
+    resumed = build_model(
+        model_options(**NESTED, **start, **{'train:restart': ['decoder.mapper'], 'path:resume_state': 'some.state'})
+    )
     assert all(torch.equal(value, old[name]) for name, value in resumed.net_g.state_dict().items())
 
 
@@ -232,8 +247,11 @@ def test_temperature_schedules():
         assert values[100] == pytest.approx(1.0) and values[-1] == values[100]
         assert all(after <= before for before, after in zip(values, values[1:]))
     assert temperature_at({'start': 2}, 10**6) == 2.0
-    for wrong, hint in (({'type': 'linaer', 'start': 1}, "Did you mean 'linear'"), ({'start': 0}, 'above 0'),
-                        ({'type': 'linear', 'start': 1}, 'end must be')):
+    for wrong, hint in (
+        ({'type': 'linaer', 'start': 1}, "Did you mean 'linear'"),
+        ({'start': 0}, 'above 0'),
+        ({'type': 'linear', 'start': 1}, 'end must be'),
+    ):
         with pytest.raises(UserError, match=hint):
             check_temperature(wrong)
 
@@ -261,8 +279,15 @@ def test_ema_copies_buffers():
     assert model.net_g_ema.extra == 1
 
 
-@pytest.mark.parametrize('changes', [{'train:amp': 'bf16'}, {'train:amp': 'fp16'}, {'train:channels_last': True},
-                                     {'train:compile': {'backend': 'aot_eager'}}])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'train:amp': 'bf16'},
+        {'train:amp': 'fp16'},
+        {'train:channels_last': True},
+        {'train:compile': {'backend': 'aot_eager'}},
+    ],
+)
 def test_precision_options_train_nearly_as_fp32(changes):
     plain, other = build_twice(model_options(), model_options(**changes))
     for model in (plain, other):
@@ -311,8 +336,9 @@ def test_non_finite_gradient_is_found_behind_a_finite_loss():
 
 
 def test_non_finite_steps_are_skipped_up_to_the_limit():
-    model = build_model(model_options(**{'train:non_finite': 'skip', 'train:non_finite_limit': 2,
-                                         'train:mapper_spread': 0}))
+    model = build_model(
+        model_options(**{'train:non_finite': 'skip', 'train:non_finite_limit': 2, 'train:mapper_spread': 0})
+    )
     bad = query_batch()
     bad['gt'][0] = float('inf')
     before = weights_of(model)
@@ -352,10 +378,13 @@ def test_whole_patches_train_like_queries_of_all_their_pixels(network):
 
 
 def test_bad_train_options_are_user_errors():
-    for changes, hint in (({'train:amp': 'bf61'}, "Did you mean 'bf16'"), ({'train:accumulate': 0}, 'at least 1'),
-                          ({'train:non_finite': 'ignore'}, 'stop, skip'),
-                          ({'train:non_finite_limit': -1}, 'at least 0'),
-                          ({'network_g': {'type': 'MSRResNet'}}, 'needs a network with experts')):
+    for changes, hint in (
+        ({'train:amp': 'bf61'}, "Did you mean 'bf16'"),
+        ({'train:accumulate': 0}, 'at least 1'),
+        ({'train:non_finite': 'ignore'}, 'stop, skip'),
+        ({'train:non_finite_limit': -1}, 'at least 0'),
+        ({'network_g': {'type': 'MSRResNet'}}, 'needs a network with experts'),
+    ):
         with pytest.raises(UserError, match=hint):
             build_model(model_options(**changes))
 
@@ -363,15 +392,16 @@ def test_bad_train_options_are_user_errors():
 @pytest.mark.parametrize('parts', [1, 3])
 def test_first_step_spreads_the_logits_once(parts):
     """Mean 0 and deviation `mapper_spread` on the first batch, in the averaged weights too; later steps leave it be."""
-    model = build_model(model_options(**{'train:mapper_spread': 2.0, 'train:accumulate': parts,
-                                         'train:optim_g:lr': 1e-12}))
+    model = build_model(
+        model_options(**{'train:mapper_spread': 2.0, 'train:accumulate': parts, 'train:optim_g:lr': 1e-12})
+    )
     batch = query_batch()
     model.feed_data(batch)
     model.optimize_parameters(1)
     for net in (model.net_g, model.net_g_ema):
         logits = net.decoder.logits(net.encode(batch['lq']), batch['coord'], batch['cell']).flatten(0, 1)
         torch.testing.assert_close(logits.mean(dim=0), torch.zeros(2), rtol=0, atol=1e-3)
-        torch.testing.assert_close(logits.std(dim=0, correction=0), torch.full((2, ), 2.0), rtol=1e-3, atol=0)
+        torch.testing.assert_close(logits.std(dim=0, correction=0), torch.full((2,), 2.0), rtol=1e-3, atol=0)
     before = weights_of(model)
     model.feed_data(query_batch(seed=5))
     model.optimize_parameters(2)
@@ -379,16 +409,22 @@ def test_first_step_spreads_the_logits_once(parts):
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize('network, changes', [
-    (NETWORK, {'train:restart': ['decoder.mapper']}),
-    (DENSE, {'path:strict_load_g': False}),
-], ids=['restarted', 'from a dense network'])
+@pytest.mark.parametrize(
+    'network, changes',
+    [(NETWORK, {'train:restart': ['decoder.mapper']}), (DENSE, {'path:strict_load_g': False})],
+    ids=['restarted', 'from a dense network'],
+)
 def test_a_mapper_that_is_not_pretrained_is_spread(tmp_path, network, changes):
-    source = build_model(model_options(**{'network_g': network, 'train:mapper_spread': 0} | (
-        {'model_type': 'ArbitraryScaleModel', 'train:balance_opt': None} if network is DENSE else {})))
+    source = build_model(
+        model_options(
+            **{'network_g': network, 'train:mapper_spread': 0}
+            | ({'model_type': 'ArbitraryScaleModel', 'train:balance_opt': None} if network is DENSE else {})
+        )
+    )
     torch.save({'params': weights_of(source), 'params_ema': weights_of(source)}, tmp_path / 'net.pth')
-    model = build_model(model_options(**{'path:pretrain_network_g': str(tmp_path / 'net.pth'),
-                                         'train:optim_g:lr': 1e-12, **changes}))
+    model = build_model(
+        model_options(**{'path:pretrain_network_g': str(tmp_path / 'net.pth'), 'train:optim_g:lr': 1e-12, **changes})
+    )
     batch = query_batch()
     model.feed_data(batch)
     model.optimize_parameters(1)
@@ -400,8 +436,9 @@ def test_pretrained_mapper_keeps_its_scale(tmp_path):
     source = build_model(model_options(**{'train:mapper_spread': 0}))
     weights = weights_of(source)
     torch.save({'params': weights, 'params_ema': weights}, tmp_path / 'net.pth')
-    model = build_model(model_options(**{'path:pretrain_network_g': str(tmp_path / 'net.pth'),
-                                         'train:optim_g:lr': 1e-12}))
+    model = build_model(
+        model_options(**{'path:pretrain_network_g': str(tmp_path / 'net.pth'), 'train:optim_g:lr': 1e-12})
+    )
     model.feed_data(query_batch())
     model.optimize_parameters(1)
     for name, value in weights_of(model).items():

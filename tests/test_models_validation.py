@@ -1,4 +1,5 @@
 """Validation: metrics against sums written out by hand, file names, shared work, results documents."""
+
 import math
 
 import cv2
@@ -39,7 +40,7 @@ def options(root, is_train=True, **changes):
 
 def psnr(sr, gt, border, luma):
     difference = (sr.clamp(0, 1) - gt).double()
-    difference = difference[:, border[0]:difference.shape[1] - border[0], border[1]:difference.shape[2] - border[1]]
+    difference = difference[:, border[0] : difference.shape[1] - border[0], border[1] : difference.shape[2] - border[1]]
     if luma:
         difference = (difference * LUMA.double()[:, None, None]).sum(0)
     return -10 * math.log10(difference.square().mean())
@@ -47,10 +48,18 @@ def psnr(sr, gt, border, luma):
 
 def test_metrics_of_several_scales(root):
     """Float metrics by protocol, BasicSR's on 8 bits, bicubic beside them, each as a mean written out by hand."""
-    opt = options(root, **{
-        'datasets:val_2:scale': [2, 3.5], 'datasets:val:crop_border': 5, 'val:bicubic_baseline': True,
-        'val:metrics': {'y': {'type': 'calculate_psnr_sr', 'protocol': 'benchmark'},
-                        'rgb8': {'type': 'calculate_psnr', 'crop_border': 2}}})
+    opt = options(
+        root,
+        **{
+            'datasets:val_2:scale': [2, 3.5],
+            'datasets:val:crop_border': 5,
+            'val:bicubic_baseline': True,
+            'val:metrics': {
+                'y': {'type': 'calculate_psnr_sr', 'protocol': 'benchmark'},
+                'rgb8': {'type': 'calculate_psnr', 'crop_border': 2},
+            },
+        },
+    )
     model = build_model(opt)
     with torch.no_grad():  # the averaged weights must be those that are evaluated
         for value in model.net_g.parameters():
@@ -58,7 +67,9 @@ def test_metrics_of_several_scales(root):
     loaders = evaluation_loaders(opt, ('val',))
     results = model.validate(loaders, 5, None)
     assert [(result.dataset, result.scale, result.count) for result in results] == [
-        ('tiny_x2', 'x2', 3), ('tiny_x3.3', 'x2x3.5', 3)]
+        ('tiny_x2', 'x2', 3),
+        ('tiny_x3.3', 'x2x3.5', 3),
+    ]
     for result, loader, border, border8 in zip(results, loaders, ((5, 5), (2, 4)), ((5, 5), (2, 2))):
         expected = {'y': [], 'rgb8': [], 'bicubic_y': [], 'bicubic_rgb8': []}
         loads, costs = [], []
@@ -87,8 +98,12 @@ def test_pictures_are_named_by_scale_and_iteration(root):
     model.validate(evaluation_loaders(opt, ('val',)), 7, None, save_img=True)
     folder = root / 'experiments' / 'run' / 'visualization'
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob('*.png'))
-    assert names == sorted(f'tiny_{scale}/{image}_{scale}_7{suffix}.png' for scale in ('x2', 'x3.3')
-                           for image in range(3) for suffix in ('', '_experts'))
+    assert names == sorted(
+        f'tiny_{scale}/{image}_{scale}_7{suffix}.png'
+        for scale in ('x2', 'x3.3')
+        for image in range(3)
+        for suffix in ('', '_experts')
+    )
     # floor(26 / 3.3) = 7 rows, round(7 * 3.3) = 23; floor(33 / 3.3) = 10 columns
     assert cv2.imread(str(folder / 'tiny_x3.3/0_x3.3_7.png')).shape == (23, 33, 3)
     colors = {tuple(color) for color in cv2.imread(str(folder / 'tiny_x2/1_x2_7_experts.png')).reshape(-1, 3)}
@@ -100,8 +115,11 @@ def test_images_of_one_name_in_two_folders(root):
         write_images(root / 'val' / folder, 1, (26, 33), seed=seed)
     (root / 'list.txt').write_text('a/0.png\nb/0.png\n')
     base = run_yaml(root, **{'datasets:val:meta_info_file': str(root / 'list.txt')})
-    sections = {**{key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path')},
-                'datasets': {'test': base['datasets']['val']}, 'val': {'save_img': True}}
+    sections = {
+        **{key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path')},
+        'datasets': {'test': base['datasets']['val']},
+        'val': {'save_img': True},
+    }
     assert run_test(parse(root, sections, is_train=False)) == exit_codes.OK
     rows = schema.load(root / 'results/run/results.json')['rows']
     assert [row.get('image') for row in rows] == ['a__0', 'b__0', None]
@@ -134,7 +152,11 @@ def test_means_do_not_depend_on_the_order():
 
 def test_scale_labels():
     assert [scale_label(scale) for scale in ((2.0, 2.0), (3.3, 3.3), (2.0, 3.5), (12.0, 12.0))] == [
-        'x2', 'x3.3', 'x2x3.5', 'x12']
+        'x2',
+        'x3.3',
+        'x2x3.5',
+        'x12',
+    ]
 
 
 def test_a_stop_request_ends_validation_without_results(root):
@@ -173,18 +195,29 @@ def test_expert_maps_and_images_reach_tensorboard(root):
     writer = Writer()
     model = build_model(opt)
     model.validate(evaluation_loaders(opt, ('val',)), 1, writer)
-    assert writer.images == {'tiny_x2_x2/0': (26, 32, 3), 'tiny_x2_x2/0_experts': (26, 32, 3),
-                             'tiny_x3.3_x3.3/0': (23, 33, 3), 'tiny_x3.3_x3.3/0_experts': (23, 33, 3)}
+    assert writer.images == {
+        'tiny_x2_x2/0': (26, 32, 3),
+        'tiny_x2_x2/0_experts': (26, 32, 3),
+        'tiny_x3.3_x3.3/0': (23, 33, 3),
+        'tiny_x3.3_x3.3/0_experts': (23, 33, 3),
+    }
     assert {'metrics/tiny_x2/psnr', 'val_load/tiny_x2/expert_1', 'val_cost/tiny_x3.3'} <= writer.scalars.keys()
 
 
 def test_images_without_truth_use_the_networks_scale(root):
     """BasicSR's SingleImageDataset has no gt."""
-    single = {'name': 'single', 'type': 'SingleImageDataset', 'dataroot_lq': write_images(root / 'single', 2, (9, 11)),
-              'io_backend': {'type': 'disk'}}
+    single = {
+        'name': 'single',
+        'type': 'SingleImageDataset',
+        'dataroot_lq': write_images(root / 'single', 2, (9, 11)),
+        'io_backend': {'type': 'disk'},
+    }
     base = run_yaml(root, **{'network_g:scale': 2.5})
-    options_of_test = {**{key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path')},
-                       'datasets': {'test': single}, 'val': {'save_img': True}}
+    options_of_test = {
+        **{key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path')},
+        'datasets': {'test': single},
+        'val': {'save_img': True},
+    }
     assert run_test(parse(root, options_of_test, is_train=False)) == exit_codes.OK
     picture = cv2.imread(str(root / 'results/run/visualization/single/0_x2.5.png'))
     assert picture.shape == (23, 28, 3)
@@ -205,7 +238,8 @@ def test_the_test_loop_writes_one_results_document(root, network, model_type):
     assert results['environment']['kernel'] == ('torch' if backend is None else 'FusedCPUBackend')
     images = [row for row in results['rows'] if row['case'] == 'test']
     assert [(row['dataset'], row['image']) for row in images] == [
-        (f'tiny_{scale}', str(image)) for scale in ('x2', 'x3.3') for image in range(3)]
+        (f'tiny_{scale}', str(image)) for scale in ('x2', 'x3.3') for image in range(3)
+    ]
     means = [row for row in results['rows'] if row['case'] == 'mean']
     for row in means:
         of_dataset = [image for image in images if image['dataset'] == row['dataset']]
@@ -222,7 +256,8 @@ def test_the_test_loop_writes_one_results_document(root, network, model_type):
         routed = sum(load * each for load, each in zip(images[0]['routing']['loads'], macs['each_expert']))
         assert macs['experts'] == pytest.approx(routed)
         assert means[0]['routing']['loads'] == pytest.approx(
-            np.mean([image['routing']['loads'] for image in images[:3]], axis=0).tolist())
+            np.mean([image['routing']['loads'] for image in images[:3]], axis=0).tolist()
+        )
         assert not images[0]['shuffle_experts']
     for row in images:
         assert row['time_ms'].keys() == stages and row['repeats'] == 1
@@ -236,11 +271,18 @@ def test_the_test_loop_writes_one_results_document(root, network, model_type):
 
 
 def test_means_leave_out_what_is_unknown():
-    rows = [{'dataset': 'a', 'scale': [2, 2], 'routing': {'loads': [0.25, 0.75], 'texture_correlation': correlation}}
-            for correlation in (None, 0.5, 0.25)]
+    rows = [
+        {'dataset': 'a', 'scale': [2, 2], 'routing': {'loads': [0.25, 0.75], 'texture_correlation': correlation}}
+        for correlation in (None, 0.5, 0.25)
+    ]
     rows[0]['routing']['loads'] = [1.0, 0.0]
-    assert mean_row(rows) == {'case': 'mean', 'dataset': 'a', 'scale': [2, 2], 'count': 3,
-                              'routing': {'loads': [0.5, 0.5], 'texture_correlation': 0.375}}
+    assert mean_row(rows) == {
+        'case': 'mean',
+        'dataset': 'a',
+        'scale': [2, 2],
+        'count': 3,
+        'routing': {'loads': [0.5, 0.5], 'texture_correlation': 0.375},
+    }
     assert mean_of([{'encode': None}, {'encode': None}]) == {'encode': None}
 
 
@@ -256,9 +298,13 @@ def test_shuffled_experts_keep_their_shares(root):
     torch.save({'params': weights_of(model)}, root / 'weights.pth')
 
     def rows(name, **val):
-        sections = {**{key: base[key] for key in ('model_type', 'num_gpu', 'network_g')}, 'name': name,
-                    'datasets': {'test': base['datasets']['val']}, 'val': {'metrics': base['val']['metrics'], **val},
-                    'path': {'pretrain_network_g': str(root / 'weights.pth')}}
+        sections = {
+            **{key: base[key] for key in ('model_type', 'num_gpu', 'network_g')},
+            'name': name,
+            'datasets': {'test': base['datasets']['val']},
+            'val': {'metrics': base['val']['metrics'], **val},
+            'path': {'pretrain_network_g': str(root / 'weights.pth')},
+        }
         assert run_test(parse(root, sections, is_train=False)) == exit_codes.OK
         return schema.load(root / 'results' / name / 'results.json')['rows']
 
@@ -269,8 +315,9 @@ def test_shuffled_experts_keep_their_shares(root):
         assert first['macs'] == second['macs']
         assert first['metrics']['psnr'] != second['metrics']['psnr']
     for row, item in zip(trained, build_dataset(options(root)['datasets']['val'])):
-        texture = depth_correlation(upscale(model.net_g, item['lq'][None], 2).expert_map[0], item['gt'],
-                                    model.net_g.decoder.depths)
+        texture = depth_correlation(
+            upscale(model.net_g, item['lq'][None], 2).expert_map[0], item['gt'], model.net_g.decoder.depths
+        )
         assert row['routing']['texture_correlation'] == pytest.approx(texture, abs=0.01)
     again = rows('again', shuffle_experts=True)
     assert [row['metrics'] for row in again] == [row['metrics'] for row in shuffled]
@@ -287,18 +334,28 @@ def test_a_network_without_experts_has_no_routing_to_control(val):
         evaluate.upscale(torch.nn.Conv2d(3, 3, 1), torch.rand(1, 3, 4, 4), None, None)
 
 
-@pytest.mark.parametrize(('scale', 'lq_size', 'size', 'border'), [
-    # floor(HR / s), HR cropped to round(LR * s) half up, shave ceil(s) + 6
-    (2.5, (10, 13), (25, 33), (9, 9)), (3.3, (7, 10), (23, 33), (10, 10)), ([2, 3.5], (13, 9), (26, 32), (8, 10))])
+@pytest.mark.parametrize(
+    ('scale', 'lq_size', 'size', 'border'),
+    [
+        # floor(HR / s), HR cropped to round(LR * s) half up, shave ceil(s) + 6
+        (2.5, (10, 13), (25, 33), (9, 9)),
+        (3.3, (7, 10), (23, 33), (10, 10)),
+        ([2, 3.5], (13, 9), (26, 32), (8, 10)),
+    ],
+)
 def test_sizes_and_shave_of_odd_factors(root, scale, lq_size, size, border):
-    opt = options(root, **{
-        'datasets:val:scale': scale, 'val:metrics': {'rgb': {'type': 'calculate_psnr_sr', 'protocol': 'div2k'}}})
+    opt = options(
+        root,
+        **{'datasets:val:scale': scale, 'val:metrics': {'rgb': {'type': 'calculate_psnr_sr', 'protocol': 'div2k'}}},
+    )
     model = build_model(opt)
     loader = evaluation_loaders(opt, ('val',))[0]
     item = loader.dataset[0]
     assert tuple(item['lq'].shape[-2:]) == lq_size and tuple(item['gt'].shape[-2:]) == size
-    values = [psnr(upscale(model.net_g_ema, item['lq'][None], size=size).image[0], item['gt'], border, luma=False)
-              for item in (loader.dataset[index] for index in range(3))]
+    values = [
+        psnr(upscale(model.net_g_ema, item['lq'][None], size=size).image[0], item['gt'], border, luma=False)
+        for item in (loader.dataset[index] for index in range(3))
+    ]
     assert model.validate([loader], 1, None)[0].metrics['rgb'] == pytest.approx(sum(values) / 3, abs=1e-3)
 
 
@@ -318,9 +375,13 @@ def test_readers_are_told_what_was_compared():
     sr = {'type': 'calculate_psnr_sr', 'better': 'higher'}
     assert describe_metric(sr) == 'benchmark: luma, shave ceil(s)'
     assert describe_metric({**sr, 'protocol': 'div2k', 'rounded': True}, [2, 4]) == (
-        'div2k: RGB, shave 2 x 4, rounded to 8 bits')
+        'div2k: RGB, shave 2 x 4, rounded to 8 bits'
+    )
     other = {'type': 'calculate_psnr', 'test_y_channel': True, 'crop_border': 2}
     assert describe_metric(other, 5) == 'calculate_psnr on 8 bits, crop_border 5, test_y_channel True'
     image = {'type': 'ArbitraryScaleImageDataset'}
     assert [describe_input(opt) for opt in (image, {**image, 'downsample': 'pil'}, {'type': 'PairedImageDataset'})] == [
-        "LR by MATLAB's bicubic", "LR by Pillow's bicubic", 'LR images of the dataset']
+        "LR by MATLAB's bicubic",
+        "LR by Pillow's bicubic",
+        'LR images of the dataset',
+    ]

@@ -16,8 +16,13 @@ def test_a_good_file_passes_and_gets_defaults():
     assert opt['train']['total_iter'] == 100 and isinstance(opt['train']['total_iter'], int)
     assert opt['train']['optim_g']['lr'] == 1e-4
     assert opt['train']['pixel_opt']['loss_weight'] == 1.0
-    assert opt['logger'] == {'print_freq': 1, 'save_checkpoint_freq': 5000, 'keep_checkpoints': 5, 'save_best': True,
-                             'use_tb_logger': False}
+    assert opt['logger'] == {
+        'print_freq': 1,
+        'save_checkpoint_freq': 5000,
+        'keep_checkpoints': 5,
+        'save_best': True,
+        'use_tb_logger': False,
+    }
     assert opt['path'] == {'pretrain_network_g': None, 'resume_state': None}
     assert opt['val']['save_img'] is False
 
@@ -38,75 +43,116 @@ def test_all_mistakes_at_once_with_their_lines():
     text = swap('dataroot_gt: images', 'dataroot_gt: image', text)
     found = problems(text, ['logger:print_freq=0'])
     assert found == [
-        f"run.yml:{line_of(text, 'dataroot_gt: image')}: datasets: train: dataroot_gt: there is no folder image; "
+        f'run.yml:{line_of(text, "dataroot_gt: image")}: datasets: train: dataroot_gt: there is no folder image; '
         f"{found[0].split('; ')[1].split(' has')[0]} has no 'image'. Did you mean 'images'?",
-        f"run.yml:{line_of(text, 'lq_size')}: datasets: train: lq_size: must be a whole number of at least 1; got 0.",
+        f'run.yml:{line_of(text, "lq_size")}: datasets: train: lq_size: must be a whole number of at least 1; got 0.',
         f"run.yml:{line_of(text, 'num_fet')}: network_g: encoder: num_fet: unknown key. Did you mean 'num_feat'?",
         found[3],
         f"run.yml:{line_of(text, 'val_freq')}: val: val_freq: must be a whole number of at least 1; got 'often'.",
-        "--force_yml logger:print_freq=0: logger: print_freq: must be a whole number of at least 1; got 0."]
-    assert found[3].startswith(f"run.yml:{line_of(text, 'Adan')}: train: optim_g: type: must be the name of an opti")
+        '--force_yml logger:print_freq=0: logger: print_freq: must be a whole number of at least 1; got 0.',
+    ]
+    assert found[3].startswith(f'run.yml:{line_of(text, "Adan")}: train: optim_g: type: must be the name of an opti')
     assert found[3].endswith("got 'Adan'. Did you mean 'Adam'?")
 
 
-@pytest.mark.parametrize(('old', 'new', 'part', 'words'), [
-    ('num_gpu: auto', 'num_gpus: auto', 'num_gpus', "unknown key. Did you mean 'num_gpu'?"),
-    ('num_gpu: auto', 'num_gpu: all', 'num_gpu', 'must be one of auto, or a whole number of at least 0'),
-    ('name: run', 'name: 7', 'name: 7', "name: must be text that names one folder, without / and \\; got 7. Put it in"),
-    ('name: run', 'name: ../photos', 'name: ../', "that names one folder, without / and \\; got '../photos'."),
-    ('type: EDSREncoder', 'type: TinyEncoder', 'TinyEncoder', "registered encoder: EDSREncoder, "),
-    ('type: EDSREncoder', 'type: TinyEncoder', 'TinyEncoder', "A class of your own is known with --import FILE.py."),
-    ('name: run\n', '', 'model_type', "the key 'name' is missing"),
-    ('MoEISRModel', 'MoEISRMode', 'MoEISRMode', "Did you mean 'MoEISRModel'?"),
-    ('type: ArbitraryScaleImageDataset', 'type: ArbitraryScaleImagesDataset', 'ImagesDataset',
-     "Did you mean 'ArbitraryScaleImageDataset'?"),
-    ('scale_range: [1, 4]', 'scale_range: [4, 1]', 'scale_range', 'must rise'),
-    ('scale_range: [1, 4]', 'scale_range: [0.5, 4]', 'scale_range', 'each a number of at least 1'),
-    ('scale_range: [1, 4]', 'scale_range: [1, 4, 5]', 'scale_range', 'a list of 2 entries'),
-    ('scale: 2', 'scale: 0.5', 'scale: 0.5', 'must be a number of at least 1'),
-    ('    scale: 2\n', '', 'val:', "the key 'scale' is missing"),
-    ('sample_q: 16', 'sample_q: 65', 'sample_q', 'must be at most lq_size squared, 64'),
-    ('batch_size_per_gpu: 2', 'batch_size_per_gpu: 0', 'batch_size', 'at least 1; got 0'),
-    ('batch_size_per_gpu: 2\n', '\n', '  train:', "the key 'batch_size_per_gpu' is missing"),
-    ('lq_size: 8', 'use_hflip: true', 'use_hflip', "unknown key. Did you mean 'use_flip'?"),
-    ('  val:\n    name', '  valid:\n    name', 'valid', "a dataset must be called train, val, val_2"),
-    ('type: MoEISR\n', 'type: MoEIRS\n', 'MoEIRS', "Did you mean 'MoEISR'?"),
-    ('type: EDSREncoder', 'type: EDSREncodr', 'EDSREncodr', "Did you mean 'EDSREncoder'?"),
-    ('type: EDSREncoder', 'type: RDN', 'RDN', "got 'RDN'. Did you mean 'RDNEncoder'?"),
-    ('type: MultiStepLR', 'type: Cosin', 'Cosin', "Did you mean 'CosineAnnealingLR'?"),
-    ('dataroot_gt: images\n    scale_r', 'dataroot_gt: images/a.png\n    scale_r', 'a.png', 'images/a.png is a file;'),
-    ('pretrain_network_g: ~', 'pretrain_network_g: images', 'pretrain', 'images is a folder; must be the path'),
-    ('num_feat: 8', 'num_feat: eight', 'num_feat', "must be a whole number of at least 1; got 'eight'"),
-    ('skip: none', 'skip: bicubc', 'skip', "Did you mean 'bicubic'?"),
-    ('skip: none', 'skp: none', 'skp', "Did you mean 'skip'?"),
-    ('experts: [[8], [8, 8]]', 'experts: [8, 8]', 'experts', 'must be a list of entries'),
-    ('num_layers: 1', 'num_layers: 6', 'num_layers', 'at least 1 and at most 5'),
-    ('num_layers: 1', 'layers: 1', '    layers', "Did you mean 'num_layers'?"),
-    ('pretrain_network_g: ~', 'pretrain_network_g: gone.pth', 'pretrain', 'there is no file gone.pth'),
-    ('pretrain_network_g: ~', 'pretrained_network_g: ~', 'pretrain', "Did you mean 'pretrain_network_g'?"),
-    ('lr: 1e-4', 'lr: fast', 'lr: fast', "must be a number above 0; got 'fast'"),
-    ('lr: 1e-4', 'lr: -1', 'lr: -1', 'must be a number above 0; got -1'),
-    ('betas: [0.9, 0.99]', 'beta: [0.9, 0.99]', 'beta', "Did you mean 'betas'?"),
-    ('type: MultiStepLR', 'type: MultistepLR', 'MultistepLR', "Did you mean 'MultiStepLR'?"),
-    ('milestones: [10]', 'milestone: [10]', 'optim', "the key 'milestones' is missing"),
-    ('    type: MultiStepLR\n', '', 'optim',
-     "the key 'type' is missing (class). It must be the name of a scheduler: "),
-    ('  scheduler:\n    type: MultiStepLR\n    milestones: [10]\n    gamma: 0.5\n', '', 'train',
-     "key 'scheduler' is missing (learning rate over the iterations). Its `type` must be the name of a scheduler: "),
-    ('type: ArbitraryScaleImageDataset', 'type: ArbitraryScalePairedDataset', 'scale_range',
-     "scale_range: unknown key; 'ArbitraryScaleImageDataset' has it, 'ArbitraryScalePairedDataset' has not."),
-    ('total_iter: 1e2', 'total_iter: 1.5', 'total_iter', 'must be a whole number'),
-    ('total_iter: 1e2', 'totaliter: 10', 'totaliter', "unknown key. Did you mean 'total_iter'?"),
-    ('type: L1Loss', 'type: L2Loss', 'L2Loss', "Did you mean 'L1Loss'?"),
-    ('type: MoEBalanceLoss', 'type: MoEBalanceLoss\n    wieght: 1', 'wieght', "Did you mean 'loss_weight'?"),
-    ('total_iter: 1e2', 'total_iter: 1e2\n  amp: bf61', '  amp: ', "Did you mean 'bf16'?"),
-    ('total_iter: 1e2', 'total_iter: 1e2\n  temperature: {type: linear, start: 5}', 'temperature', "'end' is missing"),
-    ('type: calculate_psnr_sr', 'type: calculate_psnr_rs', 'psnr_rs', "Did you mean 'calculate_psnr_sr'?"),
-    ('protocol: benchmark', 'protocol: bench', 'protocol', "Did you mean 'benchmark'?"),
-    ('val_freq: 10', 'val_freq: 10\n  budget: 0.3\n  cost_weight: 1', 'cost_weight', 'not both'),
-    ('print_freq: 1', 'print_freq: 1\n  use_tb: true', 'use_tb', "Did you mean 'use_tb_logger'?"),
-    ('logger:', 'val_2: 3\nlogger:', 'val_2', 'unknown key'),
-])
+@pytest.mark.parametrize(
+    ('old', 'new', 'part', 'words'),
+    [
+        ('num_gpu: auto', 'num_gpus: auto', 'num_gpus', "unknown key. Did you mean 'num_gpu'?"),
+        ('num_gpu: auto', 'num_gpu: all', 'num_gpu', 'must be one of auto, or a whole number of at least 0'),
+        (
+            'name: run',
+            'name: 7',
+            'name: 7',
+            'name: must be text that names one folder, without / and \\; got 7. Put it in',
+        ),
+        ('name: run', 'name: ../photos', 'name: ../', "that names one folder, without / and \\; got '../photos'."),
+        ('type: EDSREncoder', 'type: TinyEncoder', 'TinyEncoder', 'registered encoder: EDSREncoder, '),
+        (
+            'type: EDSREncoder',
+            'type: TinyEncoder',
+            'TinyEncoder',
+            'A class of your own is known with --import FILE.py.',
+        ),
+        ('name: run\n', '', 'model_type', "the key 'name' is missing"),
+        ('MoEISRModel', 'MoEISRMode', 'MoEISRMode', "Did you mean 'MoEISRModel'?"),
+        (
+            'type: ArbitraryScaleImageDataset',
+            'type: ArbitraryScaleImagesDataset',
+            'ImagesDataset',
+            "Did you mean 'ArbitraryScaleImageDataset'?",
+        ),
+        ('scale_range: [1, 4]', 'scale_range: [4, 1]', 'scale_range', 'must rise'),
+        ('scale_range: [1, 4]', 'scale_range: [0.5, 4]', 'scale_range', 'each a number of at least 1'),
+        ('scale_range: [1, 4]', 'scale_range: [1, 4, 5]', 'scale_range', 'a list of 2 entries'),
+        ('scale: 2', 'scale: 0.5', 'scale: 0.5', 'must be a number of at least 1'),
+        ('    scale: 2\n', '', 'val:', "the key 'scale' is missing"),
+        ('sample_q: 16', 'sample_q: 65', 'sample_q', 'must be at most lq_size squared, 64'),
+        ('batch_size_per_gpu: 2', 'batch_size_per_gpu: 0', 'batch_size', 'at least 1; got 0'),
+        ('batch_size_per_gpu: 2\n', '\n', '  train:', "the key 'batch_size_per_gpu' is missing"),
+        ('lq_size: 8', 'use_hflip: true', 'use_hflip', "unknown key. Did you mean 'use_flip'?"),
+        ('  val:\n    name', '  valid:\n    name', 'valid', 'a dataset must be called train, val, val_2'),
+        ('type: MoEISR\n', 'type: MoEIRS\n', 'MoEIRS', "Did you mean 'MoEISR'?"),
+        ('type: EDSREncoder', 'type: EDSREncodr', 'EDSREncodr', "Did you mean 'EDSREncoder'?"),
+        ('type: EDSREncoder', 'type: RDN', 'RDN', "got 'RDN'. Did you mean 'RDNEncoder'?"),
+        ('type: MultiStepLR', 'type: Cosin', 'Cosin', "Did you mean 'CosineAnnealingLR'?"),
+        (
+            'dataroot_gt: images\n    scale_r',
+            'dataroot_gt: images/a.png\n    scale_r',
+            'a.png',
+            'images/a.png is a file;',
+        ),
+        ('pretrain_network_g: ~', 'pretrain_network_g: images', 'pretrain', 'images is a folder; must be the path'),
+        ('num_feat: 8', 'num_feat: eight', 'num_feat', "must be a whole number of at least 1; got 'eight'"),
+        ('skip: none', 'skip: bicubc', 'skip', "Did you mean 'bicubic'?"),
+        ('skip: none', 'skp: none', 'skp', "Did you mean 'skip'?"),
+        ('experts: [[8], [8, 8]]', 'experts: [8, 8]', 'experts', 'must be a list of entries'),
+        ('num_layers: 1', 'num_layers: 6', 'num_layers', 'at least 1 and at most 5'),
+        ('num_layers: 1', 'layers: 1', '    layers', "Did you mean 'num_layers'?"),
+        ('pretrain_network_g: ~', 'pretrain_network_g: gone.pth', 'pretrain', 'there is no file gone.pth'),
+        ('pretrain_network_g: ~', 'pretrained_network_g: ~', 'pretrain', "Did you mean 'pretrain_network_g'?"),
+        ('lr: 1e-4', 'lr: fast', 'lr: fast', "must be a number above 0; got 'fast'"),
+        ('lr: 1e-4', 'lr: -1', 'lr: -1', 'must be a number above 0; got -1'),
+        ('betas: [0.9, 0.99]', 'beta: [0.9, 0.99]', 'beta', "Did you mean 'betas'?"),
+        ('type: MultiStepLR', 'type: MultistepLR', 'MultistepLR', "Did you mean 'MultiStepLR'?"),
+        ('milestones: [10]', 'milestone: [10]', 'optim', "the key 'milestones' is missing"),
+        (
+            '    type: MultiStepLR\n',
+            '',
+            'optim',
+            "the key 'type' is missing (class). It must be the name of a scheduler: ",
+        ),
+        (
+            '  scheduler:\n    type: MultiStepLR\n    milestones: [10]\n    gamma: 0.5\n',
+            '',
+            'train',
+            "key 'scheduler' is missing (learning rate over the iterations). Its `type` must be the name of a "
+            'scheduler: ',
+        ),
+        (
+            'type: ArbitraryScaleImageDataset',
+            'type: ArbitraryScalePairedDataset',
+            'scale_range',
+            "scale_range: unknown key; 'ArbitraryScaleImageDataset' has it, 'ArbitraryScalePairedDataset' has not.",
+        ),
+        ('total_iter: 1e2', 'total_iter: 1.5', 'total_iter', 'must be a whole number'),
+        ('total_iter: 1e2', 'totaliter: 10', 'totaliter', "unknown key. Did you mean 'total_iter'?"),
+        ('type: L1Loss', 'type: L2Loss', 'L2Loss', "Did you mean 'L1Loss'?"),
+        ('type: MoEBalanceLoss', 'type: MoEBalanceLoss\n    wieght: 1', 'wieght', "Did you mean 'loss_weight'?"),
+        ('total_iter: 1e2', 'total_iter: 1e2\n  amp: bf61', '  amp: ', "Did you mean 'bf16'?"),
+        (
+            'total_iter: 1e2',
+            'total_iter: 1e2\n  temperature: {type: linear, start: 5}',
+            'temperature',
+            "'end' is missing",
+        ),
+        ('type: calculate_psnr_sr', 'type: calculate_psnr_rs', 'psnr_rs', "Did you mean 'calculate_psnr_sr'?"),
+        ('protocol: benchmark', 'protocol: bench', 'protocol', "Did you mean 'benchmark'?"),
+        ('val_freq: 10', 'val_freq: 10\n  budget: 0.3\n  cost_weight: 1', 'cost_weight', 'not both'),
+        ('print_freq: 1', 'print_freq: 1\n  use_tb: true', 'use_tb', "Did you mean 'use_tb_logger'?"),
+        ('logger:', 'val_2: 3\nlogger:', 'val_2', 'unknown key'),
+    ],
+)
 def test_each_mistake_is_named(old, new, part, words):
     text = swap(old, new)
     found = [problem for problem in problems(text) if words in problem]
@@ -134,8 +180,26 @@ def leaves(value, keys=()):
             yield from leaves(child, (*keys, key))
 
 
-ODD = [None, 3, -1, 0.5, float('nan'), float('inf'), 10**30, True, '', 'x', [], [1], ['a'], [[]], {}, {'type': 'x'},
-       {'type': [1]}, {'a': {'b': 1}}]
+ODD = [
+    None,
+    3,
+    -1,
+    0.5,
+    float('nan'),
+    float('inf'),
+    10**30,
+    True,
+    '',
+    'x',
+    [],
+    [1],
+    ['a'],
+    [[]],
+    {},
+    {'type': 'x'},
+    {'type': [1]},
+    {'a': {'b': 1}},
+]
 
 
 @pytest.mark.parametrize('text', [GOOD, BASICSR], ids=['ours', 'basicsr'])
@@ -156,45 +220,96 @@ def test_no_value_in_any_place_ends_in_anything_but_a_message(text):
                 assert all(problem.startswith('run.yml:') for problem in error.problems)
 
 
-@pytest.mark.parametrize(('changes', 'words'), [
-    ({'network_g:hidden_dim': 8}, "hidden_dim: belongs to the decoder 'lte'"),
-    ({'network_g:decoder': 'lte', 'network_g:hidden_dim': 7}, 'must be even; got 7'),
-    ({'network_g:in_channels': 1, 'network_g:skip': 'bicubic'}, "'bicubic' needs in_channels = out_channels; got 1"),
-    ({'network_g:encoder': {'type': 'SwinIREncoder', 'depths': [2]}},
-     'encoder: depths and num_heads must be equally long; got [2] and [6, 6, 6, 6, 6, 6]'),
-    ({'network_g:encoder': {'type': 'SwinIREncoder', 'embed_dim': 20}}, 'encoder: embed_dim must be even and'),
-    ({'network_g:encoder': {'type': 'SwinIREncoder', 'img_size': 8}}, 'encoder: img_size must be above window_size'),
-    ({'network_g:encoder': {'type': 'SwinIREncoder', 'num_heads': [0]}}, 'num_heads: must be a list of entries'),
-    ({'network_g:experts': [[8], [16, 8]], 'network_g:shared_layers': 1},
-     'shared_layers: 1 needs experts whose first widths agree; got [[8], [16, 8]]'),
-    ({'network_g:experts': [[8], []], 'network_g:shared_layers': 1}, 'at least one hidden layer in each LIIF expert'),
-    ({'train:experts_opt': {'type': 'MoEExpertLoss'}, 'network_g:expert_grad': 'sampled'},
-     'experts_opt: needs training that runs every expert on every query'),
-    ({'train:experts_opt': {'type': 'MoEExpertLoss'}, 'network_g:experts': [[8], [8, 8]], 'network_g:shared_layers': 1},
-     'naive, or exact with shared_layers: 2'),
-    ({'train:experts_opt': {'type': 'MoEExpertLoss', 'fit_temperature': 1e-4}, 'network_g:expert_grad': 'naive'},
-     'fit_temperature: needs a routing_weight above 0'),
-    ({'train:experts_opt': {'type': 'MoEExpertLoss', 'fit_temperature': 1e-4, 'routing_weight': 1.0},
-      'train:temperature': {'start': 2.0}, 'network_g:expert_grad': 'naive'},
-     'temperature: has no part in a fitted routing'),
-    ({'train:experts_opt': {'type': 'L1Loss'}, 'network_g:expert_grad': 'naive'}, 'must be MoEExpertLoss, or a loss'),
-    ({'train:balance_opt:target': 'equal'}, 'balance_opt: target: must be one of uniform'),
-    ({'train:balance_opt:target': 1.5}, 'balance_opt: target: must be one of uniform'),
-    ({'train:balance_opt:target': [0.5, 0.2, 0.3]}, 'must have a share for each of the 2 experts; got 3'),
-    ({'train:balance_opt:scale_bounds': [3, 2]}, 'balance_opt: scale_bounds: must rise; got [3, 2]'),
-    ({'train:balance_opt:target': [0.5, 0.2]}, 'must be shares that add up to 1'),
-    ({'train:balance_opt:target': [[0.5, 0.5], [0.5, 0.2]], 'train:balance_opt:scale_bounds': [2]},
-     'must be shares that add up to 1; got [0.5, 0.2]'),
-    ({'train:balance_opt:target': [[0.5, 0.5], [1, 0]]},
-     'must be shares for each of the 1 groups of scale_bounds; got 2'),
-    ({'train:balance_opt:target': [[0.5, 0.5], [1, 0]], 'train:balance_opt:scale_bounds': 2.5},
-     'scale_bounds: must be a list'),
-    ({'train:balance_opt:target': [[0.5, 0.3, 0.2]], 'train:balance_opt:scale_bounds': []},
-     'must have a share for each of the 2 experts; got 3'),
-    ({'train:pixel_opt': None}, "a loss is missing: the key 'pixel_opt'"),
-    ({'datasets:val_2': {'name': 'val', 'type': 'ArbitraryScaleImageDataset', 'dataroot_gt': 'images', 'scale': 3}},
-     "'val' is also the name of val"),
-])
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'network_g:hidden_dim': 8}, "hidden_dim: belongs to the decoder 'lte'"),
+        ({'network_g:decoder': 'lte', 'network_g:hidden_dim': 7}, 'must be even; got 7'),
+        (
+            {'network_g:in_channels': 1, 'network_g:skip': 'bicubic'},
+            "'bicubic' needs in_channels = out_channels; got 1",
+        ),
+        (
+            {'network_g:encoder': {'type': 'SwinIREncoder', 'depths': [2]}},
+            'encoder: depths and num_heads must be equally long; got [2] and [6, 6, 6, 6, 6, 6]',
+        ),
+        ({'network_g:encoder': {'type': 'SwinIREncoder', 'embed_dim': 20}}, 'encoder: embed_dim must be even and'),
+        (
+            {'network_g:encoder': {'type': 'SwinIREncoder', 'img_size': 8}},
+            'encoder: img_size must be above window_size',
+        ),
+        ({'network_g:encoder': {'type': 'SwinIREncoder', 'num_heads': [0]}}, 'num_heads: must be a list of entries'),
+        (
+            {'network_g:experts': [[8], [16, 8]], 'network_g:shared_layers': 1},
+            'shared_layers: 1 needs experts whose first widths agree; got [[8], [16, 8]]',
+        ),
+        (
+            {'network_g:experts': [[8], []], 'network_g:shared_layers': 1},
+            'at least one hidden layer in each LIIF expert',
+        ),
+        (
+            {'train:experts_opt': {'type': 'MoEExpertLoss'}, 'network_g:expert_grad': 'sampled'},
+            'experts_opt: needs training that runs every expert on every query',
+        ),
+        (
+            {
+                'train:experts_opt': {'type': 'MoEExpertLoss'},
+                'network_g:experts': [[8], [8, 8]],
+                'network_g:shared_layers': 1,
+            },
+            'naive, or exact with shared_layers: 2',
+        ),
+        (
+            {'train:experts_opt': {'type': 'MoEExpertLoss', 'fit_temperature': 1e-4}, 'network_g:expert_grad': 'naive'},
+            'fit_temperature: needs a routing_weight above 0',
+        ),
+        (
+            {
+                'train:experts_opt': {'type': 'MoEExpertLoss', 'fit_temperature': 1e-4, 'routing_weight': 1.0},
+                'train:temperature': {'start': 2.0},
+                'network_g:expert_grad': 'naive',
+            },
+            'temperature: has no part in a fitted routing',
+        ),
+        (
+            {'train:experts_opt': {'type': 'L1Loss'}, 'network_g:expert_grad': 'naive'},
+            'must be MoEExpertLoss, or a loss',
+        ),
+        ({'train:balance_opt:target': 'equal'}, 'balance_opt: target: must be one of uniform'),
+        ({'train:balance_opt:target': 1.5}, 'balance_opt: target: must be one of uniform'),
+        ({'train:balance_opt:target': [0.5, 0.2, 0.3]}, 'must have a share for each of the 2 experts; got 3'),
+        ({'train:balance_opt:scale_bounds': [3, 2]}, 'balance_opt: scale_bounds: must rise; got [3, 2]'),
+        ({'train:balance_opt:target': [0.5, 0.2]}, 'must be shares that add up to 1'),
+        (
+            {'train:balance_opt:target': [[0.5, 0.5], [0.5, 0.2]], 'train:balance_opt:scale_bounds': [2]},
+            'must be shares that add up to 1; got [0.5, 0.2]',
+        ),
+        (
+            {'train:balance_opt:target': [[0.5, 0.5], [1, 0]]},
+            'must be shares for each of the 1 groups of scale_bounds; got 2',
+        ),
+        (
+            {'train:balance_opt:target': [[0.5, 0.5], [1, 0]], 'train:balance_opt:scale_bounds': 2.5},
+            'scale_bounds: must be a list',
+        ),
+        (
+            {'train:balance_opt:target': [[0.5, 0.3, 0.2]], 'train:balance_opt:scale_bounds': []},
+            'must have a share for each of the 2 experts; got 3',
+        ),
+        ({'train:pixel_opt': None}, "a loss is missing: the key 'pixel_opt'"),
+        (
+            {
+                'datasets:val_2': {
+                    'name': 'val',
+                    'type': 'ArbitraryScaleImageDataset',
+                    'dataroot_gt': 'images',
+                    'scale': 3,
+                }
+            },
+            "'val' is also the name of val",
+        ),
+    ],
+)
 def test_keys_that_do_not_fit_together(changes, words):
     document = read_yaml(write(GOOD))
     data = copy.deepcopy(document.data)
@@ -228,10 +343,14 @@ def test_lmdb_folders_of_basicsr_need_their_suffix():
 
 
 def test_a_section_that_is_a_value_and_a_value_that_is_a_section():
-    assert any('train: must be a section of keys; got 3.' in problem
-               for problem in problems(GOOD.partition('train:\n  optim')[0] + 'train: 3\n'))
-    assert any('lr: must be a number above 0; got a section of keys.' in problem
-               for problem in problems(swap('lr: 1e-4', 'lr: {a: 1}')))
+    assert any(
+        'train: must be a section of keys; got 3.' in problem
+        for problem in problems(GOOD.partition('train:\n  optim')[0] + 'train: 3\n')
+    )
+    assert any(
+        'lr: must be a number above 0; got a section of keys.' in problem
+        for problem in problems(swap('lr: 1e-4', 'lr: {a: 1}'))
+    )
 
 
 def test_one_missing_folder_is_one_line_however_many_datasets_name_it():

@@ -37,16 +37,21 @@ def test_basicsr_files_pass_and_their_mistakes_do_not():
 
 def test_keys_of_basicsr_that_nothing_here_reads():
     refused = swap('path:\n', 'path:\n  ignore_resume_networks: network_g\n', BASICSR)
-    assert problems(refused) == [f"run.yml:{line_of(refused, 'ignore_resume')}: path: ignore_resume_networks: a "
-                                 'resumed run takes its networks from the checkpoint; leave this key out.']
+    assert problems(refused) == [
+        f'run.yml:{line_of(refused, "ignore_resume")}: path: ignore_resume_networks: a '
+        'resumed run takes its networks from the checkpoint; leave this key out.'
+    ]
     found = problems(swap('val_freq: ', 'use_pbar: true\n  val_freq: ', BASICSR))
     assert len(found) == 1 and "use_pbar: unknown key. Did you mean 'pbar'?" in found[0]
     load_options(write(f'crop_border: ~\nsuffix: ~\n{BASICSR}'))  # at the top, as BasicSR's own test_RCAN.yml
 
 
 def test_the_dictionary_is_that_of_basicsr(images_here, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', write(BASICSR), '--force_yml', 'train:ema_decay=0.5',
-                                      'val:metrics:psnr:crop_border=4'])
+    monkeypatch.setattr(
+        sys,
+        'argv',
+        ['train.py', '-opt', write(BASICSR), '--force_yml', 'train:ema_decay=0.5', 'val:metrics:psnr:crop_border=4'],
+    )
     theirs, args = basicsr_options.parse_options(str(images_here), is_train=True)
     ours = parse_options(args, str(images_here), is_train=True)
     extra = {key: ours.pop(key) for key in ('root_path', 'opt_file', 'launcher', 'debug')}

@@ -1,4 +1,5 @@
 """Every file below `options` is built and stepped through the command, at small sizes."""
+
 import glob
 import json
 from pathlib import Path
@@ -15,17 +16,20 @@ from moeisr_basicsr.safe_reading import load_torch_file
 
 FOLDER = Path(__file__).resolve().parents[1] / 'options'
 TRAINED = ('moeisr_edsr', 'moeisr_rdn', 'moeisr_swinir', 'moeisr_lte_edsr', 'liif_edsr', 'lte_edsr')
-SMALL_ENCODER = {'EDSREncoder': ['num_block=1', 'num_feat=8'],
-                 'RDNEncoder': ['num_block=1', 'num_conv=2', 'num_feat=8'],
-                 'SwinIREncoder': ['embed_dim=8', 'depths=[1]', 'num_heads=[2]']}
+SMALL_ENCODER = {
+    'EDSREncoder': ['num_block=1', 'num_feat=8'],
+    'RDNEncoder': ['num_block=1', 'num_conv=2', 'num_feat=8'],
+    'SwinIREncoder': ['embed_dim=8', 'depths=[1]', 'num_heads=[2]'],
+}
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A current folder with the data folders that the files name, one image each."""
     monkeypatch.chdir(tmp_path)
-    image = cv2.resize(np.random.default_rng(0).integers(0, 255, (9, 9, 3), np.uint8), (132, 140),
-                       interpolation=cv2.INTER_CUBIC)
+    image = cv2.resize(
+        np.random.default_rng(0).integers(0, 255, (9, 9, 3), np.uint8), (132, 140), interpolation=cv2.INTER_CUBIC
+    )
     for name in ('DIV2K/DIV2K_train_HR', 'DIV2K/DIV2K_valid_HR', 'Set5', 'Set14', 'B100', 'Urban100'):
         folder = tmp_path / 'datasets' / name
         folder.mkdir(parents=True)
@@ -53,10 +57,24 @@ def test_the_files_that_there_must_be():
 def test_train_then_test(name, workplace, capsys):
     path = FOLDER / f'{name}.yml'
     data = read_yaml(path).data
-    code = main(['train', '-opt', str(path), '--force_yml', *small_network(data), 'num_gpu=0', 'train:total_iter=2',
-                 'val:val_freq=2', 'datasets:train:lq_size=16', 'datasets:train:sample_q=64',
-                 'datasets:train:batch_size_per_gpu=2', 'datasets:train:num_worker_per_gpu=0', 'logger:print_freq=1',
-                 'logger:use_tb_logger=false'])
+    code = main(
+        [
+            'train',
+            '-opt',
+            str(path),
+            '--force_yml',
+            *small_network(data),
+            'num_gpu=0',
+            'train:total_iter=2',
+            'val:val_freq=2',
+            'datasets:train:lq_size=16',
+            'datasets:train:sample_q=64',
+            'datasets:train:batch_size_per_gpu=2',
+            'datasets:train:num_worker_per_gpu=0',
+            'logger:print_freq=1',
+            'logger:use_tb_logger=false',
+        ]
+    )
     assert code == 0, capsys.readouterr().err[-2000:]
     assert (workplace / f'experiments/{name}/models/net_g_latest.pth').is_file()
     records = [json.loads(line) for line in (workplace / f'experiments/{name}/metrics.jsonl').read_text().splitlines()]
@@ -75,11 +93,25 @@ def test_the_routing_of_a_trained_network_goes_on_alone(trained, workplace, caps
     weights = []
     for name, iterations in ((trained, 2), (f'{trained}_routing', 3)):
         path = FOLDER / f'{name}.yml'
-        code = main(['train', '-opt', str(path), '--force_yml', *small_network(read_yaml(path).data), 'num_gpu=0',
-                     f'train:total_iter={iterations}', 'val:val_freq=10', 'datasets:train:dataroot_gt=datasets/B100',
-                     'datasets:train:io_backend:type=disk', 'datasets:train:lq_size=16', 'datasets:train:sample_q=64',
-                     'datasets:train:batch_size_per_gpu=2', 'datasets:train:num_worker_per_gpu=0',
-                     'logger:use_tb_logger=false'])
+        code = main(
+            [
+                'train',
+                '-opt',
+                str(path),
+                '--force_yml',
+                *small_network(read_yaml(path).data),
+                'num_gpu=0',
+                f'train:total_iter={iterations}',
+                'val:val_freq=10',
+                'datasets:train:dataroot_gt=datasets/B100',
+                'datasets:train:io_backend:type=disk',
+                'datasets:train:lq_size=16',
+                'datasets:train:sample_q=64',
+                'datasets:train:batch_size_per_gpu=2',
+                'datasets:train:num_worker_per_gpu=0',
+                'logger:use_tb_logger=false',
+            ]
+        )
         assert code == 0, capsys.readouterr().err[-2000:]
         weights.append(load_torch_file(workplace / f'experiments/{name}/models/net_g_latest.pth'))
     before, after = weights[0]['params_ema'], weights[1]['params']
@@ -132,6 +164,8 @@ def test_protocol(name, workplace):
         assert label[2] == str(dataset['scale'])
         scales.setdefault(label[0], []).append(dataset['scale'])
         assert dataset.get('downsample', 'matlab') == ('matlab' if dataset['scale'] <= 4 else 'pil')
-    assert scales == {**{key: [2, 3, 4, 6, 8] for key in ('Set5', 'Set14', 'B100', 'Urban100')},
-                      'DIV2K': [2, 3, 4, 6, 8, 12, 18, 24, 30]}
+    assert scales == {
+        **{key: [2, 3, 4, 6, 8] for key in ('Set5', 'Set14', 'B100', 'Urban100')},
+        'DIV2K': [2, 3, 4, 6, 8, 12, 18, 24, 30],
+    }
     assert len({dataset['name'] for dataset in test['datasets'].values()}) == len(test['datasets'])

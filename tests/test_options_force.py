@@ -9,21 +9,24 @@ from moeisr_basicsr.options import OptionsError, load_options
 pytestmark = pytest.mark.usefixtures('images_here')
 
 
-@pytest.mark.parametrize(('entry', 'keys', 'value'), [
-    ('train:ema_decay=0.999', ('train', 'ema_decay'), 0.999),  # not in the file, but known
-    ('train:optim_g:lr=2e-4', ('train', 'optim_g', 'lr'), 2e-4),
-    ('train:optim_g:betas=[0.5, 0.6]', ('train', 'optim_g', 'betas'), [0.5, 0.6]),
-    ('manual_seed=~', ('manual_seed',), None),
-    ('manual_seed=none', ('manual_seed',), None),
-    ('network_g:skip=none', ('network_g', 'skip'), 'none'),  # a choice of that name, not null
-    ('train:amp=none', ('train', 'amp'), 'none'),
-    ('network_g:experts=[[8],[8,8],[8,8,8]]', ('network_g', 'experts'), [[8], [8, 8], [8, 8, 8]]),
-    ('network_g:encoder:num_block=2', ('network_g', 'encoder', 'num_block'), 2),
-    ('val:save_img=True', ('val', 'save_img'), True),
-    ('name=a=b', ('name',), 'a=b'),
-    ('datasets:val:scale=[2, 3.5]', ('datasets', 'val', 'scale'), [2, 3.5]),
-    ('val:metrics:psnr:crop_border=3', ('val', 'metrics', 'psnr', 'crop_border'), 3),
-])
+@pytest.mark.parametrize(
+    ('entry', 'keys', 'value'),
+    [
+        ('train:ema_decay=0.999', ('train', 'ema_decay'), 0.999),  # not in the file, but known
+        ('train:optim_g:lr=2e-4', ('train', 'optim_g', 'lr'), 2e-4),
+        ('train:optim_g:betas=[0.5, 0.6]', ('train', 'optim_g', 'betas'), [0.5, 0.6]),
+        ('manual_seed=~', ('manual_seed',), None),
+        ('manual_seed=none', ('manual_seed',), None),
+        ('network_g:skip=none', ('network_g', 'skip'), 'none'),  # a choice of that name, not null
+        ('train:amp=none', ('train', 'amp'), 'none'),
+        ('network_g:experts=[[8],[8,8],[8,8,8]]', ('network_g', 'experts'), [[8], [8, 8], [8, 8, 8]]),
+        ('network_g:encoder:num_block=2', ('network_g', 'encoder', 'num_block'), 2),
+        ('val:save_img=True', ('val', 'save_img'), True),
+        ('name=a=b', ('name',), 'a=b'),
+        ('datasets:val:scale=[2, 3.5]', ('datasets', 'val', 'scale'), [2, 3.5]),
+        ('val:metrics:psnr:crop_border=3', ('val', 'metrics', 'psnr', 'crop_border'), 3),
+    ],
+)
 def test_force_yml(entry, keys, value):
     found = load_options(write(GOOD), [entry])
     for key in keys:
@@ -31,17 +34,20 @@ def test_force_yml(entry, keys, value):
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize(('entry', 'words'), [
-    ('train:ema_deca=0.9', "'train' has no key 'ema_deca'. Did you mean 'ema_decay'?"),
-    ('trian:ema_decay=0.9', "there is no key 'trian'. Did you mean 'train'?"),
-    ('train:ema_decay', 'write it as key:key=value'),
-    ('=3', 'write it as key:key=value'),
-    ('name:x=3', "'name' has no key 'x'|'name' is a value"),
-    ('train:optim_g:lr=__import__("os").system("touch ran")', 'must be a number'),
-    ('train:optim_g:lr=[__import__("os").system("touch ran")]', ''),
-    ('train:optim_g:lr=!!python/object/apply:os.system ["touch ran"]', ''),
-    ('train"]; __import__("os").system("touch ran"); opt["train:ema_decay=1', 'there is no key'),
-])
+@pytest.mark.parametrize(
+    ('entry', 'words'),
+    [
+        ('train:ema_deca=0.9', "'train' has no key 'ema_deca'. Did you mean 'ema_decay'?"),
+        ('trian:ema_decay=0.9', "there is no key 'trian'. Did you mean 'train'?"),
+        ('train:ema_decay', 'write it as key:key=value'),
+        ('=3', 'write it as key:key=value'),
+        ('name:x=3', "'name' has no key 'x'|'name' is a value"),
+        ('train:optim_g:lr=__import__("os").system("touch ran")', 'must be a number'),
+        ('train:optim_g:lr=[__import__("os").system("touch ran")]', ''),
+        ('train:optim_g:lr=!!python/object/apply:os.system ["touch ran"]', ''),
+        ('train"]; __import__("os").system("touch ran"); opt["train:ema_decay=1', 'there is no key'),
+    ],
+)
 def test_force_yml_refuses_and_runs_nothing(images_here, entry, words):
     with pytest.raises(UserError) as caught:
         load_options(write(GOOD), [entry])
@@ -52,16 +58,25 @@ def test_force_yml_refuses_and_runs_nothing(images_here, entry, words):
 
 def test_a_named_entry_is_added_or_left_out():
     """Users choose the names of datasets and metrics."""
-    opt = load_options(write(GOOD), ['datasets:val_2:name=second', 'datasets:val_2:type=ArbitraryScaleImageDataset',
-                                     'datasets:val_2:dataroot_gt=images', 'datasets:val_2:scale=3.5',
-                                     'val:metrics:ssim:type=calculate_ssim_sr', 'val:metrics:psnr=none'])
+    opt = load_options(
+        write(GOOD),
+        [
+            'datasets:val_2:name=second',
+            'datasets:val_2:type=ArbitraryScaleImageDataset',
+            'datasets:val_2:dataroot_gt=images',
+            'datasets:val_2:scale=3.5',
+            'val:metrics:ssim:type=calculate_ssim_sr',
+            'val:metrics:psnr=none',
+        ],
+    )
     assert list(opt['datasets']) == ['train', 'val', 'val_2'] and opt['datasets']['val_2']['scale'] == 3.5
     assert list(opt['val']['metrics']) == ['ssim']
     assert list(load_options(write(GOOD), ['datasets:val=none'])['datasets']) == ['train']
     with pytest.raises(OptionsError) as caught:
         load_options(write(GOOD), ['datasets:vall:scale=2'])
-    assert all(problem.startswith('--force_yml datasets:vall:scale=2: datasets: vall: ')
-               for problem in caught.value.problems)
+    assert all(
+        problem.startswith('--force_yml datasets:vall:scale=2: datasets: vall: ') for problem in caught.value.problems
+    )
     assert "must be called train, val, val_2, ... in training. Did you mean 'val'?" in str(caught.value)
 
 

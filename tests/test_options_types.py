@@ -21,6 +21,7 @@ def foreign():
         entry.__module__ = 'somebody.else'
         registry.register(entry)
         added.append((registry, entry.__name__))
+
     yield register
     for registry, name in added:
         del registry._obj_map[name]
@@ -45,8 +46,13 @@ def test_types_of_other_packages(foreign):
         def __init__(self, num_in_ch=3, channels=4):
             super().__init__()
 
-    for registry, entry in ((ARCH_REGISTRY, TheirNet), (ARCH_REGISTRY, TheirOpenNet), (ARCH_REGISTRY, TheirEncoder),
-                            (DATASET_REGISTRY, TheirDataset), (MODEL_REGISTRY, TheirModel)):
+    for registry, entry in (
+        (ARCH_REGISTRY, TheirNet),
+        (ARCH_REGISTRY, TheirOpenNet),
+        (ARCH_REGISTRY, TheirEncoder),
+        (DATASET_REGISTRY, TheirDataset),
+        (MODEL_REGISTRY, TheirModel),
+    ):
         foreign(registry, entry)
 
     def with_network(lines):
@@ -77,7 +83,8 @@ def test_check_network():
         check_network({**good, 'encoder': {'type': 'RDNEncoder', 'config': 'C'}, 'x': 1}, 'model.safetensors')
     assert caught.value.problems == [
         "model.safetensors: network_g: encoder: config: must be one of A, B; got 'C'.",
-        caught.value.problems[1]]
+        caught.value.problems[1],
+    ]
     assert caught.value.problems[1].startswith('model.safetensors: network_g: x: unknown key.')
     with pytest.raises(OptionsError, match='must be a section'):
         check_network([1], 'model.safetensors')

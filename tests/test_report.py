@@ -1,4 +1,5 @@
 """`basicsr report`: figures against sums written out by hand, what is never mixed, one page that needs no other."""
+
 import base64
 import copy
 import csv
@@ -68,26 +69,51 @@ class Page(HTMLParser):
 
 
 def image_row(dataset='Set_x2', scale=(2, 2), image='a', psnr=30.0, **more):
-    return {'case': 'test', 'dataset': dataset, 'scale': list(scale), 'image': image, 'budget': None,
-            'cost_weight': None, 'protocol': 'LR by hand', 'metric_protocols': {'psnr': PROTOCOL},
-            'precision': 'fp32', 'metrics': {'psnr': psnr, 'bicubic_psnr': 25.0}, 'time_ms': {'total': 10.0}, **more}
+    return {
+        'case': 'test',
+        'dataset': dataset,
+        'scale': list(scale),
+        'image': image,
+        'budget': None,
+        'cost_weight': None,
+        'protocol': 'LR by hand',
+        'metric_protocols': {'psnr': PROTOCOL},
+        'precision': 'fp32',
+        'metrics': {'psnr': psnr, 'bicubic_psnr': 25.0},
+        'time_ms': {'total': 10.0},
+        **more,
+    }
 
 
-MACS = {'encoder': 1000.0, 'mapper': 100.0, 'tables': 200.0, 'experts': 300.0, 'total': 1600.0, 'dense_folded': 1200.0,
-        'dense_plain': 2400.0, 'each_expert': [100.0, 500.0]}
+MACS = {
+    'encoder': 1000.0,
+    'mapper': 100.0,
+    'tables': 200.0,
+    'experts': 300.0,
+    'total': 1600.0,
+    'dense_folded': 1200.0,
+    'dense_plain': 2400.0,
+    'each_expert': [100.0, 500.0],
+}
 
 
 def results(name, *rows, file=None, network=None, **environment):
-    model = {'name': name, 'file': file, 'network_g': network or {'type': 'MoEISR', 'experts': [[8], [8, 8]]},
-             'parameters': {'encoder': 1000, 'mapper': 100, 'shared': 0, 'experts': [50, 250], 'total': 1400}}
+    model = {
+        'name': name,
+        'file': file,
+        'network_g': network or {'type': 'MoEISR', 'experts': [[8], [8, 8]]},
+        'parameters': {'encoder': 1000, 'mapper': 100, 'shared': 0, 'experts': [50, 250], 'total': 1400},
+    }
     return schema.document('test', {**ENVIRONMENT, **environment}, list(rows), model)
 
 
 @pytest.fixture
 def page_of(tmp_path):
     """Documents to the parsed page; documents are written as 0.json, 1.json, ..."""
+
     def build(*documents, **options):
         return Page(render(collect(read_sources(write(tmp_path, *documents))), **options))
+
     return build
 
 
@@ -105,25 +131,35 @@ def test_means_differences_best_and_bicubic(page_of):
     page = page_of(dense, {**better, 'rows': better['rows'] + [wide]})
     rows = page.table(f'Set: psnr in dB. {PROTOCOL}')
     assert rows[0][1:3] == ['x2LR by hand; 2 images', 'x2x3.5LR by hand; 1 image']
-    assert rows[2:] == [['bicubic', '25.00', '-5.50', '25.00', '–', '[1]\N{NO-BREAK SPACE}[2]'],
-                        ['dense', '30.50', 'base', '–', '–', '[1]'],
-                        ['moe', '30.80', '+0.30', '28.00', '–', '[2]']]
+    assert rows[2:] == [
+        ['bicubic', '25.00', '-5.50', '25.00', '–', '[1]\N{NO-BREAK SPACE}[2]'],
+        ['dense', '30.50', 'base', '–', '–', '[1]'],
+        ['moe', '30.80', '+0.30', '28.00', '–', '[2]'],
+    ]
     assert [pair for pair in page.attributes if pair == ('td', 'class', 'best')] == [('td', 'class', 'best')]
     rows = page_of(dense, better, baseline='moe').table('Set: psnr')
     assert [row[2] for row in rows[2:]] == ['-5.80', '-0.30', 'base']
 
 
 def test_seeds_are_one_row_with_half_the_range(page_of):
-    seeds = [results(f'moe_seed{seed}', image_row(psnr=value), file=f'{seed}.pth')
-             for seed, value in ((1, 30.0), (2, 30.1), (7, 30.5))]
+    seeds = [
+        results(f'moe_seed{seed}', image_row(psnr=value), file=f'{seed}.pth')
+        for seed, value in ((1, 30.0), (2, 30.1), (7, 30.5))
+    ]
     rows = page_of(*seeds, results('moe_seeded', image_row(psnr=29.0))).table('Set: psnr')
     assert rows[3] == ['moe', '30.20 ± 0.25 (3)', 'base', '[1]\N{NO-BREAK SPACE}[2]\N{NO-BREAK SPACE}[3]']
     assert rows[4][0] == 'moe_seeded'
 
 
-@pytest.mark.parametrize('suffix, control, label', [
-    ('_b0.5', {'budget': 0.5}, 'moe, budget 0.5'), ('_cost_weight_2', {'cost_weight': 2.0}, 'moe, cost weight 2'),
-    ('_shuffled', {'shuffle_experts': True}, 'moe_shuffled, shuffled experts'), ('_long', {}, 'moe_long')])
+@pytest.mark.parametrize(
+    'suffix, control, label',
+    [
+        ('_b0.5', {'budget': 0.5}, 'moe, budget 0.5'),
+        ('_cost_weight_2', {'cost_weight': 2.0}, 'moe, cost weight 2'),
+        ('_shuffled', {'shuffle_experts': True}, 'moe_shuffled, shuffled experts'),
+        ('_long', {}, 'moe_long'),
+    ],
+)
 def test_seeds_before_the_rest_of_the_name_are_one_row(tmp_path, suffix, control, label):
     seeds = [results(f'moe_seed{seed}{suffix}', image_row(psnr=30.0 + seed, **control)) for seed in (1, 2)]
     report = collect(read_sources(write(tmp_path, *seeds)))
@@ -133,11 +169,14 @@ def test_seeds_before_the_rest_of_the_name_are_one_row(tmp_path, suffix, control
 def test_protocols_images_and_inputs_never_mix(page_of):
     """Three files on one dataset that differ in the metric's protocol, the test images, the LR images."""
     other = image_row(psnr=20.0, metric_protocols={'psnr': 'div2k: RGB, shave ceil(s) + 6'})
-    page = page_of(results('a', image_row()), results('b', other), results('c', image_row(image='z', psnr=40.0)),
-                   results('d', image_row(psnr=41.0, protocol='LR by another')))
+    page = page_of(
+        results('a', image_row()),
+        results('b', other),
+        results('c', image_row(image='z', psnr=40.0)),
+        results('d', image_row(psnr=41.0, protocol='LR by another')),
+    )
     rows = page.table(f'Set: psnr in dB. {PROTOCOL}')
-    assert [row[1:7:2] for row in rows[3:]] == [
-        ['30.00', '–', '–'], ['–', '40.00', '–'], ['–', '–', '41.00']]
+    assert [row[1:7:2] for row in rows[3:]] == [['30.00', '–', '–'], ['–', '40.00', '–'], ['–', '–', '41.00']]
     assert [row[0] for row in page.table('Set: psnr in dB. div2k')[2:]] == ['bicubic', 'b']
     text = ' '.join(page.texts)
     assert 'psnr on Set was measured under 2 protocols' in text and 'different LR images or test images' in text
@@ -147,22 +186,29 @@ def test_protocols_images_and_inputs_never_mix(page_of):
 
 
 def test_missing_values_and_duplicates_are_said(page_of, tmp_path):
-    broken = results('a', image_row(image='a', psnr=float('nan')), image_row(image='b'), {'case': 'test'},
-                     {'case': 'data-stages'})
+    broken = results(
+        'a', image_row(image='a', psnr=float('nan')), image_row(image='b'), {'case': 'test'}, {'case': 'data-stages'}
+    )
     twice = results('b', image_row(image='a'), image_row(image='b'), image_row(image='b', psnr=10.0))
     again = results('b', image_row(image='a', psnr=35.0), image_row(image='b'))
     page = page_of(broken, twice, again)
     assert [row[1] for row in page.table('Set: psnr')[2:]] == ['25.00', '–', '30.00']
     notes = ' '.join(page.texts)
-    for part in ('psnr is missing or not finite for 1 of 2 images', '2 rows are not shown', 'holds b more than once',
-                 '1.json and again in', 'with other figures'):
+    for part in (
+        'psnr is missing or not finite for 1 of 2 images',
+        '2 rows are not shown',
+        'holds b more than once',
+        '1.json and again in',
+        'with other figures',
+    ):
         assert part in notes, part
 
 
 def test_bicubic_tells_that_images_differ(page_of):
     first, other = image_row(), image_row(metrics={'psnr': 30.0, 'bicubic_psnr': 25.5})
     assert 'from 25.0000 to 25.5000: their images are not the same' in ' '.join(
-        page_of(results('a', first), results('b', other)).texts)
+        page_of(results('a', first), results('b', other)).texts
+    )
     assert 'not the same' not in ' '.join(page_of(results('a', first), results('b', first)).texts)
 
 
@@ -179,9 +225,16 @@ def test_means_of_a_file_without_images(page_of, tmp_path):
 
 def test_costs_and_routing(page_of):
     measured = ('a', 300.0, 10.0, 5.0, 0.5, 0.2), ('b', 500.0, 30.0, 4.0, 1.0, None)
-    routed = [image_row(image=name, macs={**MACS, 'experts': experts, 'total': 1300 + experts}, time_ms={'total': time},
-                        peak_mib={'total': peak}, routing={'loads': [1 - share, share], 'texture_correlation': value})
-              for name, experts, time, peak, share, value in measured]
+    routed = [
+        image_row(
+            image=name,
+            macs={**MACS, 'experts': experts, 'total': 1300 + experts},
+            time_ms={'total': time},
+            peak_mib={'total': peak},
+            routing={'loads': [1 - share, share], 'texture_correlation': value},
+        )
+        for name, experts, time, peak, share, value in measured
+    ]
     page = page_of(results('moe', *routed), results('foreign', image_row(), image_row(image='b')))
     row = page.table('Set: thousand multiply-adds')[2]
     # decoder 100 + 200 + 400; of plain 2400: 29.2 %; of folded 1200: 58.3 %; median of two times; largest memory
@@ -204,8 +257,16 @@ def test_shares_of_the_dense_cost_are_of_the_baseline(page_of):
 
 
 def test_profiles(page_of):
-    row = {'case': 'profile', 'scale': [4, 4], 'lq_size': [8, 9], 'size': [32, 36], 'budget': 0.3, 'macs': MACS,
-           'time_ms': {'encode': 1.0, 'total': 4.0}, 'peak_mib': {'total': None}}
+    row = {
+        'case': 'profile',
+        'scale': [4, 4],
+        'lq_size': [8, 9],
+        'size': [32, 36],
+        'budget': 0.3,
+        'macs': MACS,
+        'time_ms': {'encode': 1.0, 'total': 4.0},
+        'peak_mib': {'total': None},
+    }
     page = page_of({**results('moe', row), 'command': 'profile'})
     cells = page.table('Profiles')[1]
     assert cells[:3] == ['moe, budget 0.3', 'x4', '8 x 9 to 32 x 36'] and cells[-3:] == ['–', 'A', '[1]']
@@ -217,8 +278,12 @@ def test_a_line_connects_the_budgets_of_one_network(tmp_path):
         cost = value or 0.5
         return image_row(psnr=30 + cost, macs={**MACS, 'total': 1000 * (1 + cost)}, budget=value)
 
-    documents = [results('moe', budget(None), file='w.pth'), results('moe_b0.3', budget(0.3), file='w.pth'),
-                 results('renamed', budget(0.7), file='w.pth'), results('moe_b0.9', budget(0.3), file='other.pth')]
+    documents = [
+        results('moe', budget(None), file='w.pth'),
+        results('moe_b0.3', budget(0.3), file='w.pth'),
+        results('renamed', budget(0.7), file='w.pth'),
+        results('moe_b0.9', budget(0.3), file='other.pth'),
+    ]
     report = collect(read_sources(write(tmp_path, *documents)))
     assert list(report.labels.values()) == ['moe', 'moe, budget 0.3', 'renamed, budget 0.7', 'moe_b0.9, budget 0.3']
     assert [series.place for series in series_of(report).values()] == [0, 0, 0, 1]
@@ -229,11 +294,23 @@ def test_a_line_connects_the_budgets_of_one_network(tmp_path):
 
 
 def test_controls_are_rows_of_their_own(page_of):
-    runs = [results(name, image_row(**control)) for name, control in (
-        ('moe', {}), ('moe_k0.5', {'cost_weight': 0.5}), ('moe_shuffled', {'shuffle_experts': True}),
-        ('moe_bf16', {'precision': 'bf16'}), ('moe_0', {'cost_weight': 0.0}))]
+    runs = [
+        results(name, image_row(**control))
+        for name, control in (
+            ('moe', {}),
+            ('moe_k0.5', {'cost_weight': 0.5}),
+            ('moe_shuffled', {'shuffle_experts': True}),
+            ('moe_bf16', {'precision': 'bf16'}),
+            ('moe_0', {'cost_weight': 0.0}),
+        )
+    ]
     assert [row[0] for row in page_of(*runs).table('Set: psnr')[3:]] == [
-        'moe', 'moe, cost weight 0.5', 'moe_shuffled, shuffled experts', 'moe_bf16, bf16', 'moe_0']
+        'moe',
+        'moe, cost weight 0.5',
+        'moe_shuffled, shuffled experts',
+        'moe_bf16, bf16',
+        'moe_0',
+    ]
 
 
 def test_axis():
@@ -255,7 +332,7 @@ def test_times_of_two_machines_do_not_share_a_chart(page_of):
 
 def test_names_are_escaped():
     assert tag('td', '<b>&"', cls='"') == '<td class="&quot;">&lt;b&gt;&amp;&quot;</td>'
-    assert tag('p', [tag('b', 'x'), None, ('<', )]) == '<p><b>x</b>&lt;</p>'
+    assert tag('p', [tag('b', 'x'), None, ('<',)]) == '<p><b>x</b>&lt;</p>'
     assert void('img', alt='>') == '<img alt="&gt;">'
 
 
@@ -270,9 +347,12 @@ def test_busiest_window_by_brute_force():
     truth = np.full((150, 170, 3), 90, np.uint8)
     truth[40:140, 60:165] = rng.integers(0, 256, (100, 105, 3))
     luma = np.pad(truth @ np.array([0.299, 0.587, 0.114]), 1, mode='edge')
-    energy = (luma[2:, 1:-1] - luma[:-2, 1:-1])**2 + (luma[1:-1, 2:] - luma[1:-1, :-2])**2
-    sums = {(top, left): energy[top:top + SIDE, left:left + SIDE].sum() for top in range(0, 150 - SIDE + 1, STRIDE)
-            for left in range(0, 170 - SIDE + 1, STRIDE)}
+    energy = (luma[2:, 1:-1] - luma[:-2, 1:-1]) ** 2 + (luma[1:-1, 2:] - luma[1:-1, :-2]) ** 2
+    sums = {
+        (top, left): energy[top : top + SIDE, left : left + SIDE].sum()
+        for top in range(0, 150 - SIDE + 1, STRIDE)
+        for left in range(0, 170 - SIDE + 1, STRIDE)
+    }
     window = busiest_window(truth)
     assert (window.top, window.left) == max(sums, key=sums.get) and (window.rows, window.cols) == (SIDE, SIDE)
     assert busiest_window(truth[:20, :30])[:] == (0, 0, 20, 30)
@@ -283,14 +363,22 @@ def test_busiest_window_by_brute_force():
 def tested(tmp_path_factory):
     """Folder with the results of a MoE and a dense network, pictures among them."""
     root = tmp_path_factory.mktemp('tested')
-    for name, changes in (('moe', {'val:budget': 0.7}), ('dense', {'network_g': DENSE,
-                                                                    'model_type': 'ArbitraryScaleModel'})):
+    for name, changes in (
+        ('moe', {'val:budget': 0.7}),
+        ('dense', {'network_g': DENSE, 'model_type': 'ArbitraryScaleModel'}),
+    ):
         torch.manual_seed(0)
         base = run_yaml(root, **changes)
         sections = {key: base[key] for key in ('model_type', 'num_gpu', 'network_g', 'manual_seed')}
         metrics = {'psnr': {'type': 'calculate_psnr_sr', 'protocol': 'div2k', 'crop_border': 1}}
-        val = {'save_img': True, 'save_expert_map': True, 'save_references': True, 'bicubic_baseline': True,
-               'metrics': metrics, **{key: value for key, value in base['val'].items() if key == 'budget'}}
+        val = {
+            'save_img': True,
+            'save_expert_map': True,
+            'save_references': True,
+            'bicubic_baseline': True,
+            'metrics': metrics,
+            **{key: value for key, value in base['val'].items() if key == 'budget'},
+        }
         datasets = {'test_1': base['datasets']['val'], 'test_2': base['datasets']['val_2']}
         run_test(parse(root, {**sections, 'name': name, 'datasets': datasets, 'path': {}, 'val': val}, is_train=False))
     return root / 'results'
@@ -307,10 +395,10 @@ def test_from_test_to_report(tested, tmp_path, capsys, monkeypatch):
     text = (tmp_path / 'report.html').read_text()
     page = Page(text)
     assert page.headings == ['Quality', 'Cost', 'Quality against cost', 'Routing', 'Pictures']
-    rows = page.table('tiny: psnr in dB. div2k: RGB, shave 1. LR by MATLAB\'s bicubic; 3 images.')
+    rows = page.table("tiny: psnr in dB. div2k: RGB, shave 1. LR by MATLAB's bicubic; 3 images.")
     assert [row[0] for row in rows[2:]] == ['bicubic', 'dense', 'moe, budget 0.7']
     document = schema.load(tested / 'moe' / 'results.json')
-    mean = [row for row in document['rows'] if row['case'] == 'mean'][0]['metrics']
+    mean = next(row for row in document['rows'] if row['case'] == 'mean')['metrics']
     assert rows[4][1] == f'{mean["psnr"]:.2f}' and rows[2][1] == f'{mean["bicubic_psnr"]:.2f}'
     # of two images each: whole, truth, bicubic, dense, moe, its experts
     tiles = [entry[2] for entry in page.attributes if entry[:2] == ('img', 'alt')]
@@ -335,7 +423,8 @@ def test_pictures_that_do_not_fit_are_left_out(tested, tmp_path):
     document = json.loads((tested / 'dense' / 'results.json').read_text())
     assert document['rows'][0]['pictures'] == {
         kind: f'visualization/tiny_x2/0_x2{suffix}.png'
-        for kind, suffix in (('result', ''), ('truth', '_truth'), ('bicubic', '_bicubic'))}
+        for kind, suffix in (('result', ''), ('truth', '_truth'), ('bicubic', '_bicubic'))
+    }
     folder = tmp_path / 'copy'
     folder.mkdir()
     moved = copy.deepcopy(document)
@@ -363,21 +452,33 @@ def test_pictures_that_do_not_fit_are_left_out(tested, tmp_path):
     assert 'moved' not in shown and 'another truth' in notes
 
 
-@pytest.mark.parametrize('arguments, part', [
-    (['none.json', '-o', 'r.html'], 'none.json: cannot read'), (['empty', '-o', 'r.html'], 'holds no results.json'),
-    (['text.json', '-o', 'r.html'], 'it is no JSON'), (['version.json', '-o', 'r.html'], 'version must be 1'),
-    (['good.json'], '-o OUT.html'), (['good.json', '-o', 'no/r.html'], 'folder no does not exist'),
-    (['good.json', '-o', 'empty.html'], 'is a folder'), (['good.json', '--csv', './good.json'], "must end in '.csv'"),
-    (['good.json', './good.json', '-o', 'r.html'], 'given twice'), (['loader.json', '-o', 'r.html'], 'no rows of'),
-    (['good.json', '-o', 'r.html', '--baseline', 'desne'], "Did you mean 'dense'"),
-    (['good.json', '-o', 'r.html', '--csv', 'r.html'], "must end in '.csv'")])
+@pytest.mark.parametrize(
+    'arguments, part',
+    [
+        (['none.json', '-o', 'r.html'], 'none.json: cannot read'),
+        (['empty', '-o', 'r.html'], 'holds no results.json'),
+        (['text.json', '-o', 'r.html'], 'it is no JSON'),
+        (['version.json', '-o', 'r.html'], 'version must be 1'),
+        (['good.json'], '-o OUT.html'),
+        (['good.json', '-o', 'no/r.html'], 'folder no does not exist'),
+        (['good.json', '-o', 'empty.html'], 'is a folder'),
+        (['good.json', '--csv', './good.json'], "must end in '.csv'"),
+        (['good.json', './good.json', '-o', 'r.html'], 'given twice'),
+        (['loader.json', '-o', 'r.html'], 'no rows of'),
+        (['good.json', '-o', 'r.html', '--baseline', 'desne'], "Did you mean 'dense'"),
+        (['good.json', '-o', 'r.html', '--csv', 'r.html'], "must end in '.csv'"),
+    ],
+)
 def test_mistakes_are_one_line(arguments, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'empty.html').mkdir()
     good = results('dense', image_row())
-    for name, document in (('good', good), ('version', {**good, 'version': 2}),
-                           ('loader', results('dense', {'case': 'data-stages'}))):
+    for name, document in (
+        ('good', good),
+        ('version', {**good, 'version': 2}),
+        ('loader', results('dense', {'case': 'data-stages'})),
+    ):
         (tmp_path / f'{name}.json').write_text(json.dumps(document))
     (tmp_path / 'text.json').write_text('hello')
     assert main(['report', *arguments]) == 2
@@ -388,9 +489,15 @@ def test_mistakes_are_one_line(arguments, part, tmp_path, monkeypatch, capsys):
 
 def test_references_in_training_are_not_written(tmp_path):
     from basicsr.models import build_model
+
     from moeisr_basicsr.engine.data_loading import evaluation_loaders
-    opt = {**parse(tmp_path, run_yaml(tmp_path, **{'val:save_references': True})), 'dist': False, 'rank': 0,
-           'world_size': 1}
-    build_model(opt).validate(evaluation_loaders(opt, ('val', )), 1, None, save_img=True)
+
+    opt = {
+        **parse(tmp_path, run_yaml(tmp_path, **{'val:save_references': True})),
+        'dist': False,
+        'rank': 0,
+        'world_size': 1,
+    }
+    build_model(opt).validate(evaluation_loaders(opt, ('val',)), 1, None, save_img=True)
     names = {path.name for path in (tmp_path / 'experiments').rglob('*.png')}
     assert names and not any('truth' in name or 'bicubic' in name for name in names)

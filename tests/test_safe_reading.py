@@ -1,4 +1,5 @@
 """Safe reading: values as the file means them; what is broken, hostile or no plain data is refused, nothing runs."""
+
 import os
 import pickle
 from collections import Counter, OrderedDict
@@ -15,11 +16,30 @@ def load_yaml(text):
     return yaml.load(text, Loader=ordered_yaml()[0])
 
 
-@pytest.mark.parametrize(('text', 'value'), [
-    ('1e-4', 1e-4), ('1E5', 1e5), ('-2.5e+3', -2500.0), ('.5e-1', 0.05), ('!!float 1e-4', 1e-4), ('1.5', 1.5),
-    ('-.5', -0.5), ('3.', 3.0), ('3', 3), ('-3', -3), ('1e', '1e'), ('e5', 'e5'), ('1e-4x', '1e-4x'), ('x2', 'x2'),
-    ('~', None), ('true', True), ("'1e-4'", '1e-4'), ('09', '09'), ('2024-01-02', '2024-01-02'),
-])
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    [
+        ('1e-4', 1e-4),
+        ('1E5', 1e5),
+        ('-2.5e+3', -2500.0),
+        ('.5e-1', 0.05),
+        ('!!float 1e-4', 1e-4),
+        ('1.5', 1.5),
+        ('-.5', -0.5),
+        ('3.', 3.0),
+        ('3', 3),
+        ('-3', -3),
+        ('1e', '1e'),
+        ('e5', 'e5'),
+        ('1e-4x', '1e-4x'),
+        ('x2', 'x2'),
+        ('~', None),
+        ('true', True),
+        ("'1e-4'", '1e-4'),
+        ('09', '09'),
+        ('2024-01-02', '2024-01-02'),
+    ],
+)
 def test_yaml_scalars(text, value):
     loaded = load_yaml(f'key: {text}')['key']
     assert loaded == value and type(loaded) is type(value)
@@ -39,11 +59,27 @@ def test_yaml_key_must_be_plain():
         load_yaml('[a, b]: 1')
 
 
-@pytest.mark.parametrize(('text', 'value'), [
-    ('1', 1), ('-7', -7), ('0.5', 0.5), ('1e-4', 1e-4), ('True', True), ('none', None), ('~', None), ('abc', 'abc'),
-    ('a b', 'a b'), ("[1, 'x', None]", [1, 'x', None]), ('[1, x, 1e-3]', [1, 'x', 1e-3]), ('{a: 1}', {'a': 1}),
-    ('1.2.3', '1.2.3'), ('!!float 3', 3.0), ('nan', 'nan'), ('[]', []),
-])
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    [
+        ('1', 1),
+        ('-7', -7),
+        ('0.5', 0.5),
+        ('1e-4', 1e-4),
+        ('True', True),
+        ('none', None),
+        ('~', None),
+        ('abc', 'abc'),
+        ('a b', 'a b'),
+        ("[1, 'x', None]", [1, 'x', None]),
+        ('[1, x, 1e-3]', [1, 'x', 1e-3]),
+        ('{a: 1}', {'a': 1}),
+        ('1.2.3', '1.2.3'),
+        ('!!float 3', 3.0),
+        ('nan', 'nan'),
+        ('[]', []),
+    ],
+)
 def test_override_values(text, value):
     parsed = parse_yml_value(text)
     assert parsed == value and type(parsed) in (type(value), OrderedDict)
@@ -61,7 +97,7 @@ class Hostile:
         self.path = str(path)
 
     def __reduce__(self):
-        return os.mkdir, (self.path, )
+        return os.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize('legacy', [False, True])

@@ -1,4 +1,5 @@
 """scripts/small_tables.py: means and differences over seeds, empty cells, and only rows that small_rows.py knows."""
+
 import sys
 from pathlib import Path
 
@@ -8,25 +9,31 @@ from moeisr_basicsr.analysis import schema
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts'))
 
-import small_rows  # noqa: E402
-import small_tables  # noqa: E402
+import small_rows
+import small_tables
 
 ENVIRONMENT = {'torch': '2', 'threads': 1, 'cpu': '', 'device': 'cpu', 'kernel': 'torch'}
 
 
 def write(root, name, psnr, experts, routing=None):
     """Means of one row on Set5 x2; a dense decoder as published takes 1000 multiply-adds."""
-    row = {'case': 'mean', 'dataset': 'Set5_x2', 'metrics': {'psnr_y': psnr, 'bicubic_psnr_y': 33.671},
-           'macs': {'encoder': 500, 'experts': experts, 'total': 500 + experts, 'dense_plain': 1000}}
+    row = {
+        'case': 'mean',
+        'dataset': 'Set5_x2',
+        'metrics': {'psnr_y': psnr, 'bicubic_psnr_y': 33.671},
+        'macs': {'encoder': 500, 'experts': experts, 'total': 500 + experts, 'dense_plain': 1000},
+    }
     image = {'case': 'test', 'dataset': 'Set5_x2', 'image': 'baby', 'metrics': {'psnr_y': 0.0}}
     (root / name).mkdir()
-    schema.save(root / name / 'results.json',
-                schema.document('test', ENVIRONMENT, [image, row | ({'routing': routing} if routing else {})]))
+    schema.save(
+        root / name / 'results.json',
+        schema.document('test', ENVIRONMENT, [image, row | ({'routing': routing} if routing else {})]),
+    )
 
 
 @pytest.fixture
 def results(tmp_path):
-    routing = {'loads': [.404, .4, .096, .1], 'texture_correlation': .456}
+    routing = {'loads': [0.404, 0.4, 0.096, 0.1], 'texture_correlation': 0.456}
     write(tmp_path, 'liif_seed0', 37.20, 740)
     write(tmp_path, 'liif_seed1', 37.30, 740)
     write(tmp_path, 'liif_seed2', 37.40, 740)
@@ -44,13 +51,14 @@ def lines(text, start):
 def test_means_and_scatter(results):
     table = small_tables.liif(small_tables.Results(results))
     assert lines(table, 'Set5 x2') == [
-        '| Set5 x2 | 33.67 | 37.30 ± 0.10 | 37.27 ± 0.02 | 14.5 % | 37.22 ± 0.00 | 15.0 % | 37.24 | 7.0 % |  |']
+        '| Set5 x2 | 33.67 | 37.30 ± 0.10 | 37.27 ± 0.02 | 14.5 % | 37.22 ± 0.00 | 15.0 % | 37.24 | 7.0 % |  |'
+    ]
     assert lines(table, 'B100 x8') == ['| B100 x8 |' + '  |' * 9]
     assert table.splitlines()[1] == '|---' * 10 + '|'
 
 
 def test_differences_are_taken_seed_by_seed(results):
-    row, = lines(small_tables.differences(small_tables.Results(results)), 'Set5 x2')
+    (row,) = lines(small_tables.differences(small_tables.Results(results)), 'Set5 x2')
     assert row == ('| Set5 x2 | +0.015 (+0.050 -0.020) | +0.030 (+0.030) |  | 40 40 10 10 | 0.46 0.46 |')
 
 
@@ -59,7 +67,8 @@ def test_crops_are_compared_in_rgb(tmp_path):
     (tmp_path / 'liif_seed0').mkdir()
     schema.save(tmp_path / 'liif_seed0' / 'results.json', schema.document('test', ENVIRONMENT, [row]))
     assert lines(small_tables.factors(small_tables.Results(tmp_path)), 'DIV2K crops x3.3') == [
-        '| DIV2K crops x3.3 |  | 30.13 |  |  |']
+        '| DIV2K crops x3.3 |  | 30.13 |  |  |'
+    ]
 
 
 def test_every_table(results, capsys):
@@ -78,10 +87,13 @@ def test_the_tables_name_rows_that_can_be_trained():
     assert not [name for name in names if name.partition('_cost_weight')[0] not in small_rows.ROWS]
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--results', 'nowhere'], 'nowhere has no NAME/results.json'),
-    (['liiif'], 'no table is called liiif; there are readme, liif'),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--results', 'nowhere'], 'nowhere has no NAME/results.json'),
+        (['liiif'], 'no table is called liiif; there are readme, liif'),
+    ],
+)
 def test_mistakes(arguments, message, capsys):
     try:
         assert small_tables.main(arguments) == 2

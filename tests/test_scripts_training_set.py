@@ -1,4 +1,5 @@
 """scripts/make_training_set.py: no test image enters, photographs shrink, checksums are kept; scripts/small_rows.py."""
+
 import json
 import sys
 from pathlib import Path
@@ -7,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-
 from helpers import shared_data
+
 from moeisr_basicsr.data.image_io import read_image, write_image
 
 SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
@@ -49,8 +50,12 @@ def test_small_images_stay_whole_and_photographs_are_shrunk_and_cut(root, tmp_pa
     names, record = made(root, tmp_path)
     assert names[:3] == ['1', '2', '3']
     assert len(names) == 3 + 2 * 4  # 2800 x 1400 shrinks to 1400 x 700: a rest of 120 or 60 gets no square of its own
-    assert sorted(record['sources']) == ['BSDS500_test/3.png', 'BSDS500_train/1.png', 'BSDS500_train/2.png',
-                                         'HiRes/someone/large.jpg']
+    assert sorted(record['sources']) == [
+        'BSDS500_test/3.png',
+        'BSDS500_train/1.png',
+        'BSDS500_train/2.png',
+        'HiRes/someone/large.jpg',
+    ]
     assert all(len(digest) == 64 for digest in record['sources'].values())
     assert record['left_out'] == {} and record['compared_with_test_images'] == 1
 
@@ -66,9 +71,16 @@ def test_the_checksum_of_the_content_does_not_depend_on_the_run(root, tmp_path):
     assert made(root, tmp_path / 'third')[1]['content_sha256'] != digests[0]
 
 
-@pytest.mark.parametrize('spoil', [lambda image: image, lambda image: cv2.resize(image, None, fx=1.7, fy=1.7),
-                                   lambda image: cv2.imdecode(cv2.imencode('.jpg', image)[1], cv2.IMREAD_COLOR),
-                                   lambda image: image[2:, 3:]], ids=['same', 'enlarged', 'jpeg', 'cropped'])
+@pytest.mark.parametrize(
+    'spoil',
+    [
+        lambda image: image,
+        lambda image: cv2.resize(image, None, fx=1.7, fy=1.7),
+        lambda image: cv2.imdecode(cv2.imencode('.jpg', image)[1], cv2.IMREAD_COLOR),
+        lambda image: image[2:, 3:],
+    ],
+    ids=['same', 'enlarged', 'jpeg', 'cropped'],
+)
 def test_a_test_image_does_not_enter(root, tmp_path, spoil, capsys):
     write_image(root / 'Set5' / 'taken.png', spoil(picture(120, 160, 2)))
     names, record = made(root, tmp_path)
@@ -110,9 +122,11 @@ def test_rows_are_complete_options_for_evaluation(tmp_path, monkeypatch):
     networks = {name: small_rows.test_options(name, args)['network_g'] for name in small_rows.ROWS}
     assert networks['liif_seed0'] == networks['liif_seed1'] != networks['liif_2x128_seed0']
     assert networks['nested_liif_routed_seed0'] == networks['nested_liif_seed1'] != networks['moeisr_liif_seed1']
-    for trained, routed in (('moeisr_liif_seed0', 'moeisr_liif_routed_seed0'),
-                            ('moeisr_lte_seed1', 'moeisr_lte_routed_seed1'),
-                            ('rdn_moeisr_liif', 'rdn_moeisr_liif_routed')):  # the weights of one must fit the other
+    for trained, routed in (
+        ('moeisr_liif_seed0', 'moeisr_liif_routed_seed0'),
+        ('moeisr_lte_seed1', 'moeisr_lte_routed_seed1'),
+        ('rdn_moeisr_liif', 'rdn_moeisr_liif_routed'),
+    ):  # the weights of one must fit the other
         assert {'hidden_dim': 256} | networks[trained] == {'hidden_dim': 256} | networks[routed]
     assert networks['ablation_mapper_1_layer']['mapper']['num_layers'] == 1
     assert networks['swinir_liif']['encoder']['type'] == 'SwinIREncoder'
@@ -125,8 +139,10 @@ def test_an_untrained_row_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_the_hash_tells_pictures_apart():
-    prints = [make_training_set.fingerprint(path) for path in
-              sorted((SCRIPTS.parent / 'assets' / 'quickstart').rglob('*.png'))]
+    prints = [
+        make_training_set.fingerprint(path)
+        for path in sorted((SCRIPTS.parent / 'assets' / 'quickstart').rglob('*.png'))
+    ]
     assert len(prints) >= 9
     assert read_image(prints[0].path).rgb.ndim == 3
     differences = [(a.bits != b.bits).sum() for i, a in enumerate(prints) for b in prints[:i]]

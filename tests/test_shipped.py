@@ -1,4 +1,5 @@
 """Models that come with the package: how they are listed, chosen, packed and made. The models here are stand-ins."""
+
 import importlib.util
 import json
 import shutil
@@ -78,7 +79,7 @@ def test_one_model(models, capsys):
     output = run(capsys, 'models', 'general')
     path = models / 'general.safetensors'
     assert output.startswith(path.with_suffix('.md').read_text()) and f'\nFile: {path}\n' in output
-    assert yaml.safe_load(output[output.index('network_g:'):]) == {'network_g': NETWORK}
+    assert yaml.safe_load(output[output.index('network_g:') :]) == {'network_g': NETWORK}
     assert run(capsys, 'models', 'general', '--path') == run(capsys, 'models', '--path') == f'{path}\n'
     shutil.copy(path, 'mine.safetensors')  # a file of one's own, without a card
     assert run(capsys, 'models', 'mine.safetensors').startswith('mine: MoEISR with')
@@ -86,8 +87,12 @@ def test_one_model(models, capsys):
 
 def test_json(models, capsys):
     first, second = json.loads(run(capsys, 'models', '--json'))
-    assert (first['name'], first['default'], second['name'], second['default']) == ('general', True, 'photos_dense',
-                                                                                    False)
+    assert (first['name'], first['default'], second['name'], second['default']) == (
+        'general',
+        True,
+        'photos_dense',
+        False,
+    )
     assert first['network_g'] == NETWORK and first['scale_range'] == [1, 4] and first['results'] == RESULTS
     assert first['metadata']['license'] == 'none' and first['bytes'] == (models / 'general.safetensors').stat().st_size
     assert json.loads(run(capsys, 'models', 'photos_dense', '--json')) == second
@@ -98,7 +103,7 @@ def test_no_model(capsys):
     assert run(capsys, 'models', '--json') == '[]\n'
     error = fails(capsys, 'upscale', 'a.png', '-o', 'o.png', '--scale', '2')
     assert 'no default model comes with this installation; name a model file: --model' in error
-    assert "there is no model file general." in fails(capsys, 'models', 'general')
+    assert 'there is no model file general.' in fails(capsys, 'models', 'general')
 
 
 def test_upscale_takes_the_default_and_says_so(models, capsys):
@@ -127,14 +132,21 @@ def test_a_word_with_two_meanings_is_an_error(models, capsys):
     assert shipped.find_model('general') == models / 'general.safetensors'
 
 
-@pytest.mark.parametrize(('model', 'words'), [
-    ('genral', "there is no model file genral; the models that come with the package are general, photos_dense. Did "
-               "you mean 'general'?"),
-    ('general.safetensors', "Did you mean 'general'?"),
-    ('folder/x.safetensors', 'there is no model file folder/x.safetensors'),
-])
-@pytest.mark.parametrize('command', [('upscale', 'a.png', '-o', 'o.png', '--scale', '2', '--model'),
-                                     ('profile', '--model'), ('models', )])
+@pytest.mark.parametrize(
+    ('model', 'words'),
+    [
+        (
+            'genral',
+            'there is no model file genral; the models that come with the package are general, photos_dense. Did '
+            "you mean 'general'?",
+        ),
+        ('general.safetensors', "Did you mean 'general'?"),
+        ('folder/x.safetensors', 'there is no model file folder/x.safetensors'),
+    ],
+)
+@pytest.mark.parametrize(
+    'command', [('upscale', 'a.png', '-o', 'o.png', '--scale', '2', '--model'), ('profile', '--model'), ('models',)]
+)
 def test_unknown_names(models, capsys, command, model, words):
     assert words in fails(capsys, *command, model)
 
@@ -142,20 +154,37 @@ def test_unknown_names(models, capsys, command, model, words):
 def test_damaged_files(models, capsys):
     path = models / 'general.safetensors'
     path.write_bytes(path.read_bytes()[:-5])
-    for argv in (('upscale', 'a.png', '-o', 'o.png', '--scale', '2'), ('models', ), ('profile', '--model', 'general')):
+    for argv in (('upscale', 'a.png', '-o', 'o.png', '--scale', '2'), ('models',), ('profile', '--model', 'general')):
         error = fails(capsys, *argv)
         assert "the model 'general' that comes with the package cannot be used" in error
         assert f'{path} is no whole safetensors file' in error and 'Install moeisr_basicsr again.' in error
-    for notes, words in (({'results': '['}, "its metadata 'results' is not JSON"),
-                         ({'results': '[{}]'}, "its metadata is wrong: results[0] lacks 'dataset'"),
-                         ({'scale_range': '4'}, 'its metadata is wrong: scale_range must be array; got int')):
+    for notes, words in (
+        ({'results': '['}, "its metadata 'results' is not JSON"),
+        ({'results': '[{}]'}, "its metadata is wrong: results[0] lacks 'dataset'"),
+        ({'scale_range': '4'}, 'its metadata is wrong: scale_range must be array; got int'),
+    ):
         stand_in(models, 'general', **notes)
         assert words in fails(capsys, 'models')
 
 
 def test_profile_takes_a_name(models, capsys):
-    run(capsys, 'profile', '--model', 'general', '--lq-size', '6x6', '--scale', '2', '--repeats', '1', '--no-plain',
-        '--device', 'cpu', '--json', 'p.json')
+    run(
+        capsys,
+        'profile',
+        '--model',
+        'general',
+        '--lq-size',
+        '6x6',
+        '--scale',
+        '2',
+        '--repeats',
+        '1',
+        '--no-plain',
+        '--device',
+        'cpu',
+        '--json',
+        'p.json',
+    )
     assert schema.load('p.json')['model']['file'] == str(models / 'general.safetensors')
 
 
@@ -168,8 +197,13 @@ def test_the_packages_hold_weights_and_cards(tmp_path):
     (project / 'moeisr_basicsr' / '__init__.py').touch()
     wanted = {'moeisr_basicsr/weights/general.safetensors', 'moeisr_basicsr/weights/general.md'}
     stand_in(project / 'moeisr_basicsr' / 'weights', 'general')
-    subprocess.run([sys.executable, 'setup.py', '-q', 'egg_info', '-e', '.', 'build_py', '-d', 'wheel'], cwd=project,
-                   check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, 'setup.py', '-q', 'egg_info', '-e', '.', 'build_py', '-d', 'wheel'],
+        cwd=project,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     sdist = (project / 'moeisr_basicsr.egg-info' / 'SOURCES.txt').read_text().splitlines()
     wheel = {str(path.relative_to(project / 'wheel')) for path in (project / 'wheel').rglob('*')}
     assert wanted <= set(sdist) and wanted <= wheel
@@ -186,13 +220,16 @@ def script():
 def checkpoint_and_results(network=NETWORK, results_of=NETWORK):
     """What training and testing leave behind."""
     net = build_network(network)
-    torch.save({'params': build_network(network).state_dict(), 'params_ema': net.state_dict(), 'network_g': network},
-               'net_g_7.pth')
+    torch.save(
+        {'params': build_network(network).state_dict(), 'params_ema': net.state_dict(), 'network_g': network},
+        'net_g_7.pth',
+    )
     total = parameters(build_network(results_of)).total
     rows = [{'case': 'test', 'scale': [4.0, 4.0]}, {'case': 'mean', **RESULTS[0]}]
     environment = {'torch': '2', 'threads': 1, 'cpu': 'x', 'device': 'cpu', 'kernel': 'torch'}
-    schema.save('results.json', schema.document('test', environment, rows, {
-        'name': 'tiny', 'parameters': {'total': total}}))
+    schema.save(
+        'results.json', schema.document('test', environment, rows, {'name': 'tiny', 'parameters': {'total': total}})
+    )
     Path('tiny.yml').write_text('datasets: {train: {scale_range: [1, 3]}}\ntrain: {total_iter: 900}\n')
     return net
 
@@ -230,12 +267,15 @@ def test_the_card_tells_of_a_second_training(script, weights, capsys):
     assert 'more.yml needs train: total_iter' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(('change', 'words'), [
-    (lambda: checkpoint_and_results(results_of={**NETWORK, 'experts': [[4]]}), 'the results of another network'),
-    (lambda: Path('tiny.yml').write_text('train: {total_iter: 5}'), 'tiny.yml needs datasets: train: scale_range'),
-    (lambda: torch.save(build_network(NETWORK).state_dict(), 'net_g_7.pth'), 'which network it belongs to'),
-    (lambda: torch.save({'params': {}}, 'results.json'), 'results.json'),
-])
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (lambda: checkpoint_and_results(results_of={**NETWORK, 'experts': [[4]]}), 'the results of another network'),
+        (lambda: Path('tiny.yml').write_text('train: {total_iter: 5}'), 'tiny.yml needs datasets: train: scale_range'),
+        (lambda: torch.save(build_network(NETWORK).state_dict(), 'net_g_7.pth'), 'which network it belongs to'),
+        (lambda: torch.save({'params': {}}, 'results.json'), 'results.json'),
+    ],
+)
 def test_what_cannot_be_shipped_leaves_nothing(script, weights, capsys, change, words):
     checkpoint_and_results()
     change()

@@ -1,4 +1,5 @@
 """Every model that comes with the package: complete, small, and with a card that belongs to it."""
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,11 +16,13 @@ def test_every_shipped_file_is_complete():
 
 def spoil(change):
     """Rewrite the model 'one' with `change(weights, metadata)`; its card then belongs to another file."""
+
     def run(folder):
         path = folder / 'one.safetensors'
         weights, metadata = load_file(path), read_model(path).metadata
         change(weights, metadata)
         save_file(weights, path, metadata)
+
     return run
 
 
@@ -33,6 +36,7 @@ def rewrite_card(old, new):
         card = folder / 'one.md'
         assert old in card.read_text()
         card.write_text(card.read_text().replace(old, new))
+
     return run
 
 

@@ -1,4 +1,5 @@
 """What the default model does to photographs that it was not trained on."""
+
 import json
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def middle(path):
     """The middle of a photograph, (PIECE, PIECE, 3)."""
     rgb = read_image(path).rgb
     top, left = ((n - PIECE) // 2 for n in rgb.shape[:2])
-    return rgb[top:top + PIECE, left:left + PIECE]
+    return rgb[top : top + PIECE, left : left + PIECE]
 
 
 def shrunk(rgb, factor):
@@ -121,9 +122,10 @@ def test_the_figures_of_the_metadata_are_true(net):
     measured = []
     for path in sorted(folder.glob('*.png')):
         rgb = read_image(path).rgb
-        rgb = rgb[:rgb.shape[0] // 4 * 4, :rgb.shape[1] // 4 * 4]
+        rgb = rgb[: rgb.shape[0] // 4 * 4, : rgb.shape[1] // 4 * 4]
         result = upscale(net, shrunk(rgb, 4), scale=4).image
         measured.append(calculate_psnr_sr(result, as_tensor(rgb), scale=4))
     assert len(measured) == 5
-    assert np.mean(measured) == pytest.approx(next(value for name, value in claimed.items()
-                                                   if name.startswith('psnr')), abs=0.02)
+    assert np.mean(measured) == pytest.approx(
+        next(value for name, value in claimed.items() if name.startswith('psnr')), abs=0.02
+    )

@@ -1,4 +1,5 @@
 """What CONTRIBUTING asks of every file and can be counted."""
+
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,8 +15,11 @@ def too_wide(text):
 def test_no_line_is_too_wide():
     files = [*ROOT.glob('*.py'), *(path for folder in FOLDERS for path in (ROOT / folder).rglob('*.py'))]
     assert {Path(__file__).resolve(), ROOT / 'setup.py', ROOT / 'examples/fit_depth.py'} <= set(files)
-    assert [f'{path.relative_to(ROOT)}:{number}' for path in sorted(files)
-            for number in too_wide(path.read_text(encoding='utf-8'))] == []
+    assert [
+        f'{path.relative_to(ROOT)}:{number}'
+        for path in sorted(files)
+        for number in too_wide(path.read_text(encoding='utf-8'))
+    ] == []
 
 
 def test_no_prose_is_too_wide():

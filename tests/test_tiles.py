@@ -1,4 +1,5 @@
 """Tiled encoding and strips: the same image as the whole, for each encoder, with and without a budget."""
+
 import pytest
 import torch
 
@@ -8,9 +9,11 @@ from moeisr_basicsr.archs.moeisr_arch import LIIF, MoEISR
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import upscale, upscale_strips
 
-ENCODERS = [{'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 2},
-            {'type': 'RDNEncoder', 'num_feat': 8, 'num_block': 2, 'num_conv': 2, 'growth': 4},
-            {'type': 'SwinIREncoder', 'embed_dim': 12, 'depths': [2, 2], 'num_heads': [2, 2]}]
+ENCODERS = [
+    {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 2},
+    {'type': 'RDNEncoder', 'num_feat': 8, 'num_block': 2, 'num_conv': 2, 'growth': 4},
+    {'type': 'SwinIREncoder', 'embed_dim': 12, 'depths': [2, 2], 'num_heads': [2, 2]},
+]
 
 
 def make_net(encoder, seed=0):
@@ -59,12 +62,21 @@ def test_encoder_without_known_halo_is_not_tiled():
     torch.testing.assert_close(upscale(net, lq, 2, tile=16).image, whole, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    ({'scale': 0.5}, 'at least 1'), ({'scale': (2, 0.9)}, 'at least 1'), ({}, 'either a scale or a size'),
-    ({'scale': 2, 'size': (40, 40)}, 'either a scale or a size'), ({'size': (10, 90)}, 'at least the input size'),
-    ({'scale': 2, 'tile': 3}, 'tile must be'), ({'scale': 2, 'precision': 'int8'}, 'fp32, bf16, fp16'),
-    ({'scale': 2, 'budget': 0.001}, 'budget must lie between'), ({'scale': 2, 'budget': 1.1}, 'budget must lie'),
-    ({'scale': 2, 'budget': 0.5, 'cost_weight': 1.0}, 'either a cost weight or a budget')])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'scale': 0.5}, 'at least 1'),
+        ({'scale': (2, 0.9)}, 'at least 1'),
+        ({}, 'either a scale or a size'),
+        ({'scale': 2, 'size': (40, 40)}, 'either a scale or a size'),
+        ({'size': (10, 90)}, 'at least the input size'),
+        ({'scale': 2, 'tile': 3}, 'tile must be'),
+        ({'scale': 2, 'precision': 'int8'}, 'fp32, bf16, fp16'),
+        ({'scale': 2, 'budget': 0.001}, 'budget must lie between'),
+        ({'scale': 2, 'budget': 1.1}, 'budget must lie'),
+        ({'scale': 2, 'budget': 0.5, 'cost_weight': 1.0}, 'either a cost weight or a budget'),
+    ],
+)
 def test_bad_requests(options, message):
     net = make_net(ENCODERS[0]).train()
     with pytest.raises(UserError, match=message):

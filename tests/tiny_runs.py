@@ -1,4 +1,5 @@
 """Tiny networks, options and batches for the tests of models and engine."""
+
 import argparse
 import copy
 import json
@@ -11,8 +12,12 @@ import yaml
 from moeisr_basicsr.core import make_cell, make_coord
 from moeisr_basicsr.options import parse_options
 
-NETWORK = {'type': 'MoEISR', 'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1},
-           'experts': [[8], [8, 8]], 'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8}}
+NETWORK = {
+    'type': 'MoEISR',
+    'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1},
+    'experts': [[8], [8, 8]],
+    'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8},
+}
 DENSE = {'type': 'LIIF', 'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}, 'hidden_list': [8, 8]}
 
 
@@ -30,17 +35,31 @@ def change(options, changes):
 
 def model_options(**changes):
     """Options for build_model, without datasets; changes as {'train:amp': 'bf16'}."""
-    return change({
-        'name': 'tiny', 'model_type': 'MoEISRModel', 'num_gpu': 0, 'dist': False, 'rank': 0, 'world_size': 1,
-        'manual_seed': 3, 'is_train': True, 'network_g': NETWORK, 'path': {}, 'logger': {},
-        'train': {
-            'total_iter': 20, 'ema_decay': 0.9, 'optim_g': {'type': 'SGD', 'lr': 0.1},
-            'scheduler': {'type': 'MultiStepLR', 'milestones': [1000]},
-            'pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 'reduction': 'mean'},
-            'balance_opt': {'type': 'MoEBalanceLoss', 'loss_weight': 0.5},
+    return change(
+        {
+            'name': 'tiny',
+            'model_type': 'MoEISRModel',
+            'num_gpu': 0,
+            'dist': False,
+            'rank': 0,
+            'world_size': 1,
+            'manual_seed': 3,
+            'is_train': True,
+            'network_g': NETWORK,
+            'path': {},
+            'logger': {},
+            'train': {
+                'total_iter': 20,
+                'ema_decay': 0.9,
+                'optim_g': {'type': 'SGD', 'lr': 0.1},
+                'scheduler': {'type': 'MultiStepLR', 'milestones': [1000]},
+                'pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 'reduction': 'mean'},
+                'balance_opt': {'type': 'MoEBalanceLoss', 'loss_weight': 0.5},
+            },
+            'val': {'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}}},
         },
-        'val': {'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}}},
-    }, changes)
+        changes,
+    )
 
 
 def query_batch(images=4, queries=40, size=(9, 7), seed=0):
@@ -49,20 +68,26 @@ def query_batch(images=4, queries=40, size=(9, 7), seed=0):
     hr_size = 23, 16
     coord, cell = make_coord(hr_size), make_cell(hr_size)
     picked = [torch.randperm(coord.shape[0], generator=generator)[:queries] for _ in range(images)]
-    return {'lq': torch.rand(images, 3, *size, generator=generator),
-            'gt': torch.rand(images, queries, 3, generator=generator),
-            'coord': torch.stack([coord[which] for which in picked]),
-            'cell': cell.expand(images, queries, 2).clone(),
-            'scale': torch.tensor([hr_size]).div(torch.tensor([size])).expand(images, 2).clone(),
-            'lq_path': [f'lq/{i}.png' for i in range(images)], 'gt_path': [f'gt/{i}.png' for i in range(images)]}
+    return {
+        'lq': torch.rand(images, 3, *size, generator=generator),
+        'gt': torch.rand(images, queries, 3, generator=generator),
+        'coord': torch.stack([coord[which] for which in picked]),
+        'cell': cell.expand(images, queries, 2).clone(),
+        'scale': torch.tensor([hr_size]).div(torch.tensor([size])).expand(images, 2).clone(),
+        'lq_path': [f'lq/{i}.png' for i in range(images)],
+        'gt_path': [f'gt/{i}.png' for i in range(images)],
+    }
 
 
 def image_batch(images=2, scale=2, seed=0):
     """A collated training batch of whole patches, as BasicSR's PairedImageDataset gives it."""
     generator = torch.Generator().manual_seed(seed)
-    return {'lq': torch.rand(images, 3, 6, 5, generator=generator),
-            'gt': torch.rand(images, 3, 6 * scale, 5 * scale, generator=generator),
-            'lq_path': [f'{i}.png' for i in range(images)], 'gt_path': [f'{i}.png' for i in range(images)]}
+    return {
+        'lq': torch.rand(images, 3, 6, 5, generator=generator),
+        'gt': torch.rand(images, 3, 6 * scale, 5 * scale, generator=generator),
+        'lq_path': [f'{i}.png' for i in range(images)],
+        'gt_path': [f'{i}.png' for i in range(images)],
+    }
 
 
 def weights_of(model):
@@ -72,8 +97,10 @@ def weights_of(model):
 
 def gradients_of(model):
     """The gradients, as copies; None where there is none."""
-    return {name: None if value.grad is None else value.grad.clone()
-            for name, value in model.get_bare_model(model.net_g).named_parameters()}
+    return {
+        name: None if value.grad is None else value.grad.clone()
+        for name, value in model.get_bare_model(model.net_g).named_parameters()
+    }
 
 
 def assert_same(first, second, where=''):
@@ -110,26 +137,44 @@ def run_yaml(root, **changes):
         write_images(root / 'val', 3, (26, 33), seed=1)
     dataset = {'type': 'ArbitraryScaleImageDataset', 'io_backend': {'type': 'disk'}}
     validation = {**dataset, 'dataroot_gt': str(root / 'val')}
-    options = change({
-        'name': 'run', 'model_type': 'MoEISRModel', 'num_gpu': 0, 'manual_seed': 3, 'network_g': NETWORK,
-        'datasets': {
-            'train': {**dataset, 'name': 'train', 'dataroot_gt': str(root / 'train'), 'lq_size': 12, 'sample_q': 64,
-                      'scale_range': [1, 4], 'batch_size_per_gpu': 4, 'num_worker_per_gpu': 0,
-                      'dataset_enlarge_ratio': 6},
-            'val': {**validation, 'name': 'tiny_x2', 'scale': 2},
-            'val_2': {**validation, 'name': 'tiny_x3.3', 'scale': 3.3},
+    options = change(
+        {
+            'name': 'run',
+            'model_type': 'MoEISRModel',
+            'num_gpu': 0,
+            'manual_seed': 3,
+            'network_g': NETWORK,
+            'datasets': {
+                'train': {
+                    **dataset,
+                    'name': 'train',
+                    'dataroot_gt': str(root / 'train'),
+                    'lq_size': 12,
+                    'sample_q': 64,
+                    'scale_range': [1, 4],
+                    'batch_size_per_gpu': 4,
+                    'num_worker_per_gpu': 0,
+                    'dataset_enlarge_ratio': 6,
+                },
+                'val': {**validation, 'name': 'tiny_x2', 'scale': 2},
+                'val_2': {**validation, 'name': 'tiny_x3.3', 'scale': 3.3},
+            },
+            'path': {},
+            'train': {
+                'total_iter': 24,
+                'ema_decay': 0.9,
+                'warmup_iter': 3,
+                'optim_g': {'type': 'Adam', 'lr': 1e-3},
+                'scheduler': {'type': 'MultiStepLR', 'milestones': [8, 16], 'gamma': 0.5},
+                'pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 'reduction': 'mean'},
+                'balance_opt': {'type': 'MoEBalanceLoss', 'loss_weight': 0.1},
+                'temperature': {'type': 'linear', 'start': 2.0, 'end': 1.0, 'total_iter': 24},
+            },
+            'val': {'val_freq': 9, 'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 2}}},
+            'logger': {'print_freq': 1, 'save_checkpoint_freq': 7},
         },
-        'path': {},
-        'train': {
-            'total_iter': 24, 'ema_decay': 0.9, 'warmup_iter': 3, 'optim_g': {'type': 'Adam', 'lr': 1e-3},
-            'scheduler': {'type': 'MultiStepLR', 'milestones': [8, 16], 'gamma': 0.5},
-            'pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 'reduction': 'mean'},
-            'balance_opt': {'type': 'MoEBalanceLoss', 'loss_weight': 0.1},
-            'temperature': {'type': 'linear', 'start': 2.0, 'end': 1.0, 'total_iter': 24},
-        },
-        'val': {'val_freq': 9, 'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 2}}},
-        'logger': {'print_freq': 1, 'save_checkpoint_freq': 7},
-    }, changes)
+        changes,
+    )
     if options['model_type'] != 'MoEISRModel':
         for key in ('balance_opt', 'temperature'):
             options['train'].pop(key)
@@ -159,5 +204,7 @@ def metrics_lines(root, name='run'):
 def saved(root, iteration, name='run'):
     """Weights and training state of an iteration."""
     folder = root / 'experiments' / name
-    return (torch.load(folder / 'models' / f'net_g_{iteration}.pth', weights_only=True),
-            torch.load(folder / 'training_states' / f'{iteration}.state', weights_only=True))
+    return (
+        torch.load(folder / 'models' / f'net_g_{iteration}.pth', weights_only=True),
+        torch.load(folder / 'training_states' / f'{iteration}.state', weights_only=True),
+    )

@@ -2,6 +2,7 @@
 
 On the CPU, Triton's interpreter runs the kernels: it has to be chosen before Triton is first imported.
 """
+
 import copy
 
 import pytest
@@ -26,8 +27,9 @@ def make_decoder(family='liif', experts=None, out_channels=3, hidden_dim=12, sha
     torch.manual_seed(0)
     extra = {'hidden_dim': hidden_dim} if family == 'lte' else {}
     options = {'num_layers': 1, 'num_feat': 8, 'hidden': 6, **mapper}
-    decoder = MoEDecoder(6, out_channels, family, experts or EXPERTS[family], mapper=options,
-                         shared_layers=shared_layers, **extra)
+    decoder = MoEDecoder(
+        6, out_channels, family, experts or EXPERTS[family], mapper=options, shared_layers=shared_layers, **extra
+    )
     if decoder.mapper is not None:  # an even mixture, so that all experts are in use
         with torch.no_grad():
             decoder.mapper.query_in.weight.mul_(8)
@@ -130,8 +132,9 @@ def test_idle_experts(used):
     expert_map = torch.full((7, 9), used[0], dtype=torch.uint8, device=DEVICE)
     expert_map[3, 5] = used[-1]  # one query of its own, or none
     tile = make_tile((3, 4), (7, 9), expert_map)
-    torch.testing.assert_close(TritonBackend(decoder, 'fp32').decode(decoder, tile), plain_decode(decoder, tile),
-                               rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        TritonBackend(decoder, 'fp32').decode(decoder, tile), plain_decode(decoder, tile), rtol=0, atol=2e-5
+    )
 
 
 @torch.no_grad()
@@ -168,7 +171,7 @@ def test_routing(granularity, hidden):
             seen[current] = logits
             super().observe(logits)
 
-    for current, b in enumerate((TORCH, backend)):
+    for current, b in enumerate((TORCH, backend)):  # noqa: B007  read by `Watched`
         render(decoder, feat, size, control=Watched(0.8, decoder.expert_costs), backend=b)
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-5)
 
@@ -199,6 +202,7 @@ class Refusing:
             if options['CHUNK'] > self.chunk:
                 raise triton_decode.OutOfResources(2, 1, 'shared memory')
             return self.kernel[programs](*args, **options)
+
         return launch
 
 
@@ -228,6 +232,7 @@ class Failing:
         def launch(*args, **options):
             self.tried += 1
             raise RuntimeError('Failed to find C compiler.\nPlease specify via CC.')
+
         return launch
 
 

@@ -2,6 +2,7 @@
 
 Shapes: (C, h, w) LR image, (C, R, S) output image, RGB in [0, 1].
 """
+
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,4 +1,5 @@
 """Horizontal stacked bars as a PNG, drawn with Pillow."""
+
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,19 +15,21 @@ FONT_SIZE, TITLE_SIZE = 15, 19
 
 class Bar(NamedTuple):
     """One bar: its label and the parts from left to right."""
+
     label: str
     parts: dict[str, float]
 
 
 class Panel(NamedTuple):
     """Bars on one axis."""
+
     title: str  # with the unit
     bars: Sequence[Bar]
 
 
 def nice_step(largest: float, count: int = 5) -> float:
     """A distance of 1, 2 or 5 times a power of ten that gives at most `count` marks up to `largest`."""
-    power = 10.0**math.floor(math.log10(largest / count))
+    power = 10.0 ** math.floor(math.log10(largest / count))
     return next(power * factor for factor in (1, 2, 5, 10) if largest / (power * factor) <= count * (1 + 1e-9))
 
 
@@ -62,8 +65,14 @@ def _draw_legend(draw: ImageDraw.ImageDraw, colours: dict[str, str], top: int, f
         at += 20 + int(draw.textlength(name, font)) + 24
 
 
-def _draw_bars(draw: ImageDraw.ImageDraw, bars: Sequence[Bar], colours: dict[str, str], span: tuple[int, int],
-               top: int, font: ImageFont.ImageFont) -> None:
+def _draw_bars(
+    draw: ImageDraw.ImageDraw,
+    bars: Sequence[Bar],
+    colours: dict[str, str],
+    span: tuple[int, int],
+    top: int,
+    font: ImageFont.ImageFont,
+) -> None:
     left, right = span
     largest = max((sum(bar.parts.values()) for bar in bars), default=0.0) or 1.0
     bottom = top + len(bars) * (BAR + GAP)

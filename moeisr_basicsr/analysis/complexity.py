@@ -15,6 +15,7 @@ This module counts the convolutions at LR in every sum, for the dense baselines 
 
 Shapes: (H, W) LR size, (R, S) output size, J experts.
 """
+
 import copy
 from collections.abc import Sequence
 from functools import lru_cache
@@ -29,6 +30,7 @@ from moeisr_basicsr.core import MoEDecoder
 
 class DecoderMacs(NamedTuple):
     """MACs of mapper and experts for one image; `*_cell` per LR cell, the others per output pixel."""
+
     cells_per_pixel: float  # LR cells per output pixel
     mapper_cell: int
     mapper_query: int
@@ -57,6 +59,7 @@ class DecoderMacs(NamedTuple):
 
 class Parameters(NamedTuple):
     """Number of parameters."""
+
     encoder: int
     mapper: int
     shared: int  # what experts share: LTE's convolutions and phase, hidden layers with shared_layers
@@ -85,8 +88,13 @@ def decoder_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[int,
     """
     mapper = decoder.mapper
     cells_per_pixel = lq_size[0] * lq_size[1] / (size[0] * size[1])
-    return DecoderMacs(cells_per_pixel, 0 if mapper is None else mapper.table_macs(),
-                       0 if mapper is None else mapper.macs(), decoder.pool.table_macs(), decoder.expert_macs)
+    return DecoderMacs(
+        cells_per_pixel,
+        0 if mapper is None else mapper.table_macs(),
+        0 if mapper is None else mapper.macs(),
+        decoder.pool.table_macs(),
+        decoder.expert_macs,
+    )
 
 
 def heaviest(decoder: MoEDecoder) -> int:
@@ -145,8 +153,13 @@ def encoder_macs_of(encoder: nn.Module, lq_size: tuple[int, int]) -> int:
     return encoder_macs(encoder, lq_size, in_channels)
 
 
-def macs_per_pixel(net: nn.Module, lq_size: tuple[int, int], size: tuple[int, int], loads: Sequence[float],
-                   dense: MoEDecoder | None = None) -> dict:
+def macs_per_pixel(
+    net: nn.Module,
+    lq_size: tuple[int, int],
+    size: tuple[int, int],
+    loads: Sequence[float],
+    dense: MoEDecoder | None = None,
+) -> dict:
     """The `macs` of a results row (see `schema`): per output pixel by part, as routed; `loads` as in `DecoderMacs`.
 
     The heaviest expert of `dense` is the baseline, of the network's own decoder where it is not given.
@@ -154,17 +167,29 @@ def macs_per_pixel(net: nn.Module, lq_size: tuple[int, int], size: tuple[int, in
     dense = dense or net.decoder
     parts = decoder_macs(net.decoder, lq_size, size)
     encoder = encoder_macs_of(net.encoder, lq_size) / (size[0] * size[1])
-    return {'encoder': encoder, 'mapper': parts.mapper, 'tables': parts.tables, 'experts': parts.experts_at(loads),
-            'total': encoder + parts.total(loads), 'dense_folded': dense_folded_macs(dense, lq_size, size),
-            'dense_plain': dense_plain_macs(dense, lq_size, size), 'each_expert': parts.experts}
+    return {
+        'encoder': encoder,
+        'mapper': parts.mapper,
+        'tables': parts.tables,
+        'experts': parts.experts_at(loads),
+        'total': encoder + parts.total(loads),
+        'dense_folded': dense_folded_macs(dense, lq_size, size),
+        'dense_plain': dense_plain_macs(dense, lq_size, size),
+        'each_expert': parts.experts,
+    }
 
 
 def parameters(net: nn.Module) -> Parameters:
     """Number of parameters of a `MoEISR` by part."""
     pool = net.decoder.pool
     experts = [count(expert) for expert in pool.experts]
-    return Parameters(count(net.encoder), 0 if net.decoder.mapper is None else count(net.decoder.mapper),
-                      count(pool) - sum(experts), experts, count(net))
+    return Parameters(
+        count(net.encoder),
+        0 if net.decoder.mapper is None else count(net.decoder.mapper),
+        count(pool) - sum(experts),
+        experts,
+        count(net),
+    )
 
 
 def count(module: nn.Module) -> int:

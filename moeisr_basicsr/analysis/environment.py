@@ -1,4 +1,5 @@
 """Where numbers were measured."""
+
 import os
 import platform
 from pathlib import Path
@@ -19,12 +20,22 @@ def environment(kernel: str, device: torch.device | str = 'cpu') -> dict:
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
     return {
-        'moeisr_basicsr': moeisr_basicsr.__version__, 'torch': torch.__version__, 'python': platform.python_version(),
-        'platform': platform.platform(), 'cpu': cpu_name(), 'cpu_count': os.cpu_count() or 1,
-        'threads': torch.get_num_threads(), 'device': device.type, 'device_name': name, 'kernel': kernel,
+        'moeisr_basicsr': moeisr_basicsr.__version__,
+        'torch': torch.__version__,
+        'python': platform.python_version(),
+        'platform': platform.platform(),
+        'cpu': cpu_name(),
+        'cpu_count': os.cpu_count() or 1,
+        'threads': torch.get_num_threads(),
+        'device': device.type,
+        'device_name': name,
+        'kernel': kernel,
         # these change the speed of large temporaries and of threads
-        'variables': {key: value for key, value in sorted(os.environ.items())
-                      if key.startswith(('OMP_', 'MKL_', 'MALLOC_', 'MOEISR_'))},
+        'variables': {
+            key: value
+            for key, value in sorted(os.environ.items())
+            if key.startswith(('OMP_', 'MKL_', 'MALLOC_', 'MOEISR_'))
+        },
     }
 
 

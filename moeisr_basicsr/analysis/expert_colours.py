@@ -1,4 +1,5 @@
 """The colours of the experts, in maps and charts alike."""
+
 from collections.abc import Sequence
 
 import numpy as np

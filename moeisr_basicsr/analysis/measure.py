@@ -1,4 +1,5 @@
 """Time and memory of a piece of work, on CPU and CUDA."""
+
 import ctypes
 import gc
 import statistics
@@ -48,8 +49,9 @@ class StageClock:
         self.times[stage] = self.times.get(stage, 0.0) + (time.perf_counter() - start) * 1e3
 
 
-def interleaved_ms(cases: dict[str, Callable[[], object]], repeats: int, device: torch.device,
-                   warm_up: bool = True) -> dict[str, float]:
+def interleaved_ms(
+    cases: dict[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: bool = True
+) -> dict[str, float]:
     """Median milliseconds of several cases that take turns, so that a busy moment of the machine hits all of them.
 
     Args:

@@ -1,4 +1,5 @@
 """What a model file is: network, size, cost and the measurements that its metadata holds."""
+
 import hashlib
 import json
 from os import PathLike
@@ -17,8 +18,10 @@ from .complexity import count, decoder_macs, dense_folded_macs
 SCALE_RANGE, RESULTS = 'scale_range', 'results'
 STRUCTURES = {
     SCALE_RANGE: {'type': 'array', 'items': {'type': 'number', 'minimum': 1}, 'minItems': 2, 'maxItems': 2},
-    RESULTS: {'type': 'array', 'items': {**schema.SCHEMA['properties']['rows']['items'],
-                                         'required': ['dataset', 'scale', 'count', 'metrics']}},
+    RESULTS: {
+        'type': 'array',
+        'items': {**schema.SCHEMA['properties']['rows']['items'], 'required': ['dataset', 'scale', 'count', 'metrics']},
+    },
 }
 LQ_SIZE, SIZE = (180, 320), (720, 1280)  # of the published costs at x4
 X4 = [4, 4]
@@ -43,14 +46,19 @@ def summarize_model(path: str | PathLike) -> dict[str, Any]:
     scale_range, results = (_from_json(model.metadata, key, path) for key in (SCALE_RANGE, RESULTS))
     has_decoder = hasattr(net, 'decoder')
     return {
-        'name': path.stem, 'file': str(path), 'bytes': path.stat().st_size,
-        'sha256': hashlib.sha256(path.read_bytes()).hexdigest(), 'network_g': model.network_opt,
+        'name': path.stem,
+        'file': str(path),
+        'bytes': path.stat().st_size,
+        'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
+        'network_g': model.network_opt,
         'encoder': model.network_opt.get('encoder', {}).get('type'),
-        'decoder': net.decoder.family if has_decoder else None, 'experts': net.num_experts if has_decoder else None,
-        'parameters': count(net), 'macs_x4': macs_x4(net, results or []) if has_decoder else None,
-        'scale_range': scale_range, 'results': results or [],
-        'metadata': {key: value for key, value in model.metadata.items()
-                     if key not in (*STRUCTURES, 'network_g')},
+        'decoder': net.decoder.family if has_decoder else None,
+        'experts': net.num_experts if has_decoder else None,
+        'parameters': count(net),
+        'macs_x4': macs_x4(net, results or []) if has_decoder else None,
+        'scale_range': scale_range,
+        'results': results or [],
+        'metadata': {key: value for key, value in model.metadata.items() if key not in (*STRUCTURES, 'network_g')},
     }
 
 
@@ -62,11 +70,16 @@ def results_of(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def macs_x4(net: nn.Module, results: list[dict[str, Any]]) -> dict[str, float | None]:
     """Decoder MACs per output pixel at x4: as routed in the first measurement at x4, and dense."""
-    loads = [1.0] if net.num_experts == 1 else next(
-        (row['routing']['loads'] for row in results if row['scale'] == X4 and 'routing' in row), None)
+    loads = (
+        [1.0]
+        if net.num_experts == 1
+        else next((row['routing']['loads'] for row in results if row['scale'] == X4 and 'routing' in row), None)
+    )
     counts = decoder_macs(net.decoder, LQ_SIZE, SIZE)
-    return {'routed': None if loads is None else counts.total(loads),
-            'dense': dense_folded_macs(net.decoder, LQ_SIZE, SIZE)}
+    return {
+        'routed': None if loads is None else counts.total(loads),
+        'dense': dense_folded_macs(net.decoder, LQ_SIZE, SIZE),
+    }
 
 
 def psnr_of(row: dict[str, Any]) -> tuple[float, float | None] | None:

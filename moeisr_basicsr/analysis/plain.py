@@ -6,6 +6,7 @@ queries in chunks; LIIF unfolds the features anew for each chunk; each of the fo
 
 Shapes: B images, C feature channels, (H, W) LR size, Q queries.
 """
+
 import math
 from collections.abc import Callable
 
@@ -30,8 +31,9 @@ def lte_maps(decoder: MoEDecoder, feat: Tensor) -> list[Tensor] | None:
     return [decoder.pool.coef(feat), decoder.pool.freq(feat)] if decoder.family == 'lte' else None
 
 
-def plain_queries(decoder: MoEDecoder, j: int, feat: Tensor, coord: Tensor, cell: Tensor,
-                  maps: list[Tensor] | None = None) -> Tensor:
+def plain_queries(
+    decoder: MoEDecoder, j: int, feat: Tensor, coord: Tensor, cell: Tensor, maps: list[Tensor] | None = None
+) -> Tensor:
     """Expert j's answers, (B, Q, C_out).
 
     Args:
@@ -49,9 +51,13 @@ def plain_mixture(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor
     The experts share what they read: the sum's own cost, not that of four separate decoders.
     """
     weights = gates.flatten(0, 1).unsqueeze(-1)  # (B Q, J, 1)
-    return ensemble(decoder, feat, coord, cell,
-                    lambda inputs: sum(weights[:, j] * expert_mlp(decoder, j, inputs)
-                                       for j in range(decoder.num_experts)))
+    return ensemble(
+        decoder,
+        feat,
+        coord,
+        cell,
+        lambda inputs: sum(weights[:, j] * expert_mlp(decoder, j, inputs) for j in range(decoder.num_experts)),
+    )
 
 
 def expert_mlp(decoder: MoEDecoder, j: int, x: Tensor) -> Tensor:
@@ -62,8 +68,14 @@ def expert_mlp(decoder: MoEDecoder, j: int, x: Tensor) -> Tensor:
     return last(x)
 
 
-def ensemble(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, mlp: Callable[[Tensor], Tensor],
-             maps: list[Tensor] | None = None) -> Tensor:
+def ensemble(
+    decoder: MoEDecoder,
+    feat: Tensor,
+    coord: Tensor,
+    cell: Tensor,
+    mlp: Callable[[Tensor], Tensor],
+    maps: list[Tensor] | None = None,
+) -> Tensor:
     """Four full passes of `mlp`, (B Q, inputs) -> (B Q, C_out), blended by the diagonally opposite areas."""
     height, width = feat.shape[-2:]
     maps = maps or lte_maps(decoder, feat)
@@ -105,8 +117,15 @@ def mlp_inputs(decoder: MoEDecoder, sampled: list[Tensor], rel: Tensor, cell: Te
 
 
 @torch.no_grad()
-def plain_image(decoder: MoEDecoder, j: int, feat: Tensor, size: tuple[int, int], cell: Tensor, chunk: int = CHUNK,
-                max_chunks: int | None = None) -> Tensor:
+def plain_image(
+    decoder: MoEDecoder,
+    j: int,
+    feat: Tensor,
+    size: tuple[int, int],
+    cell: Tensor,
+    chunk: int = CHUNK,
+    max_chunks: int | None = None,
+) -> Tensor:
     """Expert j's answers for a whole image, (B, Q, C_out) in row-major order.
 
     Args:
@@ -123,8 +142,9 @@ def plain_image(decoder: MoEDecoder, j: int, feat: Tensor, size: tuple[int, int]
     return torch.cat([plain_queries(decoder, j, feat, coord[:, span], cells[:, span], maps) for span in spans], dim=1)
 
 
-def plain_pixels(decoder: MoEDecoder, feat: Tensor, size: tuple[int, int], cell: Tensor, pixels: Tensor,
-                 experts: Tensor) -> Tensor:
+def plain_pixels(
+    decoder: MoEDecoder, feat: Tensor, size: tuple[int, int], cell: Tensor, pixels: Tensor, experts: Tensor
+) -> Tensor:
     """Chosen output pixels of one image, each from its expert: (N, C_out).
 
     Args:

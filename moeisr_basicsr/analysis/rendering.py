@@ -2,6 +2,7 @@
 
 Shapes: B images, C feature channels, (H, W) LR size, (R, S) output size, J experts.
 """
+
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -25,28 +26,47 @@ class FixedMapRenderer(Renderer):
         **options: Of `Renderer`.
     """
 
-    def __init__(self, decoder: MoEDecoder, size: tuple[int, int], lr_size: tuple[int, int],
-                 expert_map: Tensor | None, with_mapper: bool = False, **options):
+    def __init__(
+        self,
+        decoder: MoEDecoder,
+        size: tuple[int, int],
+        lr_size: tuple[int, int],
+        expert_map: Tensor | None,
+        with_mapper: bool = False,
+        **options,
+    ):
         super().__init__(decoder, size, lr_size, **options)
         self.expert_map = expert_map
         self.with_mapper = with_mapper
 
-    def strips(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
-               ) -> Iterator[tuple[int, int, Tensor | None]]:
+    def strips(
+        self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
+    ) -> Iterator[tuple[int, int, Tensor | None]]:
         """Row strips with their part of the given map."""
-        computed = super().strips(window, rows, cols) if self.with_mapper else (
-            (top, bottom, None) for top, bottom in self.row_spans(rows))
+        computed = (
+            super().strips(window, rows, cols)
+            if self.with_mapper
+            else ((top, bottom, None) for top, bottom in self.row_spans(rows))
+        )
         for top, bottom, _ in computed:
-            yield top, bottom, None if self.expert_map is None else self.expert_map[top:bottom, cols[0]:cols[1]]
+            yield top, bottom, None if self.expert_map is None else self.expert_map[top:bottom, cols[0] : cols[1]]
 
 
 @torch.no_grad()
-def render_fixed(decoder: MoEDecoder, feat: Tensor, size: tuple[int, int], expert_map: Tensor | None,
-                 cell: Tensor | None = None, backend: Backend | None = None, with_mapper: bool = False) -> Tensor:
+def render_fixed(
+    decoder: MoEDecoder,
+    feat: Tensor,
+    size: tuple[int, int],
+    expert_map: Tensor | None,
+    cell: Tensor | None = None,
+    backend: Backend | None = None,
+    with_mapper: bool = False,
+) -> Tensor:
     """One image (1, C, H, W) with a given expert map: (C_out, R, S) fp32."""
     lr_size = tuple(feat.shape[-2:])
-    renderer = FixedMapRenderer(decoder, size, lr_size, expert_map, with_mapper, cell=cell, backend=backend or TORCH,
-                                device=feat.device)
+    renderer = FixedMapRenderer(
+        decoder, size, lr_size, expert_map, with_mapper, cell=cell, backend=backend or TORCH, device=feat.device
+    )
     output = torch.empty(decoder.out_channels, *size, device=feat.device)
     for top, bottom, strip in renderer.render(FeatureWindow(feat, 0, 0, lr_size), (0, size[0]), (0, size[1])):
         output[:, top:bottom] = strip.output[0]

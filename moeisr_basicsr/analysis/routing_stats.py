@@ -2,6 +2,7 @@
 
 Shapes: (R, S) output size, J experts, N pixels.
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,7 @@ def gradient_energy(image: Tensor, window: int = 5) -> Tensor:
     padded = F.pad(luma[None, None], (1, 1, 1, 1), mode='replicate')[0, 0]
     row = (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
     col = (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2
-    energy = F.pad((row.square() + col.square())[None, None], (window // 2, ) * 4, mode='replicate')
+    energy = F.pad((row.square() + col.square())[None, None], (window // 2,) * 4, mode='replicate')
     return F.avg_pool2d(energy, window, stride=1)[0, 0]
 
 

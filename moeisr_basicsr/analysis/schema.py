@@ -42,6 +42,7 @@ A results file is JSON, one object:
 
 `SCHEMA` says the same in JSON Schema (the subset that `problems` checks).
 """
+
 import json
 import math
 from os import PathLike
@@ -71,40 +72,109 @@ _AMOUNT, _AMOUNT_OR_NULL = {'type': 'number', 'minimum': 0}, {'type': ['number',
 _SIZE = _list({'type': 'integer', 'minimum': 1}, minItems=2, maxItems=2)
 
 _ENVIRONMENT = _object(
-    ('torch', 'threads', 'cpu', 'device', 'kernel'), moeisr_basicsr=_TEXT, torch=_TEXT, python=_TEXT, platform=_TEXT,
-    cpu=_TEXT, cpu_count=_COUNT, threads=_COUNT, device=_TEXT, device_name=_TEXT, kernel=_TEXT,
-    variables=_object(extra=_TEXT))
-_MODEL = {**_object(('name', 'parameters'), name=_TEXT, file=_TEXT_OR_NULL, network_g=_object(extra=True),
-                    parameters=_object(('total', ), encoder=_COUNT, mapper=_COUNT, shared=_COUNT,
-                                       experts=_list(_COUNT), total=_COUNT)), 'type': ['object', 'null']}
+    ('torch', 'threads', 'cpu', 'device', 'kernel'),
+    moeisr_basicsr=_TEXT,
+    torch=_TEXT,
+    python=_TEXT,
+    platform=_TEXT,
+    cpu=_TEXT,
+    cpu_count=_COUNT,
+    threads=_COUNT,
+    device=_TEXT,
+    device_name=_TEXT,
+    kernel=_TEXT,
+    variables=_object(extra=_TEXT),
+)
+_MODEL = {
+    **_object(
+        ('name', 'parameters'),
+        name=_TEXT,
+        file=_TEXT_OR_NULL,
+        network_g=_object(extra=True),
+        parameters=_object(
+            ('total',), encoder=_COUNT, mapper=_COUNT, shared=_COUNT, experts=_list(_COUNT), total=_COUNT
+        ),
+    ),
+    'type': ['object', 'null'],
+}
 _ROW = _object(
-    ('case', ), case=_TEXT, dataset=_TEXT_OR_NULL, image=_TEXT_OR_NULL, protocol=_TEXT_OR_NULL, count=_COUNT,
-    metric_protocols=_object(extra=_TEXT), pictures=_object(extra=_TEXT),
-    lq_size=_SIZE, size=_SIZE, scale=_list(_AMOUNT, minItems=2, maxItems=2), precision=_TEXT,
-    budget=_AMOUNT_OR_NULL, cost_weight=_NUMBER_OR_NULL, shuffle_experts=_FLAG,
-    metrics=_object(extra=_NUMBER_OR_NULL), time_ms=_object(extra=_AMOUNT), repeats=_COUNT,
+    ('case',),
+    case=_TEXT,
+    dataset=_TEXT_OR_NULL,
+    image=_TEXT_OR_NULL,
+    protocol=_TEXT_OR_NULL,
+    count=_COUNT,
+    metric_protocols=_object(extra=_TEXT),
+    pictures=_object(extra=_TEXT),
+    lq_size=_SIZE,
+    size=_SIZE,
+    scale=_list(_AMOUNT, minItems=2, maxItems=2),
+    precision=_TEXT,
+    budget=_AMOUNT_OR_NULL,
+    cost_weight=_NUMBER_OR_NULL,
+    shuffle_experts=_FLAG,
+    metrics=_object(extra=_NUMBER_OR_NULL),
+    time_ms=_object(extra=_AMOUNT),
+    repeats=_COUNT,
     peak_mib=_object(extra=_AMOUNT_OR_NULL),
-    macs=_object(encoder=_AMOUNT, mapper=_AMOUNT, tables=_AMOUNT, experts=_AMOUNT, total=_AMOUNT,
-                 dense_folded=_AMOUNT, dense_plain=_AMOUNT, each_expert=_list(_AMOUNT)),
+    macs=_object(
+        encoder=_AMOUNT,
+        mapper=_AMOUNT,
+        tables=_AMOUNT,
+        experts=_AMOUNT,
+        total=_AMOUNT,
+        dense_folded=_AMOUNT,
+        dense_plain=_AMOUNT,
+        each_expert=_list(_AMOUNT),
+    ),
     routing=_object(loads=_list(_AMOUNT), mean_cost=_AMOUNT_OR_NULL, texture_correlation=_NUMBER_OR_NULL),
-    data=_object(workers=_COUNT, batch_size=_COUNT, items_per_second=_AMOUNT, items_per_cpu_second=_AMOUNT_OR_NULL,
-                 needed_items_per_second=_AMOUNT_OR_NULL),
-    ratio=_AMOUNT, baseline=_TEXT, difference=_AMOUNT_OR_NULL, notes=_TEXT)
+    data=_object(
+        workers=_COUNT,
+        batch_size=_COUNT,
+        items_per_second=_AMOUNT,
+        items_per_cpu_second=_AMOUNT_OR_NULL,
+        needed_items_per_second=_AMOUNT_OR_NULL,
+    ),
+    ratio=_AMOUNT,
+    baseline=_TEXT,
+    difference=_AMOUNT_OR_NULL,
+    notes=_TEXT,
+)
 SCHEMA = {
     '$schema': 'https://json-schema.org/draft/2020-12/schema',
     'title': FORMAT,
-    **_object(('format', 'version', 'command', 'environment', 'rows'), format={'enum': [FORMAT]},
-              version={'enum': [VERSION]}, command=_TEXT, environment=_ENVIRONMENT, model=_MODEL, rows=_list(_ROW)),
+    **_object(
+        ('format', 'version', 'command', 'environment', 'rows'),
+        format={'enum': [FORMAT]},
+        version={'enum': [VERSION]},
+        command=_TEXT,
+        environment=_ENVIRONMENT,
+        model=_MODEL,
+        rows=_list(_ROW),
+    ),
 }
 
-_TYPES = {'object': dict, 'array': list, 'string': str, 'integer': int, 'number': (int, float), 'null': type(None),
-          'boolean': bool}
+_TYPES = {
+    'object': dict,
+    'array': list,
+    'string': str,
+    'integer': int,
+    'number': (int, float),
+    'null': type(None),
+    'boolean': bool,
+}
 
 
 def document(command: str, environment: dict, rows: list[dict], model: dict | None = None) -> dict:
     """A results document."""
-    return {'format': FORMAT, 'version': VERSION, 'command': command, 'environment': environment, 'model': model,
-            'rows': rows}
+    return {
+        'format': FORMAT,
+        'version': VERSION,
+        'command': command,
+        'environment': environment,
+        'model': model,
+        'rows': rows,
+    }
 
 
 def problems(value: Any, schema: dict = SCHEMA, where: str = 'results') -> list[str]:
@@ -112,8 +182,9 @@ def problems(value: Any, schema: dict = SCHEMA, where: str = 'results') -> list[
     if 'enum' in schema:
         return [] if value in schema['enum'] else [f'{where} must be {schema["enum"][0]!r}; got {value!r}']
     names = schema['type'] if isinstance(schema['type'], list) else [schema['type']]
-    types = tuple(kind for name in names for kind in (_TYPES[name] if isinstance(_TYPES[name], tuple) else
-                                                      (_TYPES[name], )))
+    types = tuple(
+        kind for name in names for kind in (_TYPES[name] if isinstance(_TYPES[name], tuple) else (_TYPES[name],))
+    )
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         return [f'{where} must be {" or ".join(names)}; got {type(value).__name__}']
     found = []

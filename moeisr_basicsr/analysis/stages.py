@@ -2,6 +2,7 @@
 
 Shapes: (1, C, H, W) input, (R, S) output size, J experts.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ STAGES = ('encode', 'map', 'decode', 'total')
 
 class Setting(NamedTuple):
     """How an image is upscaled."""
+
     precision: str = 'fp32'
     cost_weight: float = 0.0
     budget: float | None = None
@@ -73,8 +75,9 @@ class Stages:
         control = make_control(self.net, self.setting.cost_weight, self.setting.budget)  # a budget is spent once
         window, everything = FeatureWindow(self.feat, 0, 0, self.lq_size), ((0, self.size[0]), (0, self.size[1]))
         with evaluation(self.net, self.device.type, self.setting.precision):
-            renderer = Renderer(self.decoder, self.size, self.lq_size, self.cell, control, self.backend,
-                                device=self.device)
+            renderer = Renderer(
+                self.decoder, self.size, self.lq_size, self.cell, control, self.backend, device=self.device
+            )
             if isinstance(control, Budget):
                 renderer.observe(window, *everything)
             return torch.cat([strip for _, _, strip in renderer.strips(window, *everything)])
@@ -86,14 +89,23 @@ class Stages:
 
     def total(self) -> None:
         """The whole upscale as the `upscale` command does it, without files."""
-        for _ in upscale_strips(self.net, self.lq, self.size, self.setting.cost_weight, self.setting.budget,
-                                precision=self.setting.precision):
+        for _ in upscale_strips(
+            self.net,
+            self.lq,
+            self.size,
+            self.setting.cost_weight,
+            self.setting.budget,
+            precision=self.setting.precision,
+        ):
             pass
 
     def dense_folded(self) -> None:
         """The dense baseline by the same code."""
-        everywhere = None if self.dense.num_experts == 1 else torch.full(
-            self.size, heaviest(self.dense), dtype=torch.uint8, device=self.device)
+        everywhere = (
+            None
+            if self.dense.num_experts == 1
+            else torch.full(self.size, heaviest(self.dense), dtype=torch.uint8, device=self.device)
+        )
         with evaluation(self.dense, self.device.type, self.setting.precision):
             render_fixed(self.dense, self.feat, self.size, everywhere, self.cell, self.dense_backend)
 
@@ -124,8 +136,17 @@ class Stages:
     def row(self, scale: tuple[float, float]) -> dict:
         """One row of a results document (see `schema`): everything above."""
         loads = self.loads()
-        return {'case': 'profile', 'lq_size': list(self.lq_size), 'size': list(self.size), 'scale': list(scale),
-                'precision': self.setting.precision, 'budget': self.setting.budget,
-                'cost_weight': self.setting.cost_weight, 'time_ms': self.times(), 'repeats': self.setting.repeats,
-                'peak_mib': self.memory(), 'macs': macs_per_pixel(self.net, self.lq_size, self.size, loads, self.dense),
-                'routing': {'loads': loads, 'mean_cost': mean_cost(loads, self.decoder.expert_costs)}}
+        return {
+            'case': 'profile',
+            'lq_size': list(self.lq_size),
+            'size': list(self.size),
+            'scale': list(scale),
+            'precision': self.setting.precision,
+            'budget': self.setting.budget,
+            'cost_weight': self.setting.cost_weight,
+            'time_ms': self.times(),
+            'repeats': self.setting.repeats,
+            'peak_mib': self.memory(),
+            'macs': macs_per_pixel(self.net, self.lq_size, self.size, loads, self.dense),
+            'routing': {'loads': loads, 'mean_cost': mean_cost(loads, self.decoder.expert_costs)},
+        }

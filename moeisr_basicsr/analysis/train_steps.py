@@ -2,6 +2,7 @@
 
 Shapes: B images, C feature channels, Q queries.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ PATCH, QUERIES, SCALE = 48, 2304, 2.5  # LIIF's recipe; the mean factor of U(1, 
 
 class Difference(NamedTuple):
     """How far two forms are apart."""
+
     output: float  # largest, on the [0, 1] scale
     gradient: float  # largest over all parameters and the features: norm of the difference over the norm
 
@@ -45,8 +47,9 @@ class TrainSteps:
         self.coord = draw(batch, queries, 2) * 2 - 1
         self.cell = torch.full_like(self.coord, 2 / (patch * SCALE))
         self.pull = draw(batch, queries, decoder.out_channels) * 2 - 1  # the loss's gradient
-        self.noise = torch.stack([gumbel_noise((queries, decoder.num_experts), 0, 0, slot)
-                                  for slot in range(batch)]).to(weight.device)
+        self.noise = torch.stack(
+            [gumbel_noise((queries, decoder.num_experts), 0, 0, slot) for slot in range(batch)]
+        ).to(weight.device)
 
     def run(self, form: str) -> tuple[Tensor, Tensor]:
         """One step.

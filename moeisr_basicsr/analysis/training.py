@@ -2,6 +2,7 @@
 
 Shapes: B images, (h, w) LR patch, Q queries, J experts.
 """
+
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ PARTS = ('encoder', 'mapper', 'tables', 'chosen_experts', 'unchosen_experts', 'o
 
 class Batch(NamedTuple):
     """A made-up training batch; the loss does not know that it is noise, and the work is the same."""
+
     lq: Tensor  # (B, C, h, w)
     gt: Tensor  # (B, Q, C_out)
     coord: Tensor  # (B, Q, 2)
@@ -27,8 +29,15 @@ class Batch(NamedTuple):
     noise: Tensor | None  # (B, Q, J)
 
 
-def make_batch(net: nn.Module, batch_size: int = 16, patch: int = 48, queries: int = 2304, channels: int = 3,
-               scale: float = 2.5, seed: int = 0) -> Batch:
+def make_batch(
+    net: nn.Module,
+    batch_size: int = 16,
+    patch: int = 48,
+    queries: int = 2304,
+    channels: int = 3,
+    scale: float = 2.5,
+    seed: int = 0,
+) -> Batch:
     """Noise in the shapes of LIIF's recipe: 16 patches of 48x48, 2304 queries each, at the mean factor of U(1, 4)."""
     generator = torch.Generator().manual_seed(seed)
     device = next(net.parameters()).device
@@ -37,9 +46,13 @@ def make_batch(net: nn.Module, batch_size: int = 16, patch: int = 48, queries: i
     if net.num_experts > 1:
         noise = torch.stack([gumbel_noise((queries, net.num_experts), seed, 0, slot) for slot in range(batch_size)])
         noise = noise.to(device)
-    return Batch(torch.rand(batch_size, channels, patch, patch, generator=generator).to(device),
-                 torch.rand(batch_size, queries, net.decoder.out_channels, generator=generator).to(device),
-                 coord.to(device), torch.full_like(coord, 2 / (patch * scale)).to(device), noise)
+    return Batch(
+        torch.rand(batch_size, channels, patch, patch, generator=generator).to(device),
+        torch.rand(batch_size, queries, net.decoder.out_channels, generator=generator).to(device),
+        coord.to(device),
+        torch.full_like(coord, 2 / (patch * scale)).to(device),
+        noise,
+    )
 
 
 class PartClock:
@@ -104,16 +117,21 @@ def watch_network(net: nn.Module, clock: PartClock) -> Iterator[None]:
     hidden layers are shared, run every expert on every query under autograd: all their time is that of chosen experts.
     """
     decoder = net.decoder
-    with clock.watching(net.encoder, 'forward', lambda: 'encoder'), \
-            clock.watching(decoder.pool, 'tables', lambda: 'tables'), \
-            clock.watching(decoder.pool, 'evaluate_all', lambda: 'chosen_experts'), \
-            clock.watching(decoder.pool, 'evaluate',
-                           lambda: 'chosen_experts' if torch.is_grad_enabled() else 'unchosen_experts'):
+    with (
+        clock.watching(net.encoder, 'forward', lambda: 'encoder'),
+        clock.watching(decoder.pool, 'tables', lambda: 'tables'),
+        clock.watching(decoder.pool, 'evaluate_all', lambda: 'chosen_experts'),
+        clock.watching(
+            decoder.pool, 'evaluate', lambda: 'chosen_experts' if torch.is_grad_enabled() else 'unchosen_experts'
+        ),
+    ):
         if decoder.mapper is None:
             yield
             return
-        with clock.watching(decoder.mapper, 'forward', lambda: 'mapper'), \
-                clock.watching(decoder.mapper, 'table', lambda: 'mapper'):
+        with (
+            clock.watching(decoder.mapper, 'forward', lambda: 'mapper'),
+            clock.watching(decoder.mapper, 'table', lambda: 'mapper'),
+        ):
             yield
 
 
@@ -129,8 +147,9 @@ def run_step(net: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, clo
         optimizer.step()
 
 
-def profile_training(net: nn.Module, batch: Batch, repeats: int = 3,
-                     kinds: tuple[str, ...] = EXPERT_GRADS) -> list[dict]:
+def profile_training(
+    net: nn.Module, batch: Batch, repeats: int = 3, kinds: tuple[str, ...] = EXPERT_GRADS
+) -> list[dict]:
     """Rows of a results document (see `schema`), one per `expert_grad`; a dense network has one row, 'dense'.
 
     The kinds take turns. Memory is measured in steps of their own. The network's weights and mode are restored.
@@ -143,7 +162,7 @@ def profile_training(net: nn.Module, batch: Batch, repeats: int = 3,
     """
     device = batch.lq.device
     if net.num_experts == 1:
-        kinds = ('dense', )
+        kinds = ('dense',)
     saved = {key: value.detach().clone() for key, value in net.state_dict().items()}
     mode, grad_kind = net.training, net.decoder.expert_grad
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
@@ -173,6 +192,12 @@ def profile_training(net: nn.Module, batch: Batch, repeats: int = 3,
 def _row(kind: str, times: dict[str, float], peaks: dict[str, float], batch: Batch, repeats: int) -> dict:
     peak_mib = {part: peaks.get(part) for part in PARTS if not peaks or part in peaks}
     peak_mib['total'] = max(peaks.values()) if peaks else None
-    return {'case': f'train-{kind}', 'lq_size': list(batch.lq.shape[-2:]), 'count': len(batch.lq),
-            'time_ms': {**times, 'total': sum(times.values())}, 'peak_mib': peak_mib, 'repeats': repeats,
-            'notes': f'{len(batch.lq)} images, {batch.coord.shape[1]} queries each, Adam, without data loading'}
+    return {
+        'case': f'train-{kind}',
+        'lq_size': list(batch.lq.shape[-2:]),
+        'count': len(batch.lq),
+        'time_ms': {**times, 'total': sum(times.values())},
+        'peak_mib': peak_mib,
+        'repeats': repeats,
+        'notes': f'{len(batch.lq)} images, {batch.coord.shape[1]} queries each, Adam, without data loading',
+    }

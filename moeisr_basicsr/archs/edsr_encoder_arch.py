@@ -2,6 +2,7 @@
 
 Shapes: B images, C_in channels in [-1, 1], (H, W) LR size.
 """
+
 from basicsr.archs.arch_util import ResidualBlockNoBN, make_layer
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn

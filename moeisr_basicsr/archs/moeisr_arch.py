@@ -2,9 +2,9 @@
 
 Shapes: B images, C_in and C_out channels, (H, W) LR size, (R, S) output rows and columns, Q queries, J experts.
 """
+
 from collections.abc import Mapping, Sequence
 
-import torch
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
@@ -31,8 +31,10 @@ def build_encoder(options: dict, in_channels: int) -> nn.Module:
     except TypeError as error:
         raise UserError(f'encoder {name} cannot be built: {error}') from error
     if not isinstance(getattr(encoder, 'num_feat', None), int):
-        raise UserError(f'{name} is no encoder: it must keep the size of the image and have `num_feat`, the number of '
-                        'its feature channels; EDSREncoder, RDNEncoder and SwinIREncoder do.')
+        raise UserError(
+            f'{name} is no encoder: it must keep the size of the image and have `num_feat`, the number of '
+            'its feature channels; EDSREncoder, RDNEncoder and SwinIREncoder do.'
+        )
     return encoder
 
 
@@ -62,12 +64,24 @@ class MoEISR(nn.Module):
             network at different depths.
     """
 
-    def __init__(self, encoder: dict, decoder: str = 'liif',
-                 experts: Sequence[Sequence[int]] = ((256, ), (256, ) * 2, (256, ) * 3, (256, ) * 4),
-                 mapper: dict | None = None, tau: float = 1.0, skip: str = 'none', in_channels: int = 3,
-                 out_channels: int = 3, scale: float | Sequence[float] | None = None, hidden_dim: int | None = None,
-                 zero_init_last: bool | None = None, cell_scale_max: float | None = None, expert_grad: str = 'exact',
-                 sample_rate: float = 0.125, shared_layers: int = 0):
+    def __init__(
+        self,
+        encoder: dict,
+        decoder: str = 'liif',
+        experts: Sequence[Sequence[int]] = ((256,), (256,) * 2, (256,) * 3, (256,) * 4),
+        mapper: dict | None = None,
+        tau: float = 1.0,
+        skip: str = 'none',
+        in_channels: int = 3,
+        out_channels: int = 3,
+        scale: float | Sequence[float] | None = None,
+        hidden_dim: int | None = None,
+        zero_init_last: bool | None = None,
+        cell_scale_max: float | None = None,
+        expert_grad: str = 'exact',
+        sample_rate: float = 0.125,
+        shared_layers: int = 0,
+    ):
         super().__init__()
         if skip not in SKIPS:
             raise ValueError(f'skip must be one of {SKIPS}; got {skip!r}.')
@@ -81,9 +95,18 @@ class MoEISR(nn.Module):
         self.encoder = build_encoder(encoder, in_channels)
         family = {} if hidden_dim is None else {'hidden_dim': hidden_dim}
         self.decoder = MoEDecoder(
-            self.encoder.num_feat, out_channels, decoder, experts, mapper, tau=tau, expert_grad=expert_grad,
-            sample_rate=sample_rate, zero_init_last=skip == 'bicubic' if zero_init_last is None else zero_init_last,
-            shared_layers=shared_layers, **family)
+            self.encoder.num_feat,
+            out_channels,
+            decoder,
+            experts,
+            mapper,
+            tau=tau,
+            expert_grad=expert_grad,
+            sample_rate=sample_rate,
+            zero_init_last=skip == 'bicubic' if zero_init_last is None else zero_init_last,
+            shared_layers=shared_layers,
+            **family,
+        )
 
     @property
     def num_experts(self) -> int:
@@ -104,9 +127,16 @@ class MoEISR(nn.Module):
         """The implicit representation z = E(lq): (B, C_in, H, W) in [0, 1] -> (B, C, H, W)."""
         return self.encoder(lq * 2 - 1)  # LIIF feeds its encoder [-1, 1]
 
-    def forward(self, lq: Tensor, coord: Tensor | None = None, cell: Tensor | None = None, noise: Tensor | None = None,
-                tau: float | None = None, keep: Tensor | None = None,
-                with_routing: bool = False) -> Tensor | Decoded:
+    def forward(
+        self,
+        lq: Tensor,
+        coord: Tensor | None = None,
+        cell: Tensor | None = None,
+        noise: Tensor | None = None,
+        tau: float | None = None,
+        keep: Tensor | None = None,
+        with_routing: bool = False,
+    ) -> Tensor | Decoded:
         """Upscale by the network's own `scale`, or answer queries.
 
         Args:
@@ -180,21 +210,55 @@ class MoEISR(nn.Module):
 class LIIF(MoEISR):
     """Dense LIIF (Chen et al., CVPR 2021, arXiv 2012.09161): one expert of four hidden layers."""
 
-    def __init__(self, encoder: dict, hidden_list: Sequence[int] = (256, ) * 4, skip: str = 'none',
-                 in_channels: int = 3, out_channels: int = 3, scale: float | Sequence[float] | None = None,
-                 zero_init_last: bool | None = None, cell_scale_max: float | None = None):
-        super().__init__(encoder, 'liif', [hidden_list], skip=skip, in_channels=in_channels, out_channels=out_channels,
-                         scale=scale, zero_init_last=zero_init_last, cell_scale_max=cell_scale_max)
+    def __init__(
+        self,
+        encoder: dict,
+        hidden_list: Sequence[int] = (256,) * 4,
+        skip: str = 'none',
+        in_channels: int = 3,
+        out_channels: int = 3,
+        scale: float | Sequence[float] | None = None,
+        zero_init_last: bool | None = None,
+        cell_scale_max: float | None = None,
+    ):
+        super().__init__(
+            encoder,
+            'liif',
+            [hidden_list],
+            skip=skip,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            scale=scale,
+            zero_init_last=zero_init_last,
+            cell_scale_max=cell_scale_max,
+        )
 
 
 @ARCH_REGISTRY.register()
 class LTE(MoEISR):
     """Dense LTE (Lee and Jin, CVPR 2022, arXiv 2111.08918): one expert of three hidden layers, bilinear skip."""
 
-    def __init__(self, encoder: dict, hidden_list: Sequence[int] = (256, ) * 3, hidden_dim: int = 256,
-                 skip: str = 'bilinear', in_channels: int = 3, out_channels: int = 3,
-                 scale: float | Sequence[float] | None = None, zero_init_last: bool | None = None,
-                 cell_scale_max: float | None = None):
-        super().__init__(encoder, 'lte', [hidden_list], skip=skip, in_channels=in_channels, out_channels=out_channels,
-                         scale=scale, hidden_dim=hidden_dim, zero_init_last=zero_init_last,
-                         cell_scale_max=cell_scale_max)
+    def __init__(
+        self,
+        encoder: dict,
+        hidden_list: Sequence[int] = (256,) * 3,
+        hidden_dim: int = 256,
+        skip: str = 'bilinear',
+        in_channels: int = 3,
+        out_channels: int = 3,
+        scale: float | Sequence[float] | None = None,
+        zero_init_last: bool | None = None,
+        cell_scale_max: float | None = None,
+    ):
+        super().__init__(
+            encoder,
+            'lte',
+            [hidden_list],
+            skip=skip,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            scale=scale,
+            hidden_dim=hidden_dim,
+            zero_init_last=zero_init_last,
+            cell_scale_max=cell_scale_max,
+        )

@@ -2,6 +2,7 @@
 
 Module names follow the official LIIF checkpoints. Shapes: B images, C_in channels in [-1, 1], (H, W) LR size.
 """
+
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
@@ -45,8 +46,15 @@ class RDNEncoder(nn.Module):
         growth: G, in place of the config's.
     """
 
-    def __init__(self, num_in_ch: int = 3, config: str = 'B', num_feat: int = 64, num_block: int | None = None,
-                 num_conv: int | None = None, growth: int | None = None):
+    def __init__(
+        self,
+        num_in_ch: int = 3,
+        config: str = 'B',
+        num_feat: int = 64,
+        num_block: int | None = None,
+        num_conv: int | None = None,
+        growth: int | None = None,
+    ):
         super().__init__()
         if config not in CONFIGS:
             raise ValueError(f'RDNEncoder config must be one of {sorted(CONFIGS)}; got {config!r}.')
@@ -57,8 +65,9 @@ class RDNEncoder(nn.Module):
         self.SFENet1 = nn.Conv2d(num_in_ch, num_feat, 3, padding=1)
         self.SFENet2 = nn.Conv2d(num_feat, num_feat, 3, padding=1)
         self.RDBs = nn.ModuleList(ResidualDenseBlock(num_feat, growth, num_conv) for _ in range(num_block))
-        self.GFF = nn.Sequential(nn.Conv2d(num_block * num_feat, num_feat, 1),
-                                 nn.Conv2d(num_feat, num_feat, 3, padding=1))
+        self.GFF = nn.Sequential(
+            nn.Conv2d(num_block * num_feat, num_feat, 1), nn.Conv2d(num_feat, num_feat, 3, padding=1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, num_feat, H, W)."""

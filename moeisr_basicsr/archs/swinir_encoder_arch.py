@@ -2,6 +2,7 @@
 
 Shapes: B images, C_in channels in [-1, 1], (H, W) LR size.
 """
+
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -34,16 +35,34 @@ class SwinIREncoder(SwinIR):
         ValueError: The sizes do not fit together; see `unfit`.
     """
 
-    def __init__(self, num_in_ch: int = 3, embed_dim: int = 180, depths: Sequence[int] = (6, ) * 6,
-                 num_heads: Sequence[int] = (6, ) * 6, window_size: int = 8, mlp_ratio: float = 2.0,
-                 drop_path_rate: float = 0.1, img_size: int = 48, resi_connection: str = '1conv',
-                 use_checkpoint: bool = False):
+    def __init__(
+        self,
+        num_in_ch: int = 3,
+        embed_dim: int = 180,
+        depths: Sequence[int] = (6,) * 6,
+        num_heads: Sequence[int] = (6,) * 6,
+        window_size: int = 8,
+        mlp_ratio: float = 2.0,
+        drop_path_rate: float = 0.1,
+        img_size: int = 48,
+        resi_connection: str = '1conv',
+        use_checkpoint: bool = False,
+    ):
         if problem := self.unfit(embed_dim, depths, num_heads, window_size, img_size):
             raise ValueError(f'SwinIREncoder {problem}')
-        super().__init__(img_size=img_size, in_chans=num_in_ch, embed_dim=embed_dim, depths=tuple(depths),
-                         num_heads=tuple(num_heads), window_size=window_size, mlp_ratio=mlp_ratio,
-                         drop_path_rate=drop_path_rate, resi_connection=resi_connection, use_checkpoint=use_checkpoint,
-                         upsampler='')
+        super().__init__(
+            img_size=img_size,
+            in_chans=num_in_ch,
+            embed_dim=embed_dim,
+            depths=tuple(depths),
+            num_heads=tuple(num_heads),
+            window_size=window_size,
+            mlp_ratio=mlp_ratio,
+            drop_path_rate=drop_path_rate,
+            resi_connection=resi_connection,
+            use_checkpoint=use_checkpoint,
+            upsampler='',
+        )
         del self.conv_last  # of the upsampler '', which restores an image of the same size
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, NUM_FEAT, 3, padding=1), nn.LeakyReLU())
         self.num_feat = NUM_FEAT
@@ -53,8 +72,9 @@ class SwinIREncoder(SwinIR):
         self.halo = window_size + window_size // 2 * sum(depths)
 
     @staticmethod
-    def unfit(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], window_size: int,
-              img_size: int) -> str | None:
+    def unfit(
+        embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], window_size: int, img_size: int
+    ) -> str | None:
         """Why no encoder can be built from these options, or None."""
         if len(depths) != len(num_heads):
             return f'depths and num_heads must be equally long; got {list(depths)} and {list(num_heads)}.'

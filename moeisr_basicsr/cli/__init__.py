@@ -1,4 +1,5 @@
 """The `basicsr` command. Each subcommand is one module with `add_parser` and `run`."""
+
 import argparse
 import importlib
 import os
@@ -32,8 +33,10 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             known = [option for parser in self.chain(parsed) for option in parser._option_string_actions]
             wrong = next((entry for entry in unknown if entry.startswith('-')), unknown[0])
-            raise UserError(f'unknown argument {wrong}.{did_you_mean(wrong.partition("=")[0], known)} '
-                            f'See {self.chain(parsed)[-1].prog} --help.')
+            raise UserError(
+                f'unknown argument {wrong}.{did_you_mean(wrong.partition("=")[0], known)} '
+                f'See {self.chain(parsed)[-1].prog} --help.'
+            )
         return parsed
 
     def chain(self, parsed: argparse.Namespace) -> list['_Parser']:
@@ -44,14 +47,24 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     """The parser of the whole command, with the options of the subcommand that `argv` names."""
-    parser = _Parser(prog='basicsr', description='Arbitrary-scale super-resolution on BasicSR: train, test, upscale.',
-                     epilog='basicsr COMMAND --help says more about a command.', allow_abbrev=False)
+    parser = _Parser(
+        prog='basicsr',
+        description='Arbitrary-scale super-resolution on BasicSR: train, test, upscale.',
+        epilog='basicsr COMMAND --help says more about a command.',
+        allow_abbrev=False,
+    )
     from moeisr_basicsr import __version__
+
     parser.add_argument('--version', action='version', version=f'moeisr_basicsr {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', dest='command', parser_class=_Parser)
     for name, (module, about) in COMMANDS.items():
-        sub = commands.add_parser(name, help=about, description=f'{about[0].upper()}{about[1:]}.', allow_abbrev=False,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = commands.add_parser(
+            name,
+            help=about,
+            description=f'{about[0].upper()}{about[1:]}.',
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         sub.set_defaults(parser=sub)
         if name in argv[:1]:
             importlib.import_module(f'moeisr_basicsr.cli.{module}').add_parser(sub)

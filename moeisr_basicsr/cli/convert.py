@@ -1,4 +1,5 @@
 """`basicsr convert`."""
+
 import argparse
 import logging
 from pathlib import Path
@@ -23,19 +24,40 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='.pth or .safetensors file')
     parser.add_argument('-o', '--output', required=True, metavar='OUT.safetensors', help='model file to write')
-    parser.add_argument('-opt', metavar='YAML', help='options file that describes the network, where neither the '
-                                                     'checkpoint nor the folder it lies in does')
-    parser.add_argument('--force_yml', nargs='+', metavar='KEY:KEY=VALUE',
-                        help='the changes of the options file that the training had')
-    parser.add_argument('--param-key', choices=('params', 'params_ema'),
-                        help='which weights of a BasicSR checkpoint (default: the averaged ones, params_ema, if any)')
-    parser.add_argument('--store', choices=('fp32', 'fp16'), default='fp32',
-                        help='number format of the weights in the file; fp16 takes half the room, computing stays as '
-                             'it is (default fp32)')
-    parser.add_argument('--cost-weight', type=float, default=0.0, metavar='K',
-                        help='make the routing that --cost-weight K gives the one that the file has by itself')
-    parser.add_argument('--metadata', nargs='+', default=[], metavar='KEY=VALUE',
-                        help='what else the file shall say of itself; `basicsr models OUT.safetensors --json` reads it')
+    parser.add_argument(
+        '-opt',
+        metavar='YAML',
+        help='options file that describes the network, where neither the checkpoint nor the folder it lies in does',
+    )
+    parser.add_argument(
+        '--force_yml', nargs='+', metavar='KEY:KEY=VALUE', help='the changes of the options file that the training had'
+    )
+    parser.add_argument(
+        '--param-key',
+        choices=('params', 'params_ema'),
+        help='which weights of a BasicSR checkpoint (default: the averaged ones, params_ema, if any)',
+    )
+    parser.add_argument(
+        '--store',
+        choices=('fp32', 'fp16'),
+        default='fp32',
+        help='number format of the weights in the file; fp16 takes half the room, computing stays as '
+        'it is (default fp32)',
+    )
+    parser.add_argument(
+        '--cost-weight',
+        type=float,
+        default=0.0,
+        metavar='K',
+        help='make the routing that --cost-weight K gives the one that the file has by itself',
+    )
+    parser.add_argument(
+        '--metadata',
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help='what else the file shall say of itself; `basicsr models OUT.safetensors --json` reads it',
+    )
     parser.add_argument('--overwrite', action='store_true', help='replace the output file if it exists')
     add_import(parser)
     parser.epilog = EPILOG
@@ -51,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
     from moeisr_basicsr.convert import convert
     from moeisr_basicsr.options import force, read_yaml
+
     get_root_logger(log_level=logging.WARNING)  # not one line for each network that is built
     network_opt = None
     if args.force_yml and not args.opt:
@@ -76,6 +99,7 @@ def parse_note(entry: str) -> tuple[str, str]:
         UserError: It is malformed, or the key is one that every model file has.
     """
     from moeisr_basicsr.checkpoint import RESERVED
+
     key, sign, value = entry.partition('=')
     if not key or not sign:
         raise UserError(f'--metadata {entry}: give KEY=VALUE.')

@@ -4,6 +4,7 @@ It is drawn strip by strip, so that the map of a large image is never held whole
 
 Shapes: (R, S) rows and columns of the output image, J experts.
 """
+
 import cv2
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class ExpertMapPicture:
         """A strip of the map, (r, S) integers, as (r, width, 3) uint8; counts its pixels."""
         self.counts += np.bincount(expert_map.ravel(), minlength=len(self.costs))
         picture = np.full((expert_map.shape[0], self.width, 3), 255, np.uint8)
-        picture[:, :expert_map.shape[1]] = self.colors[expert_map]
+        picture[:, : expert_map.shape[1]] = self.colors[expert_map]
         return picture
 
     def shares(self) -> list[float]:
@@ -67,7 +68,15 @@ class ExpertMapPicture:
         shares = self.shares()
         for expert, (line, col) in zip(self.order, self.places):
             top, left = line * (self.height + 2 * MARGIN) + MARGIN, col + MARGIN
-            canvas[top:top + self.height, left:left + self.height] = self.colors[expert]
-            cv2.putText(canvas, self.text(expert, shares[expert]), (left + self.height + MARGIN, top + self.height),
-                        FONT, self.size, (0, 0, 0), self.thickness, cv2.LINE_AA)
+            canvas[top : top + self.height, left : left + self.height] = self.colors[expert]
+            cv2.putText(
+                canvas,
+                self.text(expert, shares[expert]),
+                (left + self.height + MARGIN, top + self.height),
+                FONT,
+                self.size,
+                (0, 0, 0),
+                self.thickness,
+                cv2.LINE_AA,
+            )
         return canvas

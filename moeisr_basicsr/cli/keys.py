@@ -1,4 +1,5 @@
 """`basicsr train --keys`: the tables of the options, for people."""
+
 from moeisr_basicsr.options import schema
 from moeisr_basicsr.options.schema import UNSET, Section, Table
 

@@ -1,4 +1,5 @@
 """`basicsr models`."""
+
 import argparse
 import json
 import logging
@@ -20,8 +21,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     parser.add_argument('model', nargs='?', metavar='NAME', help='show the model card, file and options of one model')
     form = parser.add_mutually_exclusive_group()
-    form.add_argument('--path', action='store_true', help='print the path of the model file only (default: of the '
-                                                          'default model)')
+    form.add_argument(
+        '--path', action='store_true', help='print the path of the model file only (default: of the default model)'
+    )
     form.add_argument('--json', action='store_true', help='print everything that is known as JSON')
     parser.epilog = EPILOG
 
@@ -29,10 +31,12 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """List the shipped models, or show one."""
     from moeisr_basicsr import shipped
+
     if args.path:
         print(shipped.find_model(args.model))
         return 0
     from basicsr.utils import get_root_logger
+
     get_root_logger(log_level=logging.WARNING)  # not one line for each network that is built
     paths = [shipped.find_model(args.model)] if args.model else [shipped.shipped_file(name) for name in shipped.names()]
     summaries = [summarize(path) for path in paths]
@@ -51,6 +55,7 @@ def summarize(path: Path) -> dict[str, Any]:
     """Facts of one model file, and whether it is the default model."""
     from moeisr_basicsr import shipped
     from moeisr_basicsr.analysis.model_summary import summarize_model
+
     is_default = path == shipped.FOLDER / f'{shipped.DEFAULT}.safetensors'
     return {'default': is_default, **summarize_model(path)}
 
@@ -60,6 +65,7 @@ def show(summary: dict[str, Any]) -> None:
     import yaml
 
     from moeisr_basicsr import shipped
+
     card = shipped.card(Path(summary['file']))
     print(overview(summary) if card is None else card.rstrip())
     options = yaml.safe_dump({'network_g': summary['network_g']}, sort_keys=False, default_flow_style=None)
@@ -89,6 +95,7 @@ def overview(summary: dict[str, Any]) -> str:
 def psnr_text(row: dict[str, Any]) -> str | None:
     """'Set5_x4 31.93 (+3.52)'; None where no PSNR was measured."""
     from moeisr_basicsr.analysis.model_summary import psnr_of
+
     psnr = psnr_of(row)
     if psnr is None:
         return None

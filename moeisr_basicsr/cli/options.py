@@ -1,4 +1,5 @@
 """Arguments that several subcommands share."""
+
 import argparse
 import importlib
 import os
@@ -10,19 +11,33 @@ from moeisr_basicsr.errors import UserError
 
 def add_options_file(parser: argparse.ArgumentParser, is_train: bool) -> None:
     """What `basicsr train` and `basicsr test` take; the names and meanings are BasicSR's."""
-    options, changes = ('moeisr_edsr', 'train:ema_decay=0.999 datasets:train:batch_size_per_gpu=4') if is_train else (
-        'test_moeisr_edsr', 'val:budget=0.3 path:pretrain_network_g=mine.pth')
+    options, changes = (
+        ('moeisr_edsr', 'train:ema_decay=0.999 datasets:train:batch_size_per_gpu=4')
+        if is_train
+        else ('test_moeisr_edsr', 'val:budget=0.3 path:pretrain_network_g=mine.pth')
+    )
     parser.add_argument('-opt', metavar='YAML', help=f'options file, for example options/{options}.yml')
-    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm'), default='none',
-                        help='how processes are started: none for one, pytorch under torchrun, slurm under srun')
+    parser.add_argument(
+        '--launcher',
+        choices=('none', 'pytorch', 'slurm'),
+        default='none',
+        help='how processes are started: none for one, pytorch under torchrun, slurm under srun',
+    )
     if is_train:
         parser.add_argument('--auto_resume', action='store_true', help='go on from the newest checkpoint of this run')
-        parser.add_argument('--debug', action='store_true',
-                            help='a short trial: the name gets the prefix debug_, all happens every 8 iterations')
+        parser.add_argument(
+            '--debug',
+            action='store_true',
+            help='a short trial: the name gets the prefix debug_, all happens every 8 iterations',
+        )
     else:
         parser.set_defaults(auto_resume=False, debug=False)
-    parser.add_argument('--force_yml', nargs='+', metavar='KEY:KEY=VALUE',
-                        help=f'change the options file for this run, for example {changes}')
+    parser.add_argument(
+        '--force_yml',
+        nargs='+',
+        metavar='KEY:KEY=VALUE',
+        help=f'change the options file for this run, for example {changes}',
+    )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument('--keys', action='store_true', help='list the keys that an options file may have, and stop')
     add_import(parser)
@@ -30,15 +45,24 @@ def add_options_file(parser: argparse.ArgumentParser, is_train: bool) -> None:
 
 def add_model(parser: argparse._ActionsContainer, help_end: str = '') -> None:
     """`--model`; `shipped.find_model` says which file it means."""
-    parser.add_argument('--model', metavar='NAME_OR_FILE', help='a model that comes with the package, or a model file '
-                                                                f'as `basicsr convert` writes it{help_end}')
+    parser.add_argument(
+        '--model',
+        metavar='NAME_OR_FILE',
+        help=f'a model that comes with the package, or a model file as `basicsr convert` writes it{help_end}',
+    )
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
     """`--import`, for classes that users register."""
-    parser.add_argument('--import', action='append', default=[], dest='modules', metavar='MODULE',
-                        help='a Python module of yours to import first: a file, or a dotted name; what it registers '
-                             'in BasicSR\'s registries can be named in the options file')
+    parser.add_argument(
+        '--import',
+        action='append',
+        default=[],
+        dest='modules',
+        metavar='MODULE',
+        help='a Python module of yours to import first: a file, or a dotted name; what it registers '
+        "in BasicSR's registries can be named in the options file",
+    )
 
 
 def import_modules(names: list[str]) -> None:
@@ -72,9 +96,11 @@ def options_of(args: argparse.Namespace, is_train: bool) -> dict | None:
     import_modules(args.modules)
     if args.keys:
         from .keys import print_keys
+
         print_keys(is_train)
         return None
     if not args.opt:
         raise UserError(f'basicsr {args.command} needs an options file: -opt options/NAME.yml.')
     from moeisr_basicsr.options import parse_options
+
     return parse_options(args, os.getcwd(), is_train)

@@ -1,4 +1,5 @@
 """Files that profiles, reports and benchmarks write: checked before any work; only their own are replaced."""
+
 import json
 from collections.abc import Callable
 from os import PathLike
@@ -39,8 +40,10 @@ def check_output(option: str, name: str, suffix: str, is_earlier: Callable[[byte
     if path.exists():
         content = path.read_bytes()
         if content and not is_earlier(content):  # an empty file loses nothing
-            raise UserError(f'{option} {name}: this file exists, and it is not an earlier output of this option; give '
-                            'another name, or delete it first.')
+            raise UserError(
+                f'{option} {name}: this file exists, and it is not an earlier output of this option; give '
+                'another name, or delete it first.'
+            )
 
 
 def check_folder(folder: Path) -> None:

@@ -1,4 +1,5 @@
 """`basicsr profile`."""
+
 import argparse
 import re
 from functools import partial
@@ -35,36 +36,76 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_model(model)
     model.add_argument('-opt', metavar='YAML', help='options file whose network_g is built with random weights')
     source = parser.add_mutually_exclusive_group()
-    source.add_argument('--lq-size', type=parse_rows_cols, default=(128, 128), metavar='HxW',
-                        help='input rows x columns (default 128x128)')
+    source.add_argument(
+        '--lq-size',
+        type=parse_rows_cols,
+        default=(128, 128),
+        metavar='HxW',
+        help='input rows x columns (default 128x128)',
+    )
     source.add_argument('--image', metavar='FILE', help='an input image in place of noise')
-    parser.add_argument('--scale', type=parse_scale, nargs='+', default=[(2.0, 2.0), (4.0, 4.0)], metavar='S',
-                        help='factors, for example 2 3.3 2x4 (default 2 4)')
+    parser.add_argument(
+        '--scale',
+        type=parse_scale,
+        nargs='+',
+        default=[(2.0, 2.0), (4.0, 4.0)],
+        metavar='S',
+        help='factors, for example 2 3.3 2x4 (default 2 4)',
+    )
     routing = parser.add_mutually_exclusive_group()
-    routing.add_argument('--cost-weight', type=parse_number, default=0.0, metavar='K',
-                         help='above 0 cheaper, below 0 dearer than the trained routing (default 0)')
-    routing.add_argument('--budget', type=parse_number, metavar='F',
-                         help='decoder cost, as a fraction of the dearest expert everywhere, in (0, 1]')
+    routing.add_argument(
+        '--cost-weight',
+        type=parse_number,
+        default=0.0,
+        metavar='K',
+        help='above 0 cheaper, below 0 dearer than the trained routing (default 0)',
+    )
+    routing.add_argument(
+        '--budget',
+        type=parse_number,
+        metavar='F',
+        help='decoder cost, as a fraction of the dearest expert everywhere, in (0, 1]',
+    )
     parser.add_argument('--device', metavar='D', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
-    parser.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default='fp32',
-                        help='number format of encoder and experts (default fp32)')
-    parser.add_argument('--repeats', type=parse_count, metavar='N',
-                        help='timed runs behind each median (default 5, with --train 3)')
-    parser.add_argument('--dense-hidden', type=parse_count, nargs='+', metavar='N',
-                        help="hidden widths of the dense decoder to compare with (default: the heaviest expert's)")
+    parser.add_argument(
+        '--precision',
+        choices=('fp32', 'bf16', 'fp16'),
+        default='fp32',
+        help='number format of encoder and experts (default fp32)',
+    )
+    parser.add_argument(
+        '--repeats', type=parse_count, metavar='N', help='timed runs behind each median (default 5, with --train 3)'
+    )
+    parser.add_argument(
+        '--dense-hidden',
+        type=parse_count,
+        nargs='+',
+        metavar='N',
+        help="hidden widths of the dense decoder to compare with (default: the heaviest expert's)",
+    )
     parser.add_argument('--no-plain', action='store_true', help='do not time the plain dense decoder')
     parser.add_argument('--json', metavar='FILE.json', help='write the results; an earlier profile is replaced')
     parser.add_argument('--plot', metavar='FILE.png', help='draw the results; an earlier such picture is replaced')
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument('--train', action='store_true',
-                      help="profile a training step by part instead, with every form of the experts' gradient")
+    kind.add_argument(
+        '--train',
+        action='store_true',
+        help="profile a training step by part instead, with every form of the experts' gradient",
+    )
     kind.add_argument('--data', action='store_true', help="measure the training loader of -opt's file instead")
-    parser.add_argument('--batch', type=parse_count, default=16, metavar='N',
-                        help='images of a training step (default 16)')
-    parser.add_argument('--patch', type=parse_count, default=48, metavar='N',
-                        help='input pixels per side in training (default 48)')
-    parser.add_argument('--queries', type=parse_count, default=2304, metavar='N',
-                        help='output pixels per image in training (default 2304)')
+    parser.add_argument(
+        '--batch', type=parse_count, default=16, metavar='N', help='images of a training step (default 16)'
+    )
+    parser.add_argument(
+        '--patch', type=parse_count, default=48, metavar='N', help='input pixels per side in training (default 48)'
+    )
+    parser.add_argument(
+        '--queries',
+        type=parse_count,
+        default=2304,
+        metavar='N',
+        help='output pixels per image in training (default 2304)',
+    )
     add_data_arguments(parser.add_argument_group('with --data'))
     add_import(parser)
     parser.epilog = EPILOG
@@ -72,14 +113,31 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 def add_data_arguments(group: argparse._ArgumentGroup) -> None:
     """What only `--data` takes."""
-    group.add_argument('--workers', type=parse_workers, nargs='+', metavar='N',
-                       help='numbers of loader processes to compare (default 0 1 2)')
-    group.add_argument('--items', type=parse_count, metavar='N',
-                       help='items behind each figure, rounded up to whole batches (default 512)')
-    group.add_argument('--step-ms', type=parse_step, metavar='MS',
-                       help='time of a training step: says whether the loader keeps up with it')
-    group.add_argument('--force_yml', nargs='+', metavar='KEY:KEY=VALUE',
-                       help='change the options file, for example datasets:train:cache=memory')
+    group.add_argument(
+        '--workers',
+        type=parse_workers,
+        nargs='+',
+        metavar='N',
+        help='numbers of loader processes to compare (default 0 1 2)',
+    )
+    group.add_argument(
+        '--items',
+        type=parse_count,
+        metavar='N',
+        help='items behind each figure, rounded up to whole batches (default 512)',
+    )
+    group.add_argument(
+        '--step-ms',
+        type=parse_step,
+        metavar='MS',
+        help='time of a training step: says whether the loader keeps up with it',
+    )
+    group.add_argument(
+        '--force_yml',
+        nargs='+',
+        metavar='KEY:KEY=VALUE',
+        help='change the options file, for example datasets:train:cache=memory',
+    )
 
 
 def parse_rows_cols(text: str) -> tuple[int, int]:
@@ -116,6 +174,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, then show and write."""
     import_modules(args.modules)
     from .outputs import check_output, is_picture, is_results_of
+
     if args.json:
         check_output('--json', args.json, '.json', partial(is_results_of, 'profile'))
     if args.plot:
@@ -124,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
         if args.model:
             raise UserError('--data measures the training data of an options file: -opt instead of --model.')
         from .profile_data import profile_data
+
         return profile_data(args)
     for name in DATA_ONLY:
         if getattr(args, name) is not None:
@@ -133,6 +193,7 @@ def run(args: argparse.Namespace) -> int:
     from moeisr_basicsr.shipped import find_model
 
     from .profile_run import Profiler
+
     if args.model is not None:
         args.model = str(find_model(args.model))
     return Profiler(args).run()

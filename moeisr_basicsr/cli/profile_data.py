@@ -1,4 +1,5 @@
 """The work of `basicsr profile --data`: the training loader of an options file, measured and shown."""
+
 import argparse
 import logging
 import os
@@ -15,8 +16,12 @@ from moeisr_basicsr.options import parse_options
 
 from .outputs import save_picture
 
-LABELS = {'read': 'read, decode', 'resize': 'crop, shrink to LR', 'queries': 'augment, draw queries',
-          'tensor': 'LR patch to tensor'}
+LABELS = {
+    'read': 'read, decode',
+    'resize': 'crop, shrink to LR',
+    'queries': 'augment, draw queries',
+    'tensor': 'LR patch to tensor',
+}
 DEFAULT_WORKERS = (0, 1, 2)
 DEFAULT_ITEMS = 512
 
@@ -37,14 +42,31 @@ def profile_data(args: argparse.Namespace) -> int:
 
     data = open_loader(opt, workers=0)
     console.print(f'{train_opt["name"]}: {len(data.dataset)} images, batches of {batch}.', markup=False)
-    rows = [{'case': 'data-stages', 'dataset': train_opt['name'], 'count': -(-items // batch) * batch,
-             'time_ms': stage_times(data, items)}]
+    rows = [
+        {
+            'case': 'data-stages',
+            'dataset': train_opt['name'],
+            'count': -(-items // batch) * batch,
+            'time_ms': stage_times(data, items),
+        }
+    ]
     show_stages(console, rows[0]['time_ms'])
     for workers in dict.fromkeys(args.workers or DEFAULT_WORKERS):
         speed = loader_speed(open_loader(opt, workers), items)
-        rows.append({'case': f'data-workers-{workers}', 'dataset': train_opt['name'], 'count': speed.items, 'data': {
-            'workers': workers, 'batch_size': batch, 'items_per_second': speed.items_per_second,
-            'items_per_cpu_second': speed.items_per_cpu_second, 'needed_items_per_second': needed}})
+        rows.append(
+            {
+                'case': f'data-workers-{workers}',
+                'dataset': train_opt['name'],
+                'count': speed.items,
+                'data': {
+                    'workers': workers,
+                    'batch_size': batch,
+                    'items_per_second': speed.items_per_second,
+                    'items_per_cpu_second': speed.items_per_cpu_second,
+                    'needed_items_per_second': needed,
+                },
+            }
+        )
     show_speeds(console, [row['data'] for row in rows[1:]])
     if needed is not None:
         console.print(f'A step of {args.step_ms:g} ms takes {batch} items: each process needs {needed:.1f} items/s.')
@@ -72,13 +94,17 @@ def show_speeds(console: Console, speeds: list[dict]) -> None:
     """The table of all worker counts."""
     needed = speeds[0]['needed_items_per_second']
     table = Table(title='Training loader', title_justify='left')
-    verdict = () if needed is None else ('keeps up', )
+    verdict = () if needed is None else ('keeps up',)
     for column in ('workers', 'items/s', 'per worker', 'per CPU second', *verdict):
         table.add_column(column, justify='right')
     for speed in speeds:
         workers, rate, per_cpu = speed['workers'], speed['items_per_second'], speed['items_per_cpu_second']
-        cells = [str(workers), f'{rate:.1f}', f'{rate / max(workers, 1):.1f}',
-                 '-' if per_cpu is None else f'{per_cpu:.1f}']
+        cells = [
+            str(workers),
+            f'{rate:.1f}',
+            f'{rate / max(workers, 1):.1f}',
+            '-' if per_cpu is None else f'{per_cpu:.1f}',
+        ]
         if needed is not None:
             cells.append(('yes' if rate >= needed else 'no') + f', {rate / needed:.2f}x')
         table.add_row(*cells)
@@ -89,6 +115,13 @@ def panels(rows: list[dict]) -> list[Panel]:
     """The picture: stages of an item, and items per second."""
     times = rows[0]['time_ms']
     parts = {LABELS.get(stage, stage): times[stage] for stage in (*STAGES, 'other') if stage in times}
-    return [Panel('One item, ms', [Bar('no workers', parts)]),
-            Panel('Items per second', [Bar(f'{row["data"]["workers"]} workers', {
-                'items/s': row['data']['items_per_second']}) for row in rows[1:]])]
+    return [
+        Panel('One item, ms', [Bar('no workers', parts)]),
+        Panel(
+            'Items per second',
+            [
+                Bar(f'{row["data"]["workers"]} workers', {'items/s': row['data']['items_per_second']})
+                for row in rows[1:]
+            ],
+        ),
+    ]

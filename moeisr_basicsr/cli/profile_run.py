@@ -2,6 +2,7 @@
 
 Shapes: (H, W) input, (R, S) output, J experts.
 """
+
 import argparse
 import logging
 from pathlib import Path
@@ -29,12 +30,18 @@ from .outputs import save_picture
 from .upscale_run import choose_device
 
 # stage of a row's `time_ms` -> (label, parts of its `macs`)
-STAGES = {'encode': ('encode', ('encoder', )), 'map': ('map', ('mapper', )),
-          'decode': ('decode', ('tables', 'experts')), 'total': ('all', ('total', ))}
+STAGES = {
+    'encode': ('encode', ('encoder',)),
+    'map': ('map', ('mapper',)),
+    'decode': ('decode', ('tables', 'experts')),
+    'total': ('all', ('total',)),
+}
 # what to know of the experts' shares where no picture was given and the routing is the network's own
-NOTES = {'noise': 'The input is noise, which a trained network sends nearly all to its dearest experts; --image FILE '
-                  'gives the shares of a picture.',
-         'random': 'The weights are random, and so are the shares; --model FILE gives those of a trained network.'}
+NOTES = {
+    'noise': 'The input is noise, which a trained network sends nearly all to its dearest experts; --image FILE '
+    'gives the shares of a picture.',
+    'random': 'The weights are random, and so are the shares; --model FILE gives those of a trained network.',
+}
 TRAIN_LABELS = {'chosen_experts': 'chosen experts', 'unchosen_experts': 'unchosen experts', 'tables': 'LR tables'}
 
 
@@ -61,8 +68,9 @@ class Profiler:
         rows, kernel, panels = self.training() if self.args.train else self.upscaling()
         results = schema.document('profile', environment(kernel, self.device), rows, self.model())
         where = results['environment']
-        self.console.print(f'{where["device_name"]}, {where["threads"]} threads, torch {where["torch"]}, decoded by '
-                           f'{kernel}.')
+        self.console.print(
+            f'{where["device_name"]}, {where["threads"]} threads, torch {where["torch"]}, decoded by {kernel}.'
+        )
         if self.args.json:
             schema.save(self.args.json, results)
         if self.args.plot:
@@ -71,8 +79,12 @@ class Profiler:
 
     def model(self) -> dict:
         """The `model` of the results."""
-        return {'name': Path(self.args.model or self.args.opt).stem, 'file': self.args.model,
-                'network_g': self.network_opt, 'parameters': parameters(self.net)._asdict()}
+        return {
+            'name': Path(self.args.model or self.args.opt).stem,
+            'file': self.args.model,
+            'network_g': self.network_opt,
+            'parameters': parameters(self.net)._asdict(),
+        }
 
     def input(self) -> Tensor:
         """(1, C, H, W) RGB in [0, 1] on the device."""
@@ -88,8 +100,14 @@ class Profiler:
         lq = self.input()
         sizes = [target_size(tuple(lq.shape[-2:]), scale, None) for scale in args.scale]
         make_control(self.net, args.cost_weight, args.budget)  # a wrong budget shows before anything is measured
-        setting = Setting(args.precision, args.cost_weight, args.budget, plain=not args.no_plain,
-                          dense_hidden=args.dense_hidden and tuple(args.dense_hidden), repeats=args.repeats or 5)
+        setting = Setting(
+            args.precision,
+            args.cost_weight,
+            args.budget,
+            plain=not args.no_plain,
+            dense_hidden=args.dense_hidden and tuple(args.dense_hidden),
+            repeats=args.repeats or 5,
+        )
         self.show_parameters()
         rows, kernel = [], 'torch'
         for scale, size in zip(args.scale, sizes):
@@ -125,23 +143,31 @@ class Profiler:
         """The table of one scale."""
         times, peaks, macs = row['time_ms'], row['peak_mib'], row['macs']
         (height, width), (rows, cols) = row['lq_size'], row['size']
-        table = Table(title=f'{factor(row["scale"])}: {height} x {width} to {rows} x {cols} (rows x columns), '
-                            f'{row["precision"]}', title_justify='left')
+        table = Table(
+            title=f'{factor(row["scale"])}: {height} x {width} to {rows} x {cols} (rows x columns), {row["precision"]}',
+            title_justify='left',
+        )
         for column in ('stage', 'thousand MACs / pixel', 'ms', 'peak MiB'):
             table.add_column(column, justify='left' if column == 'stage' else 'right')
         for stage, (label, parts) in STAGES.items():
             if stage == 'map' and self.net.num_experts == 1:
                 continue
-            table.add_row(label, thousands(sum(macs[part] for part in parts)), f'{times[stage]:.1f}',
-                          '-' if peaks[stage] is None else f'{peaks[stage]:.1f}')
+            table.add_row(
+                label,
+                thousands(sum(macs[part] for part in parts)),
+                f'{times[stage]:.1f}',
+                '-' if peaks[stage] is None else f'{peaks[stage]:.1f}',
+            )
         self.console.print(table)
         decoder = macs['mapper'] + macs['tables'] + macs['experts']
         for name in ('folded', 'plain'):
             line = f'dense {name}: {thousands(macs[f"dense_{name}"])} thousand MACs, '
             line += f'{macs[f"dense_{name}"] / decoder:.2f}x those of mapper, tables and experts'
             if f'dense_{name}' in times:
-                line += (f'; {times[f"dense_{name}"]:.1f} ms, '
-                         f'{times[f"dense_{name}"] / (times["map"] + times["decode"]):.2f}x their time')
+                line += (
+                    f'; {times[f"dense_{name}"]:.1f} ms, '
+                    f'{times[f"dense_{name}"] / (times["map"] + times["decode"]):.2f}x their time'
+                )
             self.console.print(line)
 
     def show_experts(self, rows: list[dict]) -> None:
@@ -150,8 +176,12 @@ class Profiler:
         for column in ('expert', 'hidden layers', 'thousand MACs', *(factor(row['scale']) for row in rows)):
             table.add_column(column, justify='right')
         for j, depth in enumerate(self.net.decoder.depths):
-            table.add_row(str(j + 1), str(depth), thousands(rows[0]['macs']['each_expert'][j]),
-                          *(f'{100 * row["routing"]["loads"][j]:.1f} %' for row in rows))
+            table.add_row(
+                str(j + 1),
+                str(depth),
+                thousands(rows[0]['macs']['each_expert'][j]),
+                *(f'{100 * row["routing"]["loads"][j]:.1f} %' for row in rows),
+            )
         table.add_section()
         table.add_row('mean', '', '', *(thousands(row['macs']['experts']) for row in rows))
         self.console.print(table)
@@ -174,8 +204,13 @@ class Profiler:
         self.console.print(table)
         if len(rows) > 1:
             naive = next(row for row in rows if kind(row) == 'naive')['time_ms']['total']
-            self.console.print('; '.join(f'{kind(row)} {naive / row["time_ms"]["total"]:.2f}x as fast as naive'
-                                         for row in rows if kind(row) != 'naive'))
+            self.console.print(
+                '; '.join(
+                    f'{kind(row)} {naive / row["time_ms"]["total"]:.2f}x as fast as naive'
+                    for row in rows
+                    if kind(row) != 'naive'
+                )
+            )
 
 
 def load_network(model: str | None, options: str | None) -> tuple[nn.Module, dict]:
@@ -198,8 +233,9 @@ def load_network(model: str | None, options: str | None) -> tuple[nn.Module, dic
             reason = ' '.join(str(error).split())
             raise UserError(f'{options}: {network_opt["type"]} cannot be built: {reason}') from error
     if not hasattr(net, 'decoder'):
-        raise UserError(f'{model or options}: {type(net).__name__} has no decoder to profile; MoEISR, LIIF and LTE '
-                        'have one.')
+        raise UserError(
+            f'{model or options}: {type(net).__name__} has no decoder to profile; MoEISR, LIIF and LTE have one.'
+        )
     return net, network_opt
 
 
@@ -216,9 +252,12 @@ def upscaling_panels(rows: list[dict]) -> list[Panel]:
         times.append(Bar(label, {name: row['time_ms'][name] for name in ('encode', 'map', 'decode')}))
         counts = {name: row['macs'][name] / 1e3 for name in ('encoder', 'mapper', 'tables', 'experts')}
         macs += [Bar(label, counts)] + [
-            Bar(f'{label} dense {name}', {'encoder': counts['encoder'],
-                                          'dense decoder': row['macs'][f'dense_{name}'] / 1e3})
-            for name in ('folded', 'plain')]
+            Bar(
+                f'{label} dense {name}',
+                {'encoder': counts['encoder'], 'dense decoder': row['macs'][f'dense_{name}'] / 1e3},
+            )
+            for name in ('folded', 'plain')
+        ]
         shares.append(Bar(label, {f'expert {j}': 100 * load for j, load in enumerate(row['routing']['loads'], 1)}))
     panels = [Panel('Time, ms', times), Panel('Thousand multiply-adds per output pixel', macs)]
     return panels + ([Panel('Share of the pixels, %', shares)] if len(rows[0]['routing']['loads']) > 1 else [])

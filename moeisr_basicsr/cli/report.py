@@ -1,4 +1,5 @@
 """`basicsr report`."""
+
 import argparse
 
 from moeisr_basicsr.errors import UserError
@@ -16,15 +17,23 @@ Pictures appear where the tests ran with
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
-    parser.add_argument('results', nargs='+', metavar='RESULTS',
-                        help='results files, or folders that hold a results.json')
+    parser.add_argument(
+        'results', nargs='+', metavar='RESULTS', help='results files, or folders that hold a results.json'
+    )
     parser.add_argument('-o', '--output', metavar='OUT.html', help='page to write; an earlier page is replaced')
-    parser.add_argument('--csv', metavar='FILE.csv',
-                        help='also write every row of the files, one line each; an earlier such table is replaced')
-    parser.add_argument('--baseline', metavar='NAME',
-                        help='row that differences and shares of the dense cost refer to (default: the first one)')
-    parser.add_argument('--images', type=parse_images, default=6, metavar='N',
-                        help='images to show crops of; 0 for none (default 6)')
+    parser.add_argument(
+        '--csv',
+        metavar='FILE.csv',
+        help='also write every row of the files, one line each; an earlier such table is replaced',
+    )
+    parser.add_argument(
+        '--baseline',
+        metavar='NAME',
+        help='row that differences and shares of the dense cost refer to (default: the first one)',
+    )
+    parser.add_argument(
+        '--images', type=parse_images, default=6, metavar='N', help='images to show crops of; 0 for none (default 6)'
+    )
     parser.epilog = EPILOG
 
 
@@ -45,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from moeisr_basicsr.report.page import is_page, render
 
     from .outputs import check_output
+
     if args.output:
         check_output('-o', args.output, '.html', is_page)
     if args.csv:

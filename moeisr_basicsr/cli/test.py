@@ -1,4 +1,5 @@
 """`basicsr test`."""
+
 import argparse
 
 from .options import add_options_file, options_of
@@ -23,4 +24,5 @@ def run(args: argparse.Namespace) -> int:
     if opt is None:
         return 0
     from moeisr_basicsr.engine.test_loop import test
+
     return test(opt)

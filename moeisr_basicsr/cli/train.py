@@ -1,4 +1,5 @@
 """`basicsr train`."""
+
 import argparse
 
 from .options import add_options_file, options_of
@@ -29,4 +30,5 @@ def run(args: argparse.Namespace) -> int:
     if opt is None:
         return 0
     from moeisr_basicsr.engine.train_loop import train
+
     return train(opt)

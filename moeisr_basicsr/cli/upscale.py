@@ -1,4 +1,5 @@
 """`basicsr upscale`."""
+
 import argparse
 import os
 import re
@@ -28,27 +29,52 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('-o', '--output', required=True, metavar='OUT', help='output file or folder')
     add_model(parser, help_end=' (default: the one that `basicsr models` marks)')
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument('--scale', type=parse_scale, metavar='S',
-                        help='factor of at least 1, for example 3.3; or rows x columns, for example 2.5x4')
-    target.add_argument('--size', type=parse_size, metavar='WxH',
-                        help='output size, width first, for example 3840x2160')
+    target.add_argument(
+        '--scale',
+        type=parse_scale,
+        metavar='S',
+        help='factor of at least 1, for example 3.3; or rows x columns, for example 2.5x4',
+    )
+    target.add_argument(
+        '--size', type=parse_size, metavar='WxH', help='output size, width first, for example 3840x2160'
+    )
     routing = parser.add_mutually_exclusive_group()
-    routing.add_argument('--cost-weight', type=parse_number, default=0.0, metavar='K',
-                         help='above 0 cheaper, below 0 dearer than the trained routing (default 0)')
-    routing.add_argument('--budget', type=parse_number, metavar='F',
-                         help='decoder cost, as a fraction of the dearest expert everywhere, in (0, 1]')
+    routing.add_argument(
+        '--cost-weight',
+        type=parse_number,
+        default=0.0,
+        metavar='K',
+        help='above 0 cheaper, below 0 dearer than the trained routing (default 0)',
+    )
+    routing.add_argument(
+        '--budget',
+        type=parse_number,
+        metavar='F',
+        help='decoder cost, as a fraction of the dearest expert everywhere, in (0, 1]',
+    )
     parser.add_argument('--expert-map', action='store_true', help='also write OUT_experts.png, the map of the experts')
-    parser.add_argument('--ext', choices=('png', 'jpg', 'tif', 'webp'),
-                        help='format of the output files (default: that of OUT, png in a folder)')
+    parser.add_argument(
+        '--ext',
+        choices=('png', 'jpg', 'tif', 'webp'),
+        help='format of the output files (default: that of OUT, png in a folder)',
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument('--overwrite', action='store_true', help='replace output files that exist')
     existing.add_argument('--resume', action='store_true', help='leave out images whose output file exists')
     parser.add_argument('--device', metavar='D', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
-    parser.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default='fp32',
-                        help='number format of encoder and experts (default fp32)')
-    parser.add_argument('--tile', type=int, metavar='N',
-                        help='input pixels per side that the encoder sees at once; 0 is the whole image (default: as '
-                             'the size of the image asks)')
+    parser.add_argument(
+        '--precision',
+        choices=('fp32', 'bf16', 'fp16'),
+        default='fp32',
+        help='number format of encoder and experts (default fp32)',
+    )
+    parser.add_argument(
+        '--tile',
+        type=int,
+        metavar='N',
+        help='input pixels per side that the encoder sees at once; 0 is the whole image (default: as '
+        'the size of the image asks)',
+    )
     add_import(parser)
     parser.epilog = EPILOG
 
@@ -89,10 +115,12 @@ def run(args: argparse.Namespace) -> int:
     from moeisr_basicsr.shipped import find_model
 
     from .upscale_jobs import plan
+
     is_chosen = args.model is not None
     args.model = find_model(args.model)
     jobs = plan(args)  # before the model is loaded: most mistakes are found in a moment
     if not is_chosen and os.environ.get('RANK', '0') == '0':
         print(f'Model: {args.model.stem}, the default; `basicsr models` tells more.')
     from .upscale_run import Upscaler
+
     return Upscaler(args).run(jobs)

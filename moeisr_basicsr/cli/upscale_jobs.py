@@ -1,4 +1,5 @@
 """What `basicsr upscale` has to do: which image goes to which file. Nothing is written here."""
+
 import argparse
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ OUTPUT_SUFFIXES = {'.png': 'png', '.jpg': 'jpg', '.jpeg': 'jpg', '.tif': 'tif', 
 
 class Job(NamedTuple):
     """One image."""
+
     source: Path
     target: Path
     expert_map: Path | None  # None where no map is wanted
@@ -39,8 +41,9 @@ def plan(args: argparse.Namespace) -> list[Job]:
     if is_file and args.ext not in (None, OUTPUT_SUFFIXES[given]):
         raise UserError(f'{output} and --ext {args.ext} contradict each other.')
     if not output.is_dir() and given and not is_file and len(given) <= 5:
-        raise UserError(f"{output}: images are written as {known}; got '{given}'."
-                        f'{did_you_mean(given, OUTPUT_SUFFIXES)}')
+        raise UserError(
+            f"{output}: images are written as {known}; got '{given}'.{did_you_mean(given, OUTPUT_SUFFIXES)}"
+        )
     if not is_file and output.exists() and not output.is_dir():
         raise UserError(f'{output} is a file; name a folder, or a file that ends in {known}.')
     check_folder(output.parent if is_file else output)
@@ -77,8 +80,11 @@ def find_images(path: Path) -> list[Path]:
         UserError: There is no such file or folder, or no image in it.
     """
     if path.is_dir():
-        found = sorted(entry for entry in path.iterdir()
-                       if entry.is_file() and is_image_name(entry.name) and not entry.name.startswith('.'))
+        found = sorted(
+            entry
+            for entry in path.iterdir()
+            if entry.is_file() and is_image_name(entry.name) and not entry.name.startswith('.')
+        )
         if not found:
             kinds = ', '.join(suffix[1:] for suffix in SUFFIXES)
             raise UserError(f'{path} has no image directly in it ({kinds}).')
@@ -118,8 +124,9 @@ def check_collisions(jobs: list[Job]) -> None:
             if place in inputs:
                 raise UserError(f'{path} is an input: it would be overwritten. Choose another name after -o.')
             if place in owners:
-                raise UserError(f'{owners[place]} and {job.source} would both become {path}; upscale them into '
-                                'different folders.')
+                raise UserError(
+                    f'{owners[place]} and {job.source} would both become {path}; upscale them into different folders.'
+                )
             owners[place] = job.source
 
 
@@ -129,6 +136,7 @@ def check_existing(jobs: list[Job], overwrite: bool, resume: bool) -> list[Job]:
     Raises:
         UserError: An output file exists, and neither --overwrite nor --resume is given.
     """
+
     def outputs(job: Job) -> list[Path]:
         return [path for path in (job.target, job.expert_map) if path is not None]
 

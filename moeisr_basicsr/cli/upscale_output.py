@@ -2,6 +2,7 @@
 
 Shapes: (R, S) rows and columns of the output image; strips have r rows; C is 1 to 4 channels as stored.
 """
+
 import queue
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
@@ -25,12 +26,14 @@ END = object()
 
 class Part(NamedTuple):
     """A block of rows, as they are stored."""
+
     pixels: np.ndarray  # (r, S, C) uint8 or uint16
     expert_map: np.ndarray | None  # (r, S) uint8
 
 
 class Target(NamedTuple):
     """What is written, and where."""
+
     job: Job
     source: ImageData  # without its pixels: depth, grey, profile, and whether there is alpha
     size: tuple[int, int]  # (R, S)
@@ -51,7 +54,7 @@ def blocks(strip: Strip, alpha: np.ndarray | None, source: ImageData, with_map: 
     for top in range(0, rows, step):
         bottom = min(top + step, rows)
         rgb = strip.image[:, top:bottom].permute(1, 2, 0).float().cpu().numpy()  # (r, S, 3)
-        part = None if alpha is None else alpha[strip.top + top:strip.top + bottom]
+        part = None if alpha is None else alpha[strip.top + top : strip.top + bottom]
         expert_map = strip.expert_map[top:bottom].cpu().numpy() if with_map else None
         yield Part(join_channels(rgb, part, source.bit_depth, source.was_grey), expert_map)
 
@@ -111,8 +114,11 @@ def write_files(target: Target, parts: queue.Queue) -> list[float]:
         if job.expert_map is not None:
             picture = ExpertMapPicture(target.size[1], target.costs)
         image = stack.enter_context(ImageFile(target))  # left last, so that it appears last: then everything is there
-        drawing = None if picture is None else stack.enter_context(
-            StripWriter(job.expert_map, target.size[0] + picture.legend_rows, picture.width))
+        drawing = (
+            None
+            if picture is None
+            else stack.enter_context(StripWriter(job.expert_map, target.size[0] + picture.legend_rows, picture.width))
+        )
         while (part := parts.get()) is not END:
             if isinstance(part, Aborted):
                 raise part
@@ -136,8 +142,9 @@ class ImageFile:
         target, source = self.target, self.target.source
         if target.job.target.suffix.lower() in FORMATS:
             channels = (1 if source.was_grey else 3) + (source.alpha is not None)
-            self.writer = StripWriter(target.job.target, *target.size, channels, source.bit_depth, self.profile,
-                                      source.exif)
+            self.writer = StripWriter(
+                target.job.target, *target.size, channels, source.bit_depth, self.profile, source.exif
+            )
         return self
 
     @property
@@ -161,5 +168,6 @@ class ImageFile:
             pixels = np.concatenate(self.waiting)  # (R, S, C)
             colours, alpha = (pixels, None) if source.alpha is None else (pixels[..., :-1], pixels[..., -1])
             rgb = np.broadcast_to(colours, (*colours.shape[:2], 3))
-            write_image(self.target.job.target, rgb, alpha, source.bit_depth, source.was_grey, self.profile,
-                        source.exif)
+            write_image(
+                self.target.job.target, rgb, alpha, source.bit_depth, source.was_grey, self.profile, source.exif
+            )

@@ -2,6 +2,7 @@
 
 Shapes: (H, W) input, (R, S) output, strips of r rows.
 """
+
 import argparse
 import logging
 import os
@@ -97,8 +98,10 @@ class Upscaler:
         job.target.parent.mkdir(parents=True, exist_ok=True)
         check_writable(job.target, size, image.bit_depth, image.alpha is not None)
         if image.num_frames > 1:
-            tqdm.write(f'basicsr: note: {job.source}: only the first of {image.num_frames} frames is upscaled.',
-                       file=sys.stderr)
+            tqdm.write(
+                f'basicsr: note: {job.source}: only the first of {image.num_frames} frames is upscaled.',
+                file=sys.stderr,
+            )
         lq = torch.from_numpy(to_float(image.rgb)).permute(2, 0, 1)[None].to(self.device)  # (1, 3, H, W)
         alpha = None if image.alpha is None else resize(image.alpha, size)  # (R, S)
         strips = upscale_strips(self.net, lq, size, args.cost_weight, args.budget, args.tile, args.precision)
@@ -142,8 +145,10 @@ def choose_device(name: str | None) -> torch.device:
         local = int(os.environ.get('LOCAL_RANK', 0))
         return torch.device('cuda', local % torch.cuda.device_count()) if device.type == 'cuda' else device
     if not re.fullmatch(r'[a-z]+(:\d+)?', name) or name.partition(':')[0] not in DEVICES:
-        raise UserError(f"--device must be one of {', '.join(DEVICES)}, or one with a number such as cuda:1; got "
-                        f"'{name}'.{did_you_mean(name.partition(':')[0], DEVICES)}")
+        raise UserError(
+            f'--device must be one of {", ".join(DEVICES)}, or one with a number such as cuda:1; got '
+            f"'{name}'.{did_you_mean(name.partition(':')[0], DEVICES)}"
+        )
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -160,8 +165,10 @@ def check_network_fits(net: nn.Module, args: argparse.Namespace) -> None:
         UserError: It cannot.
     """
     if not hasattr(net, 'render'):
-        raise UserError(f'{args.model}: {type(net).__name__} upscales by one fixed factor; `basicsr upscale` needs '
-                        'LIIF, LTE or MoEISR.')
+        raise UserError(
+            f'{args.model}: {type(net).__name__} upscales by one fixed factor; `basicsr upscale` needs '
+            'LIIF, LTE or MoEISR.'
+        )
     if net.decoder.out_channels != 3 or next(net.encoder.parameters()).shape[1] != 3:
         raise UserError(f'{args.model}: this network does not work on RGB images.')
     if args.expert_map and net.num_experts == 1:

@@ -9,6 +9,7 @@ order: once to collect the kappas at which they change their expert, in a histog
 
 Shapes: N queries in pixel order, J experts.
 """
+
 import math
 from functools import cached_property
 
@@ -50,8 +51,10 @@ class CostWeight:
     def route(self, logits: Tensor, costs: Tensor) -> Tensor:
         """(..., J) -> (...) int64."""
         costs = where_float64_is(costs)
-        routed = [route_by_cost(chunk, costs, self.cost_weight)
-                  for chunk in where_float64_is(logits).flatten(0, -2).split(CHUNK)]
+        routed = [
+            route_by_cost(chunk, costs, self.cost_weight)
+            for chunk in where_float64_is(logits).flatten(0, -2).split(CHUNK)
+        ]
         return torch.cat(routed).view(logits.shape[:-1]).to(logits.device)
 
 
@@ -72,8 +75,10 @@ class Budget:
         least = float(costs.min())
         if not least - 1e-6 <= budget <= 1:  # costs are fp32
             allowed = math.ceil((least - 1e-6) * 1e4) / 1e4
-            raise ValueError(f'budget must lie between {allowed:.4f} (all pixels to the cheapest expert) and 1 (all to '
-                             f'the heaviest); got {budget}.')
+            raise ValueError(
+                f'budget must lie between {allowed:.4f} (all pixels to the cheapest expert) and 1 (all to '
+                f'the heaviest); got {budget}.'
+            )
         self.budget = float(budget)
         self.costs = where_float64_is(costs).double()
         self.count = 0
@@ -132,7 +137,7 @@ class Budget:
         if lower == upper:
             return cheap
         dear = route_below(logits, costs, lower)
-        extra = (self.costs.to(logits.device)[dear] - self.costs.to(logits.device)[cheap])
+        extra = self.costs.to(logits.device)[dear] - self.costs.to(logits.device)[cheap]
         spent = extra.cumsum(0)
         granted = spent <= self.spare * (1 + 1e-12)
         self.spare -= float(torch.where(granted, extra, 0).sum())

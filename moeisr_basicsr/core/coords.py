@@ -6,6 +6,7 @@ at the image border are differences of nearly equal numbers, so another order of
 
 Shapes: B images, Q queries, N positions on one axis, (H, W) LR size.
 """
+
 import math
 from typing import NamedTuple
 
@@ -18,12 +19,14 @@ EPS_AREA = 1e-9  # LIIF, query_rgb: keeps the total area above zero
 
 class GridAxis(NamedTuple):
     """One axis of a regular output grid, for the corner shifts -1 and +1."""
+
     index: Tensor  # (2, N) int64, nearest latent code on this axis
     rel: Tensor  # (2, N) fp32, distance to that code in units of LR cells
 
 
 class Corners(NamedTuple):
     """The four latent codes around each query, in the order (-1, -1), (-1, 1), (1, -1), (1, 1)."""
+
     index: Tensor  # (4, B, Q) int64, row * W + column
     rel: Tensor  # (4, B, Q, 2) fp32, distance to the code in units of LR cells
     weight: Tensor  # (4, B, Q) fp32, local-ensemble weight; the four add up to 1
@@ -88,8 +91,9 @@ def corner_axis(coord: Tensor, n: int) -> GridAxis:
     return GridAxis(index, rel)
 
 
-def grid_axis(n_out: int, n_lr: int, start: int = 0, stop: int | None = None,
-              device: torch.device | str | None = None) -> GridAxis:
+def grid_axis(
+    n_out: int, n_lr: int, start: int = 0, stop: int | None = None, device: torch.device | str | None = None
+) -> GridAxis:
     """`corner_axis` for the positions `start` to `stop` of a whole output axis of `n_out` pixels.
 
     A strip gets the numbers that the whole image would get: coordinates always come from whole-image indices.

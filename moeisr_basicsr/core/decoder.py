@@ -4,6 +4,7 @@ forward() reads like the paper's table: map, route, decode.
 
 Shapes: B images, C feature channels, (H, W) LR size, Q queries, J experts, C_out output channels.
 """
+
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -26,6 +27,7 @@ EXPERT_GRADS = ('exact', 'naive', 'sampled')
 
 class Decoded(NamedTuple):
     """Answers and the routing that produced them."""
+
     output: Tensor  # (B, Q, C_out)
     routing: Routing
     answers: Tensor | None = None  # (B, Q, J, C_out) of every expert, where training ran them all under autograd
@@ -53,10 +55,19 @@ class MoEDecoder(nn.Module):
             test does, and the gates' gradient ends at the mapper's offsets.
     """
 
-    def __init__(self, in_channels: int, out_channels: int = 3, family: str = 'liif',
-                 experts: Sequence[Sequence[int]] = ((256,), (256,) * 2, (256,) * 3, (256,) * 4),
-                 mapper: dict | None = None, tau: float = 1.0, expert_grad: str = 'exact', sample_rate: float = 0.125,
-                 zero_init_last: bool = False, **family_options):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int = 3,
+        family: str = 'liif',
+        experts: Sequence[Sequence[int]] = ((256,), (256,) * 2, (256,) * 3, (256,) * 4),
+        mapper: dict | None = None,
+        tau: float = 1.0,
+        expert_grad: str = 'exact',
+        sample_rate: float = 0.125,
+        zero_init_last: bool = False,
+        **family_options,
+    ):
         super().__init__()
         if family not in FAMILIES:
             raise ValueError(f'decoder must be one of {sorted(FAMILIES)}; got {family!r}.')
@@ -73,8 +84,9 @@ class MoEDecoder(nn.Module):
         self.expert_grad = expert_grad
         self.sample_rate = sample_rate
         self.scores_are_fitted = False
-        self.pool = FAMILIES[family](in_channels, out_channels, experts, zero_init_last=zero_init_last,
-                                     **family_options)
+        self.pool = FAMILIES[family](
+            in_channels, out_channels, experts, zero_init_last=zero_init_last, **family_options
+        )
         self.mapper = Mapper(in_channels, len(experts), **(mapper or {})) if len(experts) > 1 else None
 
     @property
@@ -98,8 +110,15 @@ class MoEDecoder(nn.Module):
         macs = torch.tensor(self.expert_macs, dtype=torch.float32)
         return macs / macs.max()
 
-    def forward(self, feat: Tensor, coord: Tensor, cell: Tensor, noise: Tensor | None = None,
-                tau: float | None = None, keep: Tensor | None = None) -> Decoded:
+    def forward(
+        self,
+        feat: Tensor,
+        coord: Tensor,
+        cell: Tensor,
+        noise: Tensor | None = None,
+        tau: float | None = None,
+        keep: Tensor | None = None,
+    ) -> Decoded:
         """Answer queries at any positions.
 
         Args:
@@ -118,8 +137,12 @@ class MoEDecoder(nn.Module):
         tables = zip(*(table.unbind() for table in self.pool.tables(feat)))
         # Image by image: a batch's activations would fall out of the cache, and above 32 MiB each temporary is mapped
         # anew by the C library.
-        outputs, answers = zip(*(self.decode(make_queries(corners, cell[image], image), list(of_image), routing, image,
-                                             keep) for image, of_image in enumerate(tables)))
+        outputs, answers = zip(
+            *(
+                self.decode(make_queries(corners, cell[image], image), list(of_image), routing, image, keep)
+                for image, of_image in enumerate(tables)
+            )
+        )
         return Decoded(torch.stack(outputs), routing, None if answers[0] is None else torch.stack(answers))
 
     def logits(self, feat: Tensor, coord: Tensor, cell: Tensor) -> Tensor | None:
@@ -129,8 +152,14 @@ class MoEDecoder(nn.Module):
         lr_size = feat.shape[-2:]
         return self.mapper(self.mapper.table(feat), coord, cell * cell.new_tensor(lr_size), lr_size)
 
-    def route(self, logits: Tensor | None, shape: tuple[int, int], device: torch.device, noise: Tensor | None = None,
-              tau: float | None = None) -> Routing:
+    def route(
+        self,
+        logits: Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device,
+        noise: Tensor | None = None,
+        tau: float | None = None,
+    ) -> Routing:
         """Gumbel routing in training, argmax in test, the only expert where there is one; `shape` is (B, Q)."""
         if logits is None:
             return Routing(torch.zeros(tuple(shape), dtype=torch.long, device=device), None, None)
@@ -142,8 +171,9 @@ class MoEDecoder(nn.Module):
             noise = -torch.empty_like(logits).exponential_().clamp_(min=SMALLEST).log()
         return route_gumbel(logits, noise.to(logits), self.tau if tau is None else tau)
 
-    def decode(self, queries: Queries, tables: list[Tensor], routing: Routing, image: int,
-               keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def decode(
+        self, queries: Queries, tables: list[Tensor], routing: Routing, image: int, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The queries of one image of the batch: (Q, C_out); and every expert's answers (Q, J, C_out) if all ran."""
         evaluate = partial(self._evaluate, tables)
         if self.num_experts == 1:
@@ -163,8 +193,9 @@ class MoEDecoder(nn.Module):
     @property
     def runs_all_experts(self) -> bool:
         """Whether training runs every expert on every query under autograd, and `forward` gives their answers."""
-        return self.num_experts > 1 and (self.expert_grad == 'naive'
-                                         or (self.expert_grad == 'exact' and self.pool.is_nested))
+        return self.num_experts > 1 and (
+            self.expert_grad == 'naive' or (self.expert_grad == 'exact' and self.pool.is_nested)
+        )
 
     def _evaluate(self, tables: list[Tensor], j: int, queries: Queries) -> Tensor:
         return self.pool.evaluate(j, tables, queries)

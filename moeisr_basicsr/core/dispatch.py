@@ -4,6 +4,7 @@
 
 Shapes: N queries of one image, J experts, C output channels.
 """
+
 from collections.abc import Callable
 
 import torch
@@ -33,8 +34,11 @@ def dispatch(decode: Decode, queries: Queries, expert: Tensor, num_experts: int,
             a gradient (zero) on every rank.
     """
     order, counts = group_by_expert(expert, num_experts)
-    blocks = [decode(j, queries.select(which)) for j, which in enumerate(order.split(counts))
-              if not skip_idle or which.numel() > 0]
+    blocks = [
+        decode(j, queries.select(which))
+        for j, which in enumerate(order.split(counts))
+        if not skip_idle or which.numel() > 0
+    ]
     answers = torch.cat(blocks)
     return torch.zeros_like(answers).index_copy(0, order, answers)
 
@@ -76,8 +80,9 @@ def mixture_exact(decode: Decode, queries: Queries, gates: Tensor, expert: Tenso
     return output + torch.einsum('nj,jnc->nc', soft, torch.stack(others))
 
 
-def mixture_sampled(decode: Decode, queries: Queries, gates: Tensor, expert: Tensor, keep: Tensor,
-                    rate: float) -> Tensor:
+def mixture_sampled(
+    decode: Decode, queries: Queries, gates: Tensor, expert: Tensor, keep: Tensor, rate: float
+) -> Tensor:
     """An unbiased estimate of `mixture_exact`'s gradients: unchosen experts see a random part of the queries only.
 
     s = f_k + (1 / rho) sum over sampled j != k of (p_j - sg p_j) sg(f_j - f_k). Since the p_j add up to one, f_k is a

@@ -2,6 +2,7 @@
 
 Shapes: N queries, 4 corners each, D_in input features, D hidden width, J experts, C output channels.
 """
+
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -73,8 +74,14 @@ class ExpertPool(nn.Module):
         ValueError: The experts cannot share their layers; see `unshareable`.
     """
 
-    def __init__(self, in_features: int, out_channels: int, experts: Sequence[Sequence[int]], shared_layers: int = 0,
-                 zero_init_last: bool = False):
+    def __init__(
+        self,
+        in_features: int,
+        out_channels: int,
+        experts: Sequence[Sequence[int]],
+        shared_layers: int = 0,
+        zero_init_last: bool = False,
+    ):
         super().__init__()
         if problem := self.unshareable(experts, shared_layers):
             raise ValueError(f'shared_layers: {problem}')
@@ -82,8 +89,10 @@ class ExpertPool(nn.Module):
         widths = [in_features, *common]
         self.shared = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths[:-1], widths[1:]))
         self.num_shared = [min(len(hidden), len(common)) for hidden in experts]  # layers of each expert
-        self.experts = nn.ModuleList(Expert(widths[count], out_channels, hidden[count:], zero_init_last)
-                                     for hidden, count in zip(experts, self.num_shared))
+        self.experts = nn.ModuleList(
+            Expert(widths[count], out_channels, hidden[count:], zero_init_last)
+            for hidden, count in zip(experts, self.num_shared)
+        )
 
     @classmethod
     def unshareable(cls, experts: Sequence[Sequence[int]], shared_layers: int) -> str | None:
@@ -92,7 +101,7 @@ class ExpertPool(nn.Module):
             return f'must not be negative; got {shared_layers}.'
         widths = [list(hidden) for hidden in experts]
         common = max(widths, key=len)[:shared_layers]
-        if any(hidden[:shared_layers] != common[:len(hidden)] for hidden in widths):
+        if any(hidden[:shared_layers] != common[: len(hidden)] for hidden in widths):
             return f'{shared_layers} needs experts whose first widths agree; got {widths}.'
         return None
 
@@ -103,7 +112,7 @@ class ExpertPool(nn.Module):
 
     def linears(self, j: int) -> list[nn.Linear]:
         """Expert j's linear layers from first to last."""
-        return [*self.shared[:self.num_shared[j]], *self.experts[j].linears]
+        return [*self.shared[: self.num_shared[j]], *self.experts[j].linears]
 
     def evaluate(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
         """Expert j's answers to N queries of one image: (N, C); `tables` as the family makes them, without a batch."""
@@ -126,8 +135,8 @@ class ExpertPool(nn.Module):
         """The number of shared layers done and their activations (4 N, D), deeper and deeper."""
         depth, x = self.enter(tables, queries)
         yield depth, x
-        for depth, layer in enumerate(self.shared[depth:], start=depth + 1):
-            x = F.relu_(apply_linear(layer, x))
+        for layer in self.shared[depth:]:
+            depth, x = depth + 1, F.relu_(apply_linear(layer, x))
             yield depth, x
 
     def leave(self, j: int, x: Tensor, queries: Queries) -> Tensor:
@@ -144,13 +153,21 @@ def check_experts(experts: Sequence[Sequence[int]]) -> list[list[int]]:
     Raises:
         ValueError: There is no expert or more than 256, or an entry is not a list of positive integers.
     """
-    ok = isinstance(experts, Sequence) and not isinstance(experts, str) and len(experts) > 0 and all(
-        isinstance(hidden, Sequence) and not isinstance(hidden, str)
-        and all(isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in hidden)
-        for hidden in experts)
+    ok = (
+        isinstance(experts, Sequence)
+        and not isinstance(experts, str)
+        and len(experts) > 0
+        and all(
+            isinstance(hidden, Sequence)
+            and not isinstance(hidden, str)
+            and all(isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in hidden)
+            for hidden in experts
+        )
+    )
     if not ok:
-        raise ValueError('experts must list the hidden widths of each expert, for example '
-                         f'[[256], [256, 256]]; got {experts!r}.')
+        raise ValueError(
+            f'experts must list the hidden widths of each expert, for example [[256], [256, 256]]; got {experts!r}.'
+        )
     if len(experts) > 256:  # expert maps are bytes
         raise ValueError(f'there may be 256 experts at most; got {len(experts)}.')
     return [list(hidden) for hidden in experts]

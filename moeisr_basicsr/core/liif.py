@@ -7,6 +7,7 @@ cut apart at run time.
 
 Shapes: B images, C feature channels, T = H * W latent codes, N queries, D1 first hidden width.
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -32,8 +33,14 @@ class LIIFExperts(ExpertPool):
         ValueError: The experts cannot share their layers; see `unshareable`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, experts: Sequence[Sequence[int]], shared_layers: int = 0,
-                 zero_init_last: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        experts: Sequence[Sequence[int]],
+        shared_layers: int = 0,
+        zero_init_last: bool = False,
+    ):
         super().__init__(in_channels * 9 + 4, out_channels, experts, shared_layers, zero_init_last)
         self.in_channels = in_channels
 
@@ -41,8 +48,10 @@ class LIIFExperts(ExpertPool):
     def unshareable(cls, experts: Sequence[Sequence[int]], shared_layers: int) -> str | None:
         """As in `ExpertPool`; the first layer, folded to LR resolution, is shared or not for all experts alike."""
         if shared_layers > 0 and not all(experts):
-            return (f'{shared_layers} needs at least one hidden layer in each LIIF expert; got '
-                    f'{[list(hidden) for hidden in experts]}.')
+            return (
+                f'{shared_layers} needs at least one hidden layer in each LIIF expert; got '
+                f'{[list(hidden) for hidden in experts]}.'
+            )
         return super().unshareable(experts, shared_layers)
 
     @property

@@ -6,6 +6,7 @@ convolutions and the phase, and differ in the MLP behind them.
 
 Shapes: B images, C feature channels, T = H * W latent codes, N queries, K = hidden_dim / 2 frequencies.
 """
+
 import math
 from collections.abc import Sequence
 
@@ -29,8 +30,15 @@ class LTEExperts(ExpertPool):
         zero_init_last: See `Expert`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, experts: Sequence[Sequence[int]], hidden_dim: int = 256,
-                 shared_layers: int = 0, zero_init_last: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        experts: Sequence[Sequence[int]],
+        hidden_dim: int = 256,
+        shared_layers: int = 0,
+        zero_init_last: bool = False,
+    ):
         if hidden_dim < 2 or hidden_dim % 2:
             raise ValueError(f'hidden_dim must be a positive even number; got {hidden_dim}.')
         super().__init__(hidden_dim, out_channels, experts, shared_layers, zero_init_last)

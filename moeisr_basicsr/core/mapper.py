@@ -8,6 +8,7 @@ The mapper always computes in fp32: near ties, rounding to 16 bit would flip the
 
 Shapes: B images, C feature channels, T = H * W latent codes, Q queries, J experts, D hidden width.
 """
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -33,8 +34,15 @@ class Mapper(nn.Module):
         granularity: 'pixel' decides for each output pixel, 'cell' once for all pixels of an LR cell.
     """
 
-    def __init__(self, in_channels: int, num_experts: int, num_layers: int = 5, num_feat: int = 32, hidden: int = 32,
-                 granularity: str = 'pixel'):
+    def __init__(
+        self,
+        in_channels: int,
+        num_experts: int,
+        num_layers: int = 5,
+        num_feat: int = 32,
+        hidden: int = 32,
+        granularity: str = 'pixel',
+    ):
         super().__init__()
         if not 1 <= num_layers <= 5:
             raise ValueError(f'mapper num_layers must be 1 to 5; got {num_layers}.')

@@ -1,4 +1,5 @@
 """Where fp32 must mean fp32."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,8 +26,9 @@ def full_fp32(device: torch.device) -> Iterator[None]:
             return
         matmul.allow_tf32 = False
         try:
-            with cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic,
-                             allow_tf32=False):
+            with cudnn.flags(
+                enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+            ):
                 yield
         finally:
             matmul.allow_tf32 = allowed

@@ -5,6 +5,7 @@ query.
 
 Shapes: N queries, 4 corners, T latent codes in the LR table that `index` points into, D hidden width.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from .coords import Corners
 
 class Queries(NamedTuple):
     """N output positions and the four latent codes around each."""
+
     index: Tensor  # (N, 4) int64, rows of the LR table
     rel: Tensor  # (N, 4, 2) relative coordinate in units of LR cells
     weight: Tensor  # (N, 4) local-ensemble weight
@@ -28,9 +30,15 @@ class Queries(NamedTuple):
     def split(self, size: int) -> list['Queries']:
         """Consecutive pieces of at most `size` queries."""
         count = self.index.shape[0]
-        return [Queries(self.index[at:at + size], self.rel[at:at + size], self.weight[at:at + size],
-                        self.cell if self.cell.shape[0] == 1 else self.cell[at:at + size])
-                for at in range(0, max(count, 1), size)]
+        return [
+            Queries(
+                self.index[at : at + size],
+                self.rel[at : at + size],
+                self.weight[at : at + size],
+                self.cell if self.cell.shape[0] == 1 else self.cell[at : at + size],
+            )
+            for at in range(0, max(count, 1), size)
+        ]
 
     def gather(self, table: Tensor) -> Tensor:
         """Rows of an LR table (T, D) for every corner: (4 N, D)."""
@@ -48,5 +56,9 @@ class Queries(NamedTuple):
 
 def make_queries(corners: Corners, cell: Tensor, image: int = 0) -> Queries:
     """The queries of one image of a batch; `cell` is (N, 2) or (1, 2) in units of LR cells."""
-    return Queries(corners.index[:, image].t().contiguous(), corners.rel[:, image].transpose(0, 1).contiguous(),
-                   corners.weight[:, image].t().contiguous(), cell)
+    return Queries(
+        corners.index[:, image].t().contiguous(),
+        corners.rel[:, image].transpose(0, 1).contiguous(),
+        corners.weight[:, image].t().contiguous(),
+        cell,
+    )

@@ -5,6 +5,7 @@ Logits, order and LR tables of a whole image are never held.
 
 Shapes: B images, C feature channels, (H, W) LR size, (R, S) rows and columns of an output tile, J experts.
 """
+
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -33,12 +34,14 @@ Clock = Callable[[str], AbstractContextManager]  # clock(stage) is entered aroun
 
 class Rendered(NamedTuple):
     """An image and who made which pixel."""
+
     output: Tensor  # (B, C_out, R, S)
     expert_map: Tensor | None  # (B, R, S) uint8; None with one expert
 
 
 class Tile(NamedTuple):
     """One tile of the output of one image, and the LR window under it."""
+
     window: Tensor  # (1, C, h + 2, w + 2) features with a halo of one code per side, zero outside the image
     rows: GridAxis  # of the output rows, indices relative to the window without its halo
     cols: GridAxis
@@ -48,12 +51,14 @@ class Tile(NamedTuple):
 
 class Near(NamedTuple):
     """The LR cell under each output position of one axis."""
+
     index: Tensor  # (R,) int64
     rel: Tensor  # (R,) fp32, distance to the cell's centre in units of LR cells
 
 
 class Backend(Protocol):
     """Computes tiles: the torch code below, or fused kernels with the same results to rounding."""
+
     tile: int  # LR cells per side of a tile that suit it
 
     def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
@@ -68,6 +73,7 @@ class Backend(Protocol):
 
 class TorchBackend:
     """Plain torch, on any device."""
+
     tile = 32  # the tables of four 256-wide experts then take 4 MiB in fp32 and stay in cache
 
     def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
@@ -113,6 +119,7 @@ TORCH = TorchBackend()
 
 class FeatureWindow(NamedTuple):
     """Features of a part of an image. Cut edges need a margin of `Renderer.margin` codes around the codes in use."""
+
     feat: Tensor  # (1, C, h, w)
     top: int  # LR row of the image that feat[..., 0, :] belongs to
     left: int
@@ -135,9 +142,19 @@ class Renderer:
         clock: Told of the stages 'map' and 'decode'.
     """
 
-    def __init__(self, decoder: MoEDecoder, size: tuple[int, int], lr_size: tuple[int, int], cell: Tensor | None = None,
-                 control: Control | None = None, backend: Backend = TORCH, tile: int | None = None,
-                 device: torch.device | str | None = None, shuffle: Shuffle | None = None, clock: Clock = nullcontext):
+    def __init__(
+        self,
+        decoder: MoEDecoder,
+        size: tuple[int, int],
+        lr_size: tuple[int, int],
+        cell: Tensor | None = None,
+        control: Control | None = None,
+        backend: Backend = TORCH,
+        tile: int | None = None,
+        device: torch.device | str | None = None,
+        shuffle: Shuffle | None = None,
+        clock: Clock = nullcontext,
+    ):
         self.decoder = decoder
         self.size, self.lr_size, self.tile = size, lr_size, tile or backend.tile
         self.control = control or CostWeight()
@@ -146,8 +163,9 @@ class Renderer:
         cell = make_cell(size) if cell is None else cell
         self.cell = (cell * torch.tensor(lr_size, dtype=torch.float32)).to(device)  # in units of LR cells
         self.rows, self.cols = (grid_axis(n_out, n_lr, device=device) for n_out, n_lr in zip(size, lr_size))
-        self.near_rows, self.near_cols = (Near(*nearest_axis(pixel_centres(n_out, device), n_lr))
-                                          for n_out, n_lr in zip(size, lr_size))
+        self.near_rows, self.near_cols = (
+            Near(*nearest_axis(pixel_centres(n_out, device), n_lr)) for n_out, n_lr in zip(size, lr_size)
+        )
         self.costs = decoder.expert_costs.to(device)
 
     @property
@@ -173,31 +191,35 @@ class Renderer:
         for top, bottom in bands:
             first, last = max(top - mapper.num_layers, 0), min(bottom + mapper.num_layers, height)
             band = mapper.table(window.feat[..., first:last, :])[0].unflatten(0, (last - first, width))
-            table[top:bottom] = band[top - first:bottom - first]
+            table[top:bottom] = band[top - first : bottom - first]
         return table
 
     def near(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]) -> tuple[Near, Near]:
         """The LR cells under an output region, relative to the window."""
-        return tuple(Near(near.index[start:stop] - origin, near.rel[start:stop]) for near, (start, stop), origin in
-                     ((self.near_rows, rows, window.top), (self.near_cols, cols, window.left)))
+        return tuple(
+            Near(near.index[start:stop] - origin, near.rel[start:stop])
+            for near, (start, stop), origin in ((self.near_rows, rows, window.top), (self.near_cols, cols, window.left))
+        )
 
     def row_spans(self, rows: tuple[int, int]) -> list[tuple[int, int]]:
         """Output rows in strips of `tile` LR rows."""
         return spans(*rows, math.ceil((rows[1] - rows[0]) * self.lr_size[0] / self.size[0] / self.tile))
 
-    def strips(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
-               ) -> Iterator[tuple[int, int, Tensor | None]]:
+    def strips(
+        self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
+    ) -> Iterator[tuple[int, int, Tensor | None]]:
         """Row strips of an output region with their expert maps, (r, s) uint8."""
         if self.decoder.mapper is None:
             yield from ((*span, None) for span in self.row_spans(rows))
         elif self.shuffle is not None:
             for top, bottom in self.row_spans(rows):
-                yield top, bottom, self.shuffle.expert_map[top:bottom, cols[0]:cols[1]]
+                yield top, bottom, self.shuffle.expert_map[top:bottom, cols[0] : cols[1]]
         else:
             yield from self.routed_strips(window, rows, cols)
 
-    def routed_strips(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
-                      ) -> Iterator[tuple[int, int, Tensor]]:
+    def routed_strips(
+        self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
+    ) -> Iterator[tuple[int, int, Tensor]]:
         """`strips` as the mapper and the control route them."""
         with self.clock('map'):
             table = self.mapper_table(window)
@@ -210,11 +232,16 @@ class Renderer:
         """The expert map of an output region: (r, s) uint8."""
         if isinstance(self.control, CostWeight) and self.control.cost_weight == 0:
             return self.backend.route(self.decoder.mapper, table, *self.near(window, rows, cols), self.cell)
-        return torch.cat([self.control.route(logits, self.costs).to(torch.uint8)
-                          for logits in self.logits(window, table, rows, cols)])
+        return torch.cat(
+            [
+                self.control.route(logits, self.costs).to(torch.uint8)
+                for logits in self.logits(window, table, rows, cols)
+            ]
+        )
 
-    def logits(self, window: FeatureWindow, table: Tensor, rows: tuple[int, int], cols: tuple[int, int]
-               ) -> Iterator[Tensor]:
+    def logits(
+        self, window: FeatureWindow, table: Tensor, rows: tuple[int, int], cols: tuple[int, int]
+    ) -> Iterator[Tensor]:
         """The mapper's logits of an output region in pixel order, in blocks of rows of about `LOGITS` pixels."""
         count = math.ceil((rows[1] - rows[0]) * (cols[1] - cols[0]) / LOGITS)
         for block in spans(*rows, count):
@@ -235,8 +262,9 @@ class Renderer:
         for _, _, expert_map in self.routed_strips(window, rows, cols):
             self.shuffle.count(expert_map)
 
-    def render(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
-               ) -> Iterator[tuple[int, int, Rendered]]:
+    def render(
+        self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
+    ) -> Iterator[tuple[int, int, Rendered]]:
         """An output region, strip by strip from top to bottom.
 
         Yields:
@@ -244,16 +272,18 @@ class Renderer:
         """
         count = math.ceil((cols[1] - cols[0]) * self.lr_size[1] / self.size[1] / self.tile)
         for top, bottom, expert_map in self.strips(window, rows, cols):
-            output = torch.empty(1, self.decoder.out_channels, bottom - top, cols[1] - cols[0],
-                                 device=window.feat.device)
+            output = torch.empty(
+                1, self.decoder.out_channels, bottom - top, cols[1] - cols[0], device=window.feat.device
+            )
             for left, right in spans(*cols, count):
-                piece = None if expert_map is None else expert_map[:, left - cols[0]:right - cols[0]]
+                piece = None if expert_map is None else expert_map[:, left - cols[0] : right - cols[0]]
                 tile_rows = GridAxis(self.rows.index[:, top:bottom] - window.top, self.rows.rel[:, top:bottom])
                 tile_cols = GridAxis(self.cols.index[:, left:right] - window.left, self.cols.rel[:, left:right])
                 with self.clock('decode'):
                     crop, tile_rows, tile_cols = crop_window(window.feat, tile_rows, tile_cols)
-                    output[0, :, :, left - cols[0]:right - cols[0]] = self.backend.decode(
-                        self.decoder, Tile(crop, tile_rows, tile_cols, self.cell, piece))
+                    output[0, :, :, left - cols[0] : right - cols[0]] = self.backend.decode(
+                        self.decoder, Tile(crop, tile_rows, tile_cols, self.cell, piece)
+                    )
             yield top, bottom, Rendered(output, None if expert_map is None else expert_map[None])
             del output  # before the next one is made
 
@@ -270,18 +300,25 @@ def crop_window(feat: Tensor, rows: GridAxis, cols: GridAxis) -> tuple[Tensor, G
         axes.append(GridAxis(axis.index - first, axis.rel))
     (top, bottom), (left, right) = bounds
     height, width = feat.shape[-2:]
-    window = feat[..., max(top - 1, 0):bottom + 2, max(left - 1, 0):right + 2]
+    window = feat[..., max(top - 1, 0) : bottom + 2, max(left - 1, 0) : right + 2]
     pad = (int(left == 0), int(right == width - 1), int(top == 0), int(bottom == height - 1))
     return F.pad(window, pad), axes[0], axes[1]
 
 
 @torch.no_grad()
-def render(decoder: MoEDecoder, feat: Tensor, size: tuple[int, int], cell: Tensor | None = None,
-           control: Control | None = None, backend: Backend = TORCH, tile: int | None = None) -> Rendered:
+def render(
+    decoder: MoEDecoder,
+    feat: Tensor,
+    size: tuple[int, int],
+    cell: Tensor | None = None,
+    control: Control | None = None,
+    backend: Backend = TORCH,
+    tile: int | None = None,
+) -> Rendered:
     """The whole output of a batch of feature maps (B, C, H, W), without gradients; arguments as in `Renderer`."""
     lr_size = tuple(feat.shape[-2:])
     renderer = Renderer(decoder, size, lr_size, cell, control, backend, tile, feat.device)
-    windows = [FeatureWindow(feat[image:image + 1], 0, 0, lr_size) for image in range(feat.shape[0])]
+    windows = [FeatureWindow(feat[image : image + 1], 0, 0, lr_size) for image in range(feat.shape[0])]
     everything = (0, size[0]), (0, size[1])
     if isinstance(control, Budget):
         for window in windows:

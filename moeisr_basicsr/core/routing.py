@@ -2,6 +2,7 @@
 
 Shapes: B images, Q queries, J experts.
 """
+
 import hashlib
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ SMALLEST = torch.finfo(torch.float32).tiny  # the least exponential draw that Gu
 
 class Routing(NamedTuple):
     """Which expert answers which query; the same type in training and test."""
+
     expert: Tensor  # (B, Q) int64, the expert map
     gates: Tensor | None  # (B, Q, J) one-hot forward, softmax backward; None where nothing is learned
     logits: Tensor | None  # (B, Q, J); None without a mapper

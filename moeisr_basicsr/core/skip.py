@@ -6,6 +6,7 @@ network that adds nothing scores what the bicubic baseline scores. (PyTorch's ow
 
 Shapes: B images, C channels, (H, W) LR size, (R, S) rows and columns of a grid, Q queries, K kernel taps.
 """
+
 import torch
 from torch import Tensor
 

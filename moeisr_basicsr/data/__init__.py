@@ -3,6 +3,7 @@
 It also puts `sampler.EnlargedSampler` in the place of BasicSR's in BasicSR's own training loop: without it the repeats
 of an image within an epoch, and the epochs themselves, would draw the same patches.
 """
+
 import basicsr.train
 
 from moeisr_basicsr.registration import import_by_suffix

@@ -4,6 +4,7 @@ Items, both datasets (RGB, fp32, [0, 1]; row before column):
     training    lq (3, h, h), gt (Q, 3), coord (Q, 2), cell (Q, 2), scale (2,), lq_path, gt_path
     validation  lq (3, h, w), gt (3, H, W), scale (2,), lq_path, gt_path
 """
+
 import difflib
 import math
 import os
@@ -75,7 +76,7 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
         rng = self.generator(index)
         crop = self.crop_size(self.draw_factors(rng), image.shape[:2], path)
         top, left = draw_crop(rng, image.shape[:2], crop)
-        hr_patch = image[top:top + crop[0], left:left + crop[1]]  # (R, S, 3)
+        hr_patch = image[top : top + crop[0], left : left + crop[1]]  # (R, S, 3)
         lq_patch = resize(np.ascontiguousarray(hr_patch), (self.lq_size, self.lq_size), self.downsample)
         self.lap('resize')
         augment = self.augmentation(rng)
@@ -155,20 +156,25 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
         for name in self.lq_source.names:
             stem = self.stem(name)
             if stem in by_stem:
-                raise self.options.fail(f'{self.lq_source.path(name)} and {by_stem[stem]} could both be the partner of '
-                                        'one HR image.')
+                raise self.options.fail(
+                    f'{self.lq_source.path(name)} and {by_stem[stem]} could both be the partner of one HR image.'
+                )
             by_stem[stem] = name
         pairs, taken = [], {}  # taken: LR name -> its HR image
         for name in self.gt_source.names:
             wanted = template.format(self.stem(name))
             if wanted not in by_stem:
                 near = difflib.get_close_matches(wanted, by_stem, n=1)
-                raise self.options.fail(f'{self.gt_source.path(name)} has no partner {wanted} in {self.lq_source.root}.'
-                                        + (f" Nearest: '{by_stem[near[0]]}'; check filename_tmpl." if near else ''))
+                raise self.options.fail(
+                    f'{self.gt_source.path(name)} has no partner {wanted} in {self.lq_source.root}.'
+                    + (f" Nearest: '{by_stem[near[0]]}'; check filename_tmpl." if near else '')
+                )
             partner = by_stem[wanted]
             if taken.setdefault(partner, name) != name:
-                raise self.options.fail(f'{self.gt_source.path(name)} and {taken[partner]} would both have the partner '
-                                        f'{self.lq_source.path(partner)}.')
+                raise self.options.fail(
+                    f'{self.gt_source.path(name)} and {taken[partner]} would both have the partner '
+                    f'{self.lq_source.path(partner)}.'
+                )
             pairs.append((partner, name))
         return pairs
 

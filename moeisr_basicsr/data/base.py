@@ -1,4 +1,5 @@
 """What the arbitrary-scale datasets share: options, images, the epoch, and items as tensors."""
+
 from copy import deepcopy
 
 import numpy as np
@@ -37,8 +38,10 @@ class ArbitraryScaleDataset(Dataset):
         self.lq_size = options.whole('lq_size', 48, least=1)
         self.sample_q = options.whole('sample_q', 2304, least=1)
         if self.sample_q > self.lq_size**2:
-            raise options.fail(f'sample_q must be at most lq_size squared, {self.lq_size**2}: at a factor of 1 an HR '
-                               f'patch has no more pixels; got {self.sample_q}.')
+            raise options.fail(
+                f'sample_q must be at most lq_size squared, {self.lq_size**2}: at a factor of 1 an HR '
+                f'patch has no more pixels; got {self.sample_q}.'
+            )
         self.use_flip = options.flag('use_flip', True)
         self.use_rot = options.flag('use_rot', True)
         self.cache = options.choice('cache', MODES, 'none')
@@ -51,8 +54,12 @@ class ArbitraryScaleDataset(Dataset):
 
     def open_source(self, root_key: str, meta_info_file: str | None) -> ImageSource:
         """The images below the folder or LMDB that the option `root_key` names."""
-        return ImageSource(self.options.required(root_key), f'dataset {self.options.name}: {root_key}',
-                           self.opt.get('io_backend'), meta_info_file)
+        return ImageSource(
+            self.options.required(root_key),
+            f'dataset {self.options.name}: {root_key}',
+            self.opt.get('io_backend'),
+            meta_info_file,
+        )
 
     def open_cache(self, source: ImageSource, names: list[str]) -> SharedImages | ImageSource:
         """`source` itself, or with `cache: memory` the same images from memory."""

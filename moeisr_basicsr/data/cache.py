@@ -1,4 +1,5 @@
 """Decoded images in memory that all workers of a process share."""
+
 import os
 import shutil
 
@@ -34,8 +35,9 @@ class SharedImages:
         starts = np.concatenate([[0], np.cumsum([size + size % 2 for size in sizes])])  # even: uint16 needs it
         total = int(starts[-1])
         _check_room(total, source)
-        self.places = {name: (int(start), size, header)
-                       for name, start, size, header in zip(names, starts, sizes, headers)}
+        self.places = {
+            name: (int(start), size, header) for name, start, size, header in zip(names, starts, sizes, headers)
+        }
         self.order = {name: position for position, name in enumerate(self.places)}
         self.pixels = torch.zeros(total, dtype=torch.uint8).share_memory_()
         self.filled = torch.zeros(len(names), dtype=torch.bool).share_memory_()
@@ -45,7 +47,7 @@ class SharedImages:
         start, size, header = self.places[name]
         position = self.order[name]
         dtype = np.uint16 if header.bit_depth == 16 else np.uint8
-        view = self.pixels[start:start + size].numpy().view(dtype).reshape(header.height, header.width, 3)
+        view = self.pixels[start : start + size].numpy().view(dtype).reshape(header.height, header.width, 3)
         if not self.filled[position]:
             rgb = self.source.rgb(name)
             if rgb.shape != view.shape or rgb.dtype != view.dtype:  # rotated by what the header did not show
@@ -68,6 +70,8 @@ def _check_room(total: int, source: ImageSource) -> None:
         return
     if total * ranks > free:
         each = f' on each of {ranks} ranks' if ranks > 1 else ''
-        raise UserError(f'cache: memory needs {total / 2**30:.1f} GiB of shared memory{each} for the images of '
-                        f'{source.root}, /dev/shm has {free / 2**30:.1f} GiB free. Enlarge it (docker: --shm-size), or '
-                        'use cache: none with sub-images in an LMDB.')
+        raise UserError(
+            f'cache: memory needs {total / 2**30:.1f} GiB of shared memory{each} for the images of '
+            f'{source.root}, /dev/shm has {free / 2**30:.1f} GiB free. Enlarge it (docker: --shm-size), or '
+            'use cache: none with sub-images in an LMDB.'
+        )

@@ -1,4 +1,5 @@
 """Checked reading of a dataset's options. Every error names the dataset, the key, the value, and what is allowed."""
+
 import math
 from typing import Any
 

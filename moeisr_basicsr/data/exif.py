@@ -3,6 +3,7 @@
 Left out is what no longer holds for the copy: orientation (its pixels are upright), size and thumbnail, and the
 camera's own notes, whose inner offsets point elsewhere after every rewriting.
 """
+
 from PIL import Image
 
 EXIF_IFD, GPS_IFD = 0x8769, 0x8825

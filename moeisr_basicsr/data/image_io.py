@@ -5,6 +5,7 @@ where OpenCV returns what it has. It would silently cut 16-bit colour to 8 bit, 
 
 Shapes: (H, W, 3) RGB images, (H, W) alpha.
 """
+
 import contextlib
 import io
 import os
@@ -29,11 +30,23 @@ GREY_MODES = ('1', 'L', 'LA', 'La', 'I;16', 'I;16B', 'I;16L', 'I;16N')
 ALPHA_MODES = ('LA', 'La', 'PA', 'RGBA', 'RGBa')
 COLOUR_MODES = ('P', 'RGB', 'RGBX', 'CMYK', 'YCbCr', 'HSV')
 # EXIF orientation -> (transpose, flip rows, flip columns), applied in this order
-ORIENTATIONS = {1: (False, False, False), 2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
-                5: (True, False, False), 6: (True, False, True), 7: (True, True, True), 8: (True, True, False)}
+ORIENTATIONS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
 # What other formats than PNG and TIFF can hold: longest side in pixels, transparency. None holds 16 bits.
-PILLOW_FORMATS = {'.jpg': ('JPEG', 65535, False), '.jpeg': ('JPEG', 65535, False), '.webp': ('WEBP', 16383, True),
-                  '.bmp': ('BMP', 2**31 - 1, False)}
+PILLOW_FORMATS = {
+    '.jpg': ('JPEG', 65535, False),
+    '.jpeg': ('JPEG', 65535, False),
+    '.webp': ('WEBP', 16383, True),
+    '.bmp': ('BMP', 2**31 - 1, False),
+}
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # BT.601; the three channels of a grey image hardly differ after upscaling
 
 
@@ -63,6 +76,7 @@ _pillow_limit = _PillowLimit()
 
 class ImageHeader(NamedTuple):
     """What a file says before it is decoded."""
+
     height: int  # rows, upright
     width: int
     bit_depth: int  # 8 or 16
@@ -70,6 +84,7 @@ class ImageHeader(NamedTuple):
 
 class ImageData(NamedTuple):
     """A decoded image, upright."""
+
     rgb: np.ndarray  # (H, W, 3) uint8 or uint16; a grey image has three equal channels
     alpha: np.ndarray | None  # (H, W), same type; straight, not multiplied into the colours
     bit_depth: int  # 8 or 16
@@ -149,22 +164,34 @@ def check_writable(path: str | os.PathLike, size: tuple[int, int], bit_depth: in
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        raise UserError(f"{path}: '{suffix}' is not a format that can be written; there are {', '.join(SUFFIXES)}."
-                        f'{did_you_mean(suffix, SUFFIXES)}')
+        raise UserError(
+            f"{path}: '{suffix}' is not a format that can be written; there are {', '.join(SUFFIXES)}."
+            f'{did_you_mean(suffix, SUFFIXES)}'
+        )
     if not Path(path).absolute().parent.is_dir():
         raise UserError(f'{path}: the folder {Path(path).parent} does not exist.')
     if suffix in FORMATS:
         return
     name, longest, holds_alpha = PILLOW_FORMATS[suffix]
-    for lacks, what in ((bit_depth > 8, '16 bits'), (has_alpha and not holds_alpha, 'transparency'),
-                        (max(size) > longest, f'{size[0]} x {size[1]} pixels')):
+    for lacks, what in (
+        (bit_depth > 8, '16 bits'),
+        (has_alpha and not holds_alpha, 'transparency'),
+        (max(size) > longest, f'{size[0]} x {size[1]} pixels'),
+    ):
         if lacks:
             raise UserError(f'{path}: {name} cannot hold {what}; write .png or .tif.')
 
 
-def write_image(path: str | os.PathLike, rgb: np.ndarray, alpha: np.ndarray | None = None, bit_depth: int = 8,
-                grey: bool = False, icc_profile: bytes | None = None, exif: bytes | None = None,
-                quality: int = 95) -> None:
+def write_image(
+    path: str | os.PathLike,
+    rgb: np.ndarray,
+    alpha: np.ndarray | None = None,
+    bit_depth: int = 8,
+    grey: bool = False,
+    icc_profile: bytes | None = None,
+    exif: bytes | None = None,
+    quality: int = 95,
+) -> None:
     """Write an image with everything it has. The file appears complete or not at all; an existing one is replaced.
 
     Args:
@@ -262,10 +289,14 @@ def _open(data: bytes | io.BufferedReader, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
     except Image.UnidentifiedImageError:
         if start in TIFF_STARTS:
-            raise UserError(f'{name}: a TIFF file whose beginning is damaged, or of an unsupported kind: 32-bit and '
-                            'float images are not supported; store it with 8 or 16 bits.') from None
-        raise UserError(f'{name}: not an image that can be read, or its beginning is damaged; '
-                        f'{", ".join(suffix[1:] for suffix in SUFFIXES)} can be read.') from None
+            raise UserError(
+                f'{name}: a TIFF file whose beginning is damaged, or of an unsupported kind: 32-bit and '
+                'float images are not supported; store it with 8 or 16 bits.'
+            ) from None
+        raise UserError(
+            f'{name}: not an image that can be read, or its beginning is damaged; '
+            f'{", ".join(suffix[1:] for suffix in SUFFIXES)} can be read.'
+        ) from None
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f'{name}: {image.height} x {image.width} pixels are more than the limit of {MAX_PIXELS}.')
     return image
@@ -353,7 +384,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     transpose, flip_rows, flip_cols = ORIENTATIONS.get(orientation, ORIENTATIONS[1])
     if transpose:
         pixels = pixels.swapaxes(0, 1)
-    return pixels[::-1 if flip_rows else 1, ::-1 if flip_cols else 1]
+    return pixels[:: -1 if flip_rows else 1, :: -1 if flip_cols else 1]
 
 
 def _three_channels(pixels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
 """Where a dataset's images come from: a folder, a list in a meta_info file, or an LMDB, by BasicSR's FileClient."""
+
 import os
 import weakref
 from pathlib import Path
@@ -42,8 +43,10 @@ class ImageSource:
         self.backend_options = backend
         if self.backend not in FileClient._backends:
             known = sorted(FileClient._backends)
-            raise UserError(f"io_backend: type '{self.backend}' is not one of {', '.join(known)}."
-                            f'{did_you_mean(self.backend, known)}')
+            raise UserError(
+                f"io_backend: type '{self.backend}' is not one of {', '.join(known)}."
+                f'{did_you_mean(self.backend, known)}'
+            )
         if not self.root.is_dir():
             raise UserError(f'{option}: {root} is not a folder.')
         if self.backend == 'lmdb':
@@ -54,8 +57,11 @@ class ImageSource:
 
     def _list_files(self, option: str, meta_info_file: str | None) -> list[str]:
         if meta_info_file is None:
-            names = sorted(entry.name for entry in os.scandir(self.root)
-                           if is_image_name(entry.name) and not entry.name.startswith('.') and entry.is_file())
+            names = sorted(
+                entry.name
+                for entry in os.scandir(self.root)
+                if is_image_name(entry.name) and not entry.name.startswith('.') and entry.is_file()
+            )
             if not names:
                 kinds = ', '.join(suffix[1:] for suffix in SUFFIXES)
                 raise UserError(f'{option}: {self.root} has no image directly in it ({kinds}).')
@@ -70,8 +76,9 @@ class ImageSource:
     def _list_records(self, option: str, meta_info_file: str | None) -> list[str]:
         own_list = self.root / 'meta_info.txt'
         if not own_list.is_file() or not (self.root / 'data.mdb').is_file():
-            raise UserError(f'{option}: {self.root} is not an LMDB with a meta_info.txt; scripts/create_lmdb.py makes '
-                            'one.')
+            raise UserError(
+                f'{option}: {self.root} is not an LMDB with a meta_info.txt; scripts/create_lmdb.py makes one.'
+            )
         names = [os.path.splitext(word)[0] for word in _first_words(own_list, option)]
         if meta_info_file is None:
             return names
@@ -79,8 +86,9 @@ class ImageSource:
         known = set(names)
         missing = next((name for name in chosen if name not in known), None)
         if missing is not None:
-            raise UserError(f'{meta_info_file}: there is no record {missing} in {self.root}.'
-                            f'{did_you_mean(missing, names)}')
+            raise UserError(
+                f'{meta_info_file}: there is no record {missing} in {self.root}.{did_you_mean(missing, names)}'
+            )
         return chosen
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 Shapes: (h, w) LR image, (H, W) HR image, one LR patch of (L, L); Q queries.
 """
+
 from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from .sampling import Augmentation, Queries, draw_crop, queries_at, round_half_u
 
 class PatchAxis(NamedTuple):
     """One axis of an HR patch that belongs to an LR patch."""
+
     start: int  # first HR position whose centre lies in the LR patch
     stop: int  # one past the last
     coord: Tensor  # (stop - start,) fp32 positions of their centres in the LR patch, in [-1, 1]
@@ -26,13 +28,15 @@ class PatchAxis(NamedTuple):
 
 class PairPatch(NamedTuple):
     """A training patch of a pair."""
+
     lq: np.ndarray  # (L, L, 3) uint8 or uint16
     queries: Queries
     scale: Tensor  # (2,) fp32 (rows, columns)
 
 
-def align_pair(lq_size: tuple[int, int], gt_size: tuple[int, int], scale: tuple[float, float] | None,
-               paths: dict[str, str]) -> tuple[int, int]:
+def align_pair(
+    lq_size: tuple[int, int], gt_size: tuple[int, int], scale: tuple[float, float] | None, paths: dict[str, str]
+) -> tuple[int, int]:
     """(rows, columns) of the HR image that the LR image shows; the rest at the lower and right border is cut off.
 
     Raises:
@@ -42,8 +46,10 @@ def align_pair(lq_size: tuple[int, int], gt_size: tuple[int, int], scale: tuple[
     if scale is not None:
         wanted = tuple(round_half_up(n * s) for n, s in zip(lq_size, scale))
         if any(n < m for n, m in zip(gt_size, wanted)):
-            raise UserError(f'{label}: too small for {lq_size[0]} x {lq_size[1]} times the scale of {scale[0]:g} x '
-                            f'{scale[1]:g} ({paths["lq_path"]}).')
+            raise UserError(
+                f'{label}: too small for {lq_size[0]} x {lq_size[1]} times the scale of {scale[0]:g} x '
+                f'{scale[1]:g} ({paths["lq_path"]}).'
+            )
         return wanted
     if any(n < m for n, m in zip(gt_size, lq_size)):
         raise UserError(f'{label}: smaller than its LR image {paths["lq_path"]} ({lq_size[0]} x {lq_size[1]}).')
@@ -74,8 +80,14 @@ def patch_axis(first: int, count: int, n_lr: int, n_hr: int) -> PatchAxis:
     return PatchAxis(start, stop, coord, float(cell))
 
 
-def draw_pair_patch(rng: np.random.Generator, lq: np.ndarray, gt: np.ndarray, patch_size: int, sample_q: int,
-                    draw_augmentation: Callable[[np.random.Generator], Augmentation]) -> PairPatch:
+def draw_pair_patch(
+    rng: np.random.Generator,
+    lq: np.ndarray,
+    gt: np.ndarray,
+    patch_size: int,
+    sample_q: int,
+    draw_augmentation: Callable[[np.random.Generator], Augmentation],
+) -> PairPatch:
     """A random LR patch with `sample_q` queries inside it.
 
     Args:
@@ -85,14 +97,16 @@ def draw_pair_patch(rng: np.random.Generator, lq: np.ndarray, gt: np.ndarray, pa
         draw_augmentation: Draws flips and transpose.
     """
     top, left = draw_crop(rng, lq.shape[:2], (patch_size, patch_size))
-    lq_patch = lq[top:top + patch_size, left:left + patch_size]
+    lq_patch = lq[top : top + patch_size, left : left + patch_size]
     rows = patch_axis(top, patch_size, lq.shape[0], gt.shape[0])
     cols = patch_axis(left, patch_size, lq.shape[1], gt.shape[1])
-    gt_patch = gt[rows.start:rows.stop, cols.start:cols.stop]
+    gt_patch = gt[rows.start : rows.stop, cols.start : cols.stop]
     augment = draw_augmentation(rng)
     lq_patch, gt_patch = augment(lq_patch), augment(gt_patch)
-    coords = [_mirrored(rows.coord) if augment.flip_rows else rows.coord,
-              _mirrored(cols.coord) if augment.flip_cols else cols.coord]
+    coords = [
+        _mirrored(rows.coord) if augment.flip_rows else rows.coord,
+        _mirrored(cols.coord) if augment.flip_cols else cols.coord,
+    ]
     cell, scale = [rows.cell, cols.cell], [gt.shape[0] / lq.shape[0], gt.shape[1] / lq.shape[1]]
     if augment.transpose:
         coords, cell, scale = coords[::-1], cell[::-1], scale[::-1]

@@ -6,6 +6,7 @@ works in fixed point.
 
 Shapes: (H, W, C) or (H, W) images; n input and m output positions on one axis, T taps per output position.
 """
+
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,6 +24,7 @@ METHODS = ('matlab', 'pil')
 
 class Taps(NamedTuple):
     """What every output position of one axis sums up."""
+
     index: np.ndarray  # (m, T) int64 input positions, mirrored at the borders
     weight: np.ndarray  # (m, T) float64, rows sum to 1
 
@@ -45,12 +47,17 @@ def resize(image: np.ndarray, size: tuple[int, int], method: str = 'matlab') -> 
         return imresize(image, size=size)
     if method == 'pil':
         return pil_resize(image, size)
-    raise UserError(f"'{method}' is not a way to resize; there are {', '.join(METHODS)}."
-                    f'{did_you_mean(method, METHODS)}')
+    raise UserError(
+        f"'{method}' is not a way to resize; there are {', '.join(METHODS)}.{did_you_mean(method, METHODS)}"
+    )
 
 
-def imresize(image: np.ndarray, scale: float | tuple[float, float] | None = None,
-             size: tuple[int, int] | None = None, antialias: bool = True) -> np.ndarray:
+def imresize(
+    image: np.ndarray,
+    scale: float | tuple[float, float] | None = None,
+    size: tuple[int, int] | None = None,
+    antialias: bool = True,
+) -> np.ndarray:
     """MATLAB's `imresize(image, scale)` or `imresize(image, [rows columns])` with its bicubic kernel.
 
     Integer images are rounded (halves up) and clipped after each of the two passes, as MATLAB does: the published
@@ -86,7 +93,7 @@ def imresize(image: np.ndarray, scale: float | tuple[float, float] | None = None
         size = tuple(map(int, size))
         scales = tuple(m / n for m, n in zip(size, image.shape))
     result = image
-    for axis in ((0, 1) if scales[0] <= scales[1] else (1, 0)):
+    for axis in (0, 1) if scales[0] <= scales[1] else (1, 0):
         matrix = _tap_matrix(image.shape[axis], size[axis], scales[axis], antialias)
         if matrix is not None:
             result = _resize_axis(result, axis, matrix)
@@ -115,7 +122,7 @@ def cubic(distance: np.ndarray) -> np.ndarray:
     near = np.abs(distance)
     near2, near3 = near**2, near**3
     inner = (1.5 * near3 - 2.5 * near2 + 1) * (near <= 1)
-    return inner + (-0.5 * near3 + 2.5 * near2 - 4 * near + 2) * ((1 < near) & (near <= 2))
+    return inner + (-0.5 * near3 + 2.5 * near2 - 4 * near + 2) * ((near > 1) & (near <= 2))
 
 
 def axis_taps(n: int, m: int, scale: float, antialias: bool = True) -> Taps:
@@ -168,9 +175,9 @@ def _resize_axis(image: np.ndarray, axis: int, matrix: sparse.csr_matrix) -> np.
     result = np.empty((height, m, *channels), image.dtype)
     step = max(BLOCK // image[0].size, 1)
     for start in range(0, height, step):
-        block = image[start:start + step].swapaxes(0, 1).astype(np.float64, order='C')  # (n, rows, C)
+        block = image[start : start + step].swapaxes(0, 1).astype(np.float64, order='C')  # (n, rows, C)
         resized = (matrix @ block.reshape(n, -1)).reshape(m, *block.shape[1:])
-        _store(resized.swapaxes(0, 1), result[start:start + step])
+        _store(resized.swapaxes(0, 1), result[start : start + step])
     return result
 
 

@@ -1,4 +1,5 @@
 """Order of training samples: BasicSR's EnlargedSampler, with one index per repeat and a place to start from."""
+
 from collections.abc import Iterator
 
 import torch
@@ -31,10 +32,10 @@ class EnlargedSampler(BasicSREnlargedSampler):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator()
         generator.manual_seed(self.epoch)
-        order = torch.randperm(self.total_size, generator=generator)[self.rank::self.num_replicas]
+        order = torch.randperm(self.total_size, generator=generator)[self.rank :: self.num_replicas]
         if not hasattr(self.dataset, 'set_epoch'):
             order = order % len(self.dataset)
-        return iter(order[self.start:].tolist())
+        return iter(order[self.start :].tolist())
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of `epoch`, from its beginning."""

@@ -5,6 +5,7 @@ rank and after any resume.
 
 Shapes: (h, w) LR patch, (R, S) HR patch, Q queries.
 """
+
 import math
 from typing import NamedTuple
 
@@ -17,18 +18,20 @@ from moeisr_basicsr.core.coords import make_cell, pixel_centres
 
 class Augmentation(NamedTuple):
     """Flips first, then the transpose."""
+
     flip_rows: bool
     flip_cols: bool
     transpose: bool
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """(H, W, C) -> (H, W, C), or (W, H, C) if transposed; a view."""
-        image = image[::-1 if self.flip_rows else 1, ::-1 if self.flip_cols else 1]
+        image = image[:: -1 if self.flip_rows else 1, :: -1 if self.flip_cols else 1]
         return image.swapaxes(0, 1) if self.transpose else image
 
 
 class Queries(NamedTuple):
     """Output positions and their true colours, in LIIF's convention."""
+
     gt: Tensor  # (Q, C) fp32 in [0, 1]
     coord: Tensor  # (Q, 2) fp32 in [-1, 1], rows first
     cell: Tensor  # (Q, 2) fp32, 2 / output size
@@ -69,12 +72,18 @@ def draw_queries(rng: np.random.Generator, hr_patch: np.ndarray, count: int) -> 
         count: Q, at most R * S.
     """
     rows, cols = hr_patch.shape[:2]
-    return queries_at(rng.choice(rows * cols, count, replace=False), hr_patch, pixel_centres(rows), pixel_centres(cols),
-                      make_cell((rows, cols)))
+    return queries_at(
+        rng.choice(rows * cols, count, replace=False),
+        hr_patch,
+        pixel_centres(rows),
+        pixel_centres(cols),
+        make_cell((rows, cols)),
+    )
 
 
-def queries_at(position: np.ndarray, hr_patch: np.ndarray, row_coord: Tensor, col_coord: Tensor,
-               cell: Tensor) -> Queries:
+def queries_at(
+    position: np.ndarray, hr_patch: np.ndarray, row_coord: Tensor, col_coord: Tensor, cell: Tensor
+) -> Queries:
     """Queries at flat positions of an HR patch.
 
     Args:

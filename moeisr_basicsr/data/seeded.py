@@ -1,4 +1,5 @@
 """Repeatable items of datasets that draw from global generators, as BasicSR's own do."""
+
 import random
 from typing import Any
 

@@ -5,6 +5,7 @@ whole image, and neither writes every kind: 16-bit colour, grey with alpha.
 
 Shapes: strips are (R, W, C) with R rows; C is 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha).
 """
+
 import contextlib
 import os
 import struct
@@ -84,8 +85,16 @@ class StripWriter:
         UserError: Another suffix, a size that the format cannot hold, or the file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike, height: int, width: int, channels: int = 3, bit_depth: int = 8,
-                 icc_profile: bytes | None = None, exif: bytes | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        height: int,
+        width: int,
+        channels: int = 3,
+        bit_depth: int = 8,
+        icc_profile: bytes | None = None,
+        exif: bytes | None = None,
+    ):
         kind = FORMATS.get(Path(path).suffix.lower())
         if kind is None:
             raise UserError(f'{path}: strips can be written to {", ".join(FORMATS)} only.')
@@ -98,8 +107,11 @@ class StripWriter:
         self.output = AtomicFile(path)
         try:
             with self.output.naming():
-                self.encoder = (_Png(self.output.file, self.shape, bit_depth, icc_profile, exif) if kind == 'png' else
-                                _Tiff(self.output.file, self.shape, bit_depth, icc_profile))
+                self.encoder = (
+                    _Png(self.output.file, self.shape, bit_depth, icc_profile, exif)
+                    if kind == 'png'
+                    else _Tiff(self.output.file, self.shape, bit_depth, icc_profile)
+                )
         except BaseException:
             self.output.discard()
             raise
@@ -117,8 +129,9 @@ class StripWriter:
         if rows.ndim == 2:
             rows = rows[..., None]
         if rows.ndim != 3 or rows.shape[1:] != self.shape[1:] or rows.dtype != self.dtype:
-            raise ValueError(f'A strip must be (rows, {self.shape[1]}, {self.shape[2]}) {self.dtype}; got {rows.shape} '
-                             f'{rows.dtype}.')
+            raise ValueError(
+                f'A strip must be (rows, {self.shape[1]}, {self.shape[2]}) {self.dtype}; got {rows.shape} {rows.dtype}.'
+            )
         if self.rows_written + len(rows) > self.shape[0]:
             raise ValueError(f'The image has {self.shape[0]} rows; got {self.rows_written + len(rows)}.')
         self.rows_written += len(rows)
@@ -145,8 +158,9 @@ class StripWriter:
     def __enter__(self) -> 'StripWriter':
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -156,8 +170,9 @@ class StripWriter:
 class _Png:
     """PNG (ISO 15948): one zlib stream over filtered rows, cut into IDAT chunks."""
 
-    def __init__(self, file: BinaryIO, shape: tuple[int, int, int], bit_depth: int, icc_profile: bytes | None,
-                 exif: bytes | None):
+    def __init__(
+        self, file: BinaryIO, shape: tuple[int, int, int], bit_depth: int, icc_profile: bytes | None, exif: bytes | None
+    ):
         height, width, channels = shape
         self.file = file
         self.pixel_bytes = channels * bit_depth // 8
@@ -180,7 +195,7 @@ class _Png:
     def write(self, rows: np.ndarray) -> None:
         step = max(BLOCK_BYTES // self.row_bytes, 1)  # bounds the temporaries of a tall strip
         for start in range(0, len(rows), step):
-            part = np.ascontiguousarray(rows[start:start + step])
+            part = np.ascontiguousarray(rows[start : start + step])
             part = part.astype(part.dtype.newbyteorder('>')).view(np.uint8).reshape(len(part), -1)  # (R, row bytes)
             self.chunk(b'IDAT', self.stream.compress(self.filter(part)))
 
@@ -249,7 +264,7 @@ class _Tiff:
         rows = np.concatenate(self.waiting)
         whole = len(rows) // self.strip_rows * self.strip_rows
         for start in range(0, whole, self.strip_rows):
-            self.strip(rows[start:start + self.strip_rows])
+            self.strip(rows[start : start + self.strip_rows])
         self.waiting = [rows[whole:].copy()] if whole < len(rows) else []
 
     def strip(self, rows: np.ndarray) -> None:
@@ -264,10 +279,20 @@ class _Tiff:
             self.strip(np.concatenate(self.waiting))
         height, width, channels = self.shape
         word = 'Q' if self.big else 'I'
-        entries = [(256, 'I', [width]), (257, 'I', [height]), (258, 'H', [self.bit_depth] * channels),
-                   (259, 'H', [8]), (262, 'H', [2 if channels > 2 else 1]), (273, word, self.offsets),
-                   (274, 'H', [1]), (277, 'H', [channels]), (278, 'I', [self.strip_rows]), (279, word, self.lengths),
-                   (284, 'H', [1]), (317, 'H', [2])]
+        entries = [
+            (256, 'I', [width]),
+            (257, 'I', [height]),
+            (258, 'H', [self.bit_depth] * channels),
+            (259, 'H', [8]),
+            (262, 'H', [2 if channels > 2 else 1]),
+            (273, word, self.offsets),
+            (274, 'H', [1]),
+            (277, 'H', [channels]),
+            (278, 'I', [self.strip_rows]),
+            (279, word, self.lengths),
+            (284, 'H', [1]),
+            (317, 'H', [2]),
+        ]
         if channels in (2, 4):
             entries.append((338, 'H', [2]))  # alpha that is not multiplied into the colours
         if self.icc_profile is not None:

@@ -3,6 +3,7 @@
 A checkpoint is one weights file per network, `models/net_g_<iteration>.pth`, BasicSR's format, and one training state,
 `training_states/<iteration>.state`, written last, which knows the weights' checksums.
 """
+
 import hashlib
 import io
 import os
@@ -23,6 +24,7 @@ Weights = dict[str, dict[str, dict[str, torch.Tensor]]]  # {'net_g': {'params': 
 
 class Checkpoint(NamedTuple):
     """What a run continues from."""
+
     iteration: int
     state: dict
     weights: Weights
@@ -57,10 +59,11 @@ class CheckpointStore:
         Raises:
             SaveError: Nothing that was there before has changed.
         """
-        digests = {label: save_hashed(content, self.weights_path(label, iteration))
-                   for label, content in weights.items()}
+        digests = {
+            label: save_hashed(content, self.weights_path(label, iteration)) for label, content in weights.items()
+        }
         save_atomic({**state, 'iter': iteration, 'weights': digests}, self.state_path(iteration))
-        for old in self.iterations()[self.keep:] if self.keep else []:
+        for old in self.iterations()[self.keep :] if self.keep else []:
             self.remove(old)
 
     def name_weights(self, weights: Weights, names: list[str], saved: int | None = None) -> None:

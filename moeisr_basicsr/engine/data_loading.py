@@ -2,6 +2,7 @@
 
 The YAML's keys are BasicSR's. Workers live for the whole run: no import storm each epoch.
 """
+
 import random
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -24,6 +25,7 @@ EPOCH_SEED_STRIDE = 1_000_003  # a prime: seeds of (run, epoch, rank) stay apart
 
 class Place(NamedTuple):
     """A place in the training data."""
+
     epoch: int = 0
     samples: int = 0  # already taken of this epoch, by this rank
 
@@ -57,17 +59,25 @@ class TrainData:
         self.sampler = EnlargedSampler(self.dataset, ranks.world_size, ranks.rank, ratio)
         self.batches_per_epoch = len(self.sampler) // self.batch
         if self.batches_per_epoch == 0:
-            raise UserError(f'datasets: train: {len(self.dataset)} images x dataset_enlarge_ratio {ratio} / '
-                            f'{ranks.world_size} ranks make no batch of {self.batch}; raise dataset_enlarge_ratio.')
+            raise UserError(
+                f'datasets: train: {len(self.dataset)} images x dataset_enlarge_ratio {ratio} / '
+                f'{ranks.world_size} ranks make no batch of {self.batch}; raise dataset_enlarge_ratio.'
+            )
         workers = int(train_opt.get('num_worker_per_gpu', 0))
         self.prefetch = train_opt.get('prefetch_mode') == 'cuda' and device.type == 'cuda'
         self.generator = torch.Generator()  # worker seeds: drawing them must not disturb torch's own generator
         self.loader = DataLoader(
-            self.dataset, self.batch, sampler=self.sampler, drop_last=True, num_workers=workers,
+            self.dataset,
+            self.batch,
+            sampler=self.sampler,
+            drop_last=True,
+            num_workers=workers,
             pin_memory=bool(train_opt.get('pin_memory', False)) and device.type == 'cuda',
             persistent_workers=workers > 0 and bool(train_opt.get('persistent_workers', True)),
-            worker_init_fn=start_worker, generator=self.generator,
-            prefetch_factor=max(2, train_opt.get('num_prefetch_queue', 2)) if workers > 0 else None)
+            worker_init_fn=start_worker,
+            generator=self.generator,
+            prefetch_factor=max(2, train_opt.get('num_prefetch_queue', 2)) if workers > 0 else None,
+        )
 
     def batches(self, place: Place) -> Iterator[tuple[Place, dict]]:
         """(the place after this batch, the batch), from `place` on, epoch after epoch."""
@@ -90,8 +100,9 @@ class TrainData:
         With another number of ranks the epoch goes on after the samples that all ranks together have taken.
         """
         if 'place' not in state:  # BasicSR's own
-            return Place(int(state.get('epoch', 0))), ['the checkpoint does not know its place in the epoch: the '
-                                                       'epoch starts again']
+            return Place(int(state.get('epoch', 0))), [
+                'the checkpoint does not know its place in the epoch: the epoch starts again'
+            ]
         saved = state['place']
         place = Place(saved['epoch'], saved['samples'])
         if saved['world_size'] == self.ranks.world_size:
@@ -101,7 +112,8 @@ class TrainData:
             f'the checkpoint is of {saved["world_size"]} ranks, this run has {self.ranks.world_size}: weights, '
             'optimizer, EMA, schedule and best metrics are exact, the order of samples and all random draws are '
             'equal in distribution only, and the batch of all ranks is another unless batch_size_per_gpu makes up '
-            'for it']
+            'for it'
+        ]
 
 
 def start_worker(worker: int) -> None:
@@ -122,8 +134,10 @@ def prefetch_to_device(source: Iterator[dict], device: torch.device) -> Iterator
     waiting = None
     for data in source:
         with torch.cuda.stream(stream):
-            data = {key: value.to(device, non_blocking=True) if torch.is_tensor(value) and key != 'scale' else value
-                    for key, value in data.items()}
+            data = {
+                key: value.to(device, non_blocking=True) if torch.is_tensor(value) and key != 'scale' else value
+                for key, value in data.items()
+            }
         waiting, copied = (data, stream.record_event()), waiting
         if copied is not None:
             yield _arrive(*copied)
@@ -151,7 +165,14 @@ def evaluation_loaders(opt: dict, phases: tuple[str, ...]) -> list[DataLoader]:
     for section, dataset_opt in opt['datasets'].items():
         if section.split('_')[0] in phases:
             workers = int(dataset_opt.get('num_worker_per_gpu', 0))
-            loaders.append(DataLoader(build_dataset(dataset_opt), batch_size=1, num_workers=workers,
-                                      pin_memory=bool(dataset_opt.get('pin_memory', False)),
-                                      worker_init_fn=start_worker, generator=torch.Generator()))
+            loaders.append(
+                DataLoader(
+                    build_dataset(dataset_opt),
+                    batch_size=1,
+                    num_workers=workers,
+                    pin_memory=bool(dataset_opt.get('pin_memory', False)),
+                    worker_init_fn=start_worker,
+                    generator=torch.Generator(),
+                )
+            )
     return loaders

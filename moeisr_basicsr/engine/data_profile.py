@@ -1,4 +1,5 @@
 """Speed of the training loader: items per second by number of workers, and the time of one item stage by stage."""
+
 import copy
 import itertools
 import multiprocessing
@@ -19,6 +20,7 @@ CPU = torch.device('cpu')
 
 class LoaderSpeed(NamedTuple):
     """What a loader delivered."""
+
     workers: int
     items: int  # timed
     items_per_second: float

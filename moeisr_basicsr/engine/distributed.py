@@ -1,4 +1,5 @@
 """The processes of a run: how they find each other, which device each takes, and what they tell each other."""
+
 import os
 import random
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ DEFAULT_TIMEOUT_MINUTES = 30  # rank 0 may validate alone (BasicSR's own models)
 
 class Ranks(NamedTuple):
     """This process among the processes of the run."""
+
     rank: int = 0
     world_size: int = 1
     control: dist.ProcessGroup | None = None  # gloo: messages on the CPU never wait for the GPU's queue

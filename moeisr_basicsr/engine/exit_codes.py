@@ -1,4 +1,5 @@
 """Exit codes of `basicsr train` and `basicsr test`, for schedulers and scripts."""
+
 import signal
 
 OK = 0

@@ -1,4 +1,5 @@
 """Folders of a run. Nothing that an earlier run left is ever lost: a fresh run archives it."""
+
 import os
 import shutil
 import sys
@@ -13,6 +14,7 @@ LAUNCH_FILE = '.torchrun'  # in the folder of a run: the name of the torchrun th
 
 class Fresh(NamedTuple):
     """A folder that a run starts with anew."""
+
     folder: Path
     earlier: Path | None  # where the earlier one of this name is now
 
@@ -70,8 +72,9 @@ def undo(fresh: list[Fresh]) -> None:
 
 def _is_work(path: Path) -> bool:
     """Whether a run without a step, or a test without a picture, does not leave such a file."""
-    return path.is_file() and not (path.suffix in ('.log', '.yml', '.yaml') or path.name == LAUNCH_FILE
-                                   or path.name.startswith('events.out.'))
+    return path.is_file() and not (
+        path.suffix in ('.log', '.yml', '.yaml') or path.name == LAUNCH_FILE or path.name.startswith('events.out.')
+    )
 
 
 def make_folders(opt: dict, fresh: bool, launch: str | None = None) -> list[Fresh]:
@@ -89,8 +92,10 @@ def make_folders(opt: dict, fresh: bool, launch: str | None = None) -> list[Fres
     root = Path(path['experiments_root'] if opt['is_train'] else path['results_root'])
     begun = []
     if fresh:
-        begun = [Fresh(folder, archive(folder))
-                 for folder in ((root, tensorboard_folder(opt)) if opt['is_train'] else (root,))]
+        begun = [
+            Fresh(folder, archive(folder))
+            for folder in ((root, tensorboard_folder(opt)) if opt['is_train'] else (root,))
+        ]
     keys = ('models', 'training_states', 'log', 'visualization') if opt['is_train'] else ('log', 'visualization')
     for folder in (root, *(path[key] for key in keys)):
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
 """What a run tells: console and log file, TensorBoard, and one JSON-lines file of every metric."""
+
 import datetime
 import json
 import logging
@@ -70,6 +71,7 @@ def start_tensorboard(opt: dict, ranks: Ranks, after: int = 0) -> object | None:
     if after == 0:
         return init_tb_logger(folder)
     from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(folder, purge_step=after + 1)
 
 
@@ -88,8 +90,11 @@ class MetricsFile:
         self.is_main = is_main
         if is_main and self.path.is_file():
             limits = {'train': after, 'validation': after - 1 if validate_again else after}
-            kept = [line for line in self.path.read_text(encoding='utf-8').splitlines(keepends=True)
-                    if _is_kept(line, limits)]
+            kept = [
+                line
+                for line in self.path.read_text(encoding='utf-8').splitlines(keepends=True)
+                if _is_kept(line, limits)
+            ]
             write_atomic(self.path, lambda file: file.write(''.join(kept).encode()))
 
     def write(self, kind: str, iteration: int | str, values: Mapping) -> None:
@@ -103,8 +108,9 @@ class MetricsFile:
             except OSError as error:
                 with suppress(OSError):
                     os.truncate(self.path, size)  # no half line before the next one
-                get_root_logger().warning(f'{error.strerror}: cannot write {self.path}; iteration {iteration} is '
-                                          'missing in it.')
+                get_root_logger().warning(
+                    f'{error.strerror}: cannot write {self.path}; iteration {iteration} is missing in it.'
+                )
 
     def write_results(self, iteration: int | str, results: list[Evaluated], best: Mapping) -> None:
         """One line per dataset."""
@@ -144,8 +150,15 @@ class TrainLog:
         device: Its memory is reported where it is a GPU.
     """
 
-    def __init__(self, opt: dict, ranks: Ranks, logger: logging.Logger, tensorboard: object | None,
-                 metrics: MetricsFile, device: torch.device):
+    def __init__(
+        self,
+        opt: dict,
+        ranks: Ranks,
+        logger: logging.Logger,
+        tensorboard: object | None,
+        metrics: MetricsFile,
+        device: torch.device,
+    ):
         self.name = opt['name']
         self.interval = opt['logger'].get('print_freq', 100)
         self.total = int(opt['train']['total_iter'])
@@ -169,8 +182,15 @@ class TrainLog:
         """Take the time since `paused` (validation, saving) out of the interval."""
         self.began += time.perf_counter() - paused
 
-    def step(self, iteration: int, epoch: int, rates: list[float], values: Mapping[str, float], queries: int,
-             data_time: float) -> None:
+    def step(
+        self,
+        iteration: int,
+        epoch: int,
+        rates: list[float],
+        values: Mapping[str, float],
+        queries: int,
+        data_time: float,
+    ) -> None:
         """Count one step; at the end of an interval and of the run, tell.
 
         Args:
@@ -191,17 +211,23 @@ class TrainLog:
     def _tell(self, iteration: int, epoch: int, rates: list[float], values: Mapping[str, float]) -> None:
         elapsed = time.perf_counter() - self.began
         step_time = elapsed / self.steps
-        extra = {'lr': rates[0], 'time_s': step_time, 'data_time_s': self.data_time / self.steps,
-                 'queries_per_s': self.queries / elapsed}
+        extra = {
+            'lr': rates[0],
+            'time_s': step_time,
+            'data_time_s': self.data_time / self.steps,
+            'queries_per_s': self.queries / elapsed,
+        }
         if self.device.type == 'cuda':
             extra['gpu_peak_mib'] = torch.cuda.max_memory_allocated(self.device) / 2**20
         if not self.ranks.is_main:
             return
         eta = datetime.timedelta(seconds=int(step_time * (self.total - iteration)))
         shown = ' '.join(f'{name}: {value:.4e}' for name, value in values.items())
-        self.logger.info(f'[{self.name[:5]}..][epoch:{epoch:3d}, iter:{iteration:8,d}, lr:({rates[0]:.3e},)] '
-                         f'[eta: {eta}, time (data): {step_time:.3f} ({extra["data_time_s"]:.3f}), '
-                         f'{extra["queries_per_s"]:,.0f} queries/s] {shown}')
+        self.logger.info(
+            f'[{self.name[:5]}..][epoch:{epoch:3d}, iter:{iteration:8,d}, lr:({rates[0]:.3e},)] '
+            f'[eta: {eta}, time (data): {step_time:.3f} ({extra["data_time_s"]:.3f}), '
+            f'{extra["queries_per_s"]:,.0f} queries/s] {shown}'
+        )
         self.metrics.write('train', iteration, {'epoch': epoch, **values, **extra})
         if self.tensorboard:
             for name, value in {**values, **extra}.items():

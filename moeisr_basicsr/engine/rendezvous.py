@@ -5,6 +5,7 @@ it: a restarted rank may read the address of a process that is dead, and every r
 refused". Here the ranks of one attempt find each other by numbers that nobody can have written before, and then use a
 part of the store that is theirs alone. (torchrun's own restart counter will not do: it differs between nodes.)
 """
+
 import os
 import secrets
 import time
@@ -20,8 +21,13 @@ def agent_store(timeout: timedelta) -> TCPStore | None:
     """torchrun's store; None where this process has another launcher, or the store is new for every attempt."""
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
         return None
-    return TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timeout,
-                    wait_for_workers=False)
+    return TCPStore(
+        os.environ['MASTER_ADDR'],
+        int(os.environ['MASTER_PORT']),
+        is_master=False,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
 
 
 def launch_name(store: Store) -> str:

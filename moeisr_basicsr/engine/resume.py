@@ -2,6 +2,7 @@
 
 Resumed on the CPU with the same number of ranks, a run goes on bit for bit as if it had never stopped.
 """
+
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -43,10 +44,12 @@ def plain(value: Any) -> Any:
 def rng_state(device: torch.device) -> dict:
     """The generators of python, numpy, torch and, on a GPU, its own."""
     name, keys, position, has_gauss, cached = np.random.get_state()
-    return {'python': random.getstate(),
-            'numpy': (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
-            'torch': torch.get_rng_state(),
-            'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None}
+    return {
+        'python': random.getstate(),
+        'numpy': (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        'torch': torch.get_rng_state(),
+        'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None,
+    }
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
@@ -61,8 +64,11 @@ def set_rng_state(state: dict, device: torch.device) -> None:
 
 def networks(model: BaseModel) -> dict[str, nn.Module]:
     """The trained networks of any BasicSR model, without wrappers: {'net_g': ...}."""
-    return {name: model.get_bare_model(net) for name, net in vars(model).items()
-            if name.startswith('net_') and not name.endswith('_ema') and isinstance(net, nn.Module)}
+    return {
+        name: model.get_bare_model(net)
+        for name, net in vars(model).items()
+        if name.startswith('net_') and not name.endswith('_ema') and isinstance(net, nn.Module)
+    }
 
 
 def model_weights(model: BaseModel) -> Weights:
@@ -96,9 +102,11 @@ def set_model_weights(model: BaseModel, weights: Weights) -> list[str]:
             raise UserError(f'The checkpoint has no [params] of {name}; it has {", ".join(map(str, weights[name]))}.')
         found = misfits(net.state_dict(), weights[name]['params'])
         if found:
-            raise UserError(f'The checkpoint does not fit network_{name.removeprefix("net_")} of the options: '
-                            f'{describe_misfits(found)}. Resume with the options of the run that saved it, or start '
-                            'anew under another name.')
+            raise UserError(
+                f'The checkpoint does not fit network_{name.removeprefix("net_")} of the options: '
+                f'{describe_misfits(found)}. Resume with the options of the run that saved it, or start '
+                'anew under another name.'
+            )
         net.load_state_dict(weights[name]['params'])
         if hasattr(model, f'{name}_ema'):
             if 'params_ema' not in weights[name]:
@@ -110,11 +118,15 @@ def set_model_weights(model: BaseModel, weights: Weights) -> list[str]:
 def model_state(model: BaseModel) -> dict:
     """Optimizers, schedulers, AMP scaler, best metrics and counters of any BasicSR model."""
     precision, guard = getattr(model, 'precision', None), getattr(model, 'guard', None)
-    return plain({'optimizers': [optimizer.state_dict() for optimizer in model.optimizers],
-                  'schedulers': [scheduler.state_dict() for scheduler in model.schedulers],
-                  'scaler': precision.scaler.state_dict() if precision else {},
-                  'skipped_steps': guard.skipped if guard else 0,
-                  'best_metric_results': getattr(model, 'best_metric_results', {})})
+    return plain(
+        {
+            'optimizers': [optimizer.state_dict() for optimizer in model.optimizers],
+            'schedulers': [scheduler.state_dict() for scheduler in model.schedulers],
+            'scaler': precision.scaler.state_dict() if precision else {},
+            'skipped_steps': guard.skipped if guard else 0,
+            'best_metric_results': getattr(model, 'best_metric_results', {}),
+        }
+    )
 
 
 def check_moments(model: BaseModel) -> None:
@@ -131,9 +143,11 @@ def check_moments(model: BaseModel) -> None:
                 for key in MOMENTS:
                     moment = optimizer.state.get(parameter, {}).get(key)
                     if moment is not None and moment.shape != parameter.shape:
-                        raise UserError('The training state is of a network whose parameters come in another order or '
-                                        'size, perhaps of another version: start anew from its weights, with '
-                                        'path: pretrain_network_g.')
+                        raise UserError(
+                            'The training state is of a network whose parameters come in another order or '
+                            'size, perhaps of another version: start anew from its weights, with '
+                            'path: pretrain_network_g.'
+                        )
 
 
 def set_model_state(model: BaseModel, state: dict) -> list[str]:

@@ -1,4 +1,5 @@
 """SIGTERM and SIGINT ask for an orderly end; a second one ends the process at once."""
+
 import multiprocessing
 import os
 import signal

@@ -1,4 +1,5 @@
 """`test(opt)`: evaluate a network on every dataset of the options."""
+
 from pathlib import Path
 
 from basicsr.models import build_model
@@ -37,8 +38,13 @@ def test(opt: dict) -> int:
 
 
 def _test(opt: dict, ranks: Ranks, stop: StopRequest) -> int:
-    opt = {**opt, 'rank': ranks.rank, 'world_size': ranks.world_size, 'dist': ranks.world_size > 1,
-           'val': {'suffix': None, 'save_img': False, **(opt.get('val') or {})}}  # BasicSR's models expect both
+    opt = {
+        **opt,
+        'rank': ranks.rank,
+        'world_size': ranks.world_size,
+        'dist': ranks.world_size > 1,
+        'val': {'suffix': None, 'save_img': False, **(opt.get('val') or {})},
+    }  # BasicSR's models expect both
     fresh = ranks.together(lambda: make_folders(opt, fresh=True))
     try:
         return _evaluate(opt, ranks, stop, [report for folder in fresh for report in folder.reports()])
@@ -79,7 +85,11 @@ def results_document(opt: dict, model: BaseModel, results: list[Evaluated]) -> d
     described, kernel = None, 'torch'
     if hasattr(net, 'decoder'):
         kernel = kernel_name(fused_backend(net.decoder, model.device, opt['val'].get('precision', 'fp32')))
-        described = {'name': opt['name'], 'file': opt['path'].get('pretrain_network_g'), 'network_g': opt['network_g'],
-                     'parameters': parameters(net)._asdict()}
+        described = {
+            'name': opt['name'],
+            'file': opt['path'].get('pretrain_network_g'),
+            'network_g': opt['network_g'],
+            'parameters': parameters(net)._asdict(),
+        }
     rows = [row for result in results for row in result.rows] + [mean_row(result.rows) for result in results]
     return schema.document('test', environment(kernel, model.device), rows, described)

@@ -1,4 +1,5 @@
 """`train(opt)`: the training loop. It finds its place, steps, validates, saves, and ends in order."""
+
 import os
 import time
 
@@ -15,7 +16,7 @@ from .data_loading import Place, TrainData, evaluation_loaders
 from .distributed import Ranks, launched, seed_everything
 from .experiment import belongs_to, copy_options, earlier_runs, make_folders, undo
 from .logs import MetricsFile, TrainLog, start_logger, start_tensorboard
-from .resume import (model_state, model_weights, plain, rng_state, set_model_state, set_model_weights, set_rng_state)
+from .resume import model_state, model_weights, plain, rng_state, set_model_state, set_model_weights, set_rng_state
 from .signals import StopRequest
 
 DEFAULT_KEEP = 5
@@ -64,8 +65,9 @@ class Trainer:
         self.ranks, self.stop = ranks, stop
         opt = {**opt, 'rank': ranks.rank, 'world_size': ranks.world_size, 'dist': ranks.world_size > 1}
         path = opt['path']
-        self.store = CheckpointStore(path['models'], path['training_states'],
-                                     opt['logger'].get('keep_checkpoints', DEFAULT_KEEP))
+        self.store = CheckpointStore(
+            path['models'], path['training_states'], opt['logger'].get('keep_checkpoints', DEFAULT_KEEP)
+        )
         reports = []
         restarted = is_restart(opt, ranks)
         checkpoint = ranks.together(lambda: find_checkpoint(opt, self.store, reports.append, restarted))
@@ -94,8 +96,9 @@ class Trainer:
             self.logger.warning(report)
         if opt.get('auto_resume') and checkpoint is None:
             root = path['experiments_root']
-            self.logger.warning(f'--auto_resume: {root} has no checkpoint; starting from iteration 0.'
-                                f'{earlier_runs(root)}')
+            self.logger.warning(
+                f'--auto_resume: {root} has no checkpoint; starting from iteration 0.{earlier_runs(root)}'
+            )
         if ranks.is_main:
             self.store.clean()
             copy_options(opt, path['experiments_root'])
@@ -133,8 +136,10 @@ class Trainer:
             set_rng_state(rngs[self.ranks.rank], self.model.device)
         if state.get('manual_seed', self.opt['manual_seed']) != self.opt['manual_seed']:
             notes.append(f'manual_seed was {state["manual_seed"]}, is now {self.opt["manual_seed"]}: draws differ')
-        self.logger.info(f'Resuming from iteration {checkpoint.iteration}, epoch {self.place.epoch}, '
-                         f'{self.place.samples} samples into it.')
+        self.logger.info(
+            f'Resuming from iteration {checkpoint.iteration}, epoch {self.place.epoch}, '
+            f'{self.place.samples} samples into it.'
+        )
         for note in notes:
             self.logger.warning(f'Resume: {note}.')
         if self.store.state_path(checkpoint.iteration).is_file():  # not so for a state of another experiment
@@ -143,9 +148,11 @@ class Trainer:
     def run(self) -> int:
         """Train to the last iteration, or until asked to stop."""
         total = int(self.opt['train']['total_iter'])
-        self.logger.info(f'{len(self.train_data.dataset)} training images, batch {self.train_data.batch} x '
-                         f'{self.ranks.world_size}, {self.train_data.batches_per_epoch} iterations per epoch, '
-                         f'{total} in all.')
+        self.logger.info(
+            f'{len(self.train_data.dataset)} training images, batch {self.train_data.batch} x '
+            f'{self.ranks.world_size}, {self.train_data.batches_per_epoch} iterations per epoch, '
+            f'{total} in all.'
+        )
         if self.validation_due:
             self.validate()
         batches = self.train_data.batches(self.place)
@@ -162,12 +169,15 @@ class Trainer:
         if self.saved != self.iteration:
             self.save()
         if stopped:
-            self.logger.warning(f'Stopped by signal {stopped} after iteration {self.iteration}; its state is saved. '
-                                'Continue with --auto_resume.')
+            self.logger.warning(
+                f'Stopped by signal {stopped} after iteration {self.iteration}; its state is saved. '
+                'Continue with --auto_resume.'
+            )
             return exit_codes.of_signal(stopped)
         self._name_weights(['latest'])
-        self.logger.info(f'Training ended at iteration {self.iteration}; weights: '
-                         f'{self.store.weights_path("net_g", "latest")}')
+        self.logger.info(
+            f'Training ended at iteration {self.iteration}; weights: {self.store.weights_path("net_g", "latest")}'
+        )
         return exit_codes.OK
 
     def _step(self, data: dict, data_time: float) -> None:
@@ -177,8 +187,14 @@ class Trainer:
         model.feed_data(data)
         model.optimize_parameters(self.iteration)
         queries = model.batch.queries if hasattr(model, 'batch') else model.gt.numel() // model.gt.shape[1]
-        self.log.step(self.iteration, self.place.epoch, model.get_current_learning_rate(), model.get_current_log(),
-                      queries, data_time)
+        self.log.step(
+            self.iteration,
+            self.place.epoch,
+            model.get_current_learning_rate(),
+            model.get_current_log(),
+            queries,
+            data_time,
+        )
 
     def _after_step(self, total: int) -> None:
         last = self.iteration == total
@@ -204,9 +220,15 @@ class Trainer:
         rngs = self.ranks.gather(rng_state(self.model.device))
 
         def write() -> None:
-            state = {'format': 1, 'epoch': self.place.epoch, 'place': self.place.state(self.ranks),
-                     'manual_seed': self.opt['manual_seed'], 'validation_due': self.validation_due, 'rng': plain(rngs),
-                     **model_state(self.model)}
+            state = {
+                'format': 1,
+                'epoch': self.place.epoch,
+                'place': self.place.state(self.ranks),
+                'manual_seed': self.opt['manual_seed'],
+                'validation_due': self.validation_due,
+                'rng': plain(rngs),
+                **model_state(self.model),
+            }
             self.store.save(self.iteration, model_weights(self.model), state)
 
         self.ranks.together(write)
@@ -224,8 +246,9 @@ class Trainer:
     def _validate(self) -> None:
         save_img = self.opt['val'].get('save_img', False)
         if hasattr(self.model, 'validate'):
-            results = self.model.validate(self.val_loaders, self.iteration, self.tensorboard, save_img,
-                                          should_stop=lambda: bool(self.stop))
+            results = self.model.validate(
+                self.val_loaders, self.iteration, self.tensorboard, save_img, should_stop=lambda: bool(self.stop)
+            )
             if results is None:
                 return  # asked to stop; still due when the run continues
             self.metrics.write_results(self.iteration, results, getattr(self.model, 'best_metric_results', {}))
@@ -235,13 +258,20 @@ class Trainer:
         self.validation_due = False
         if self.opt['logger'].get('save_best', True):
             best = getattr(self.model, 'best_metric_results', {})
-            self._name_weights([f'best_{dataset}_{metric}' for dataset, records in best.items()
-                                for metric, record in records.items() if record['iter'] == self.iteration])
+            self._name_weights(
+                [
+                    f'best_{dataset}_{metric}'
+                    for dataset, records in best.items()
+                    for metric, record in records.items()
+                    if record['iter'] == self.iteration
+                ]
+            )
 
     def _name_weights(self, names: list[str]) -> None:
         def write() -> None:
             saved = self.iteration if self.saved == self.iteration else None
             self.store.name_weights(model_weights(self.model), names, saved)
+
         self.ranks.together(write if names else lambda: None)
 
     def close(self) -> None:

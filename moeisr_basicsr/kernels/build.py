@@ -3,6 +3,7 @@
 The sources have a plain C interface: neither PyTorch's nor Python's headers are needed, the build takes seconds, and
 one library serves every Python version and every x86-64 processor.
 """
+
 import ctypes
 import hashlib
 import os
@@ -11,9 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 import torch
 
@@ -83,6 +84,7 @@ def _fingerprint() -> str:
 def _only_one(lock: Path) -> Iterator[None]:
     """Holds a lock that the system drops when the process dies, so that a killed build blocks nobody."""
     import fcntl  # not on Windows
+
     with open(lock, 'w') as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -96,9 +98,16 @@ def _compile(path: Path) -> None:
         # A pip-installed ninja lies beside the interpreter, which need not be on the search path.
         os.environ['PATH'] = os.pathsep.join(filter(None, [search_path, os.path.dirname(sys.executable)]))
         from torch.utils import cpp_extension  # needs setuptools
+
         cpp_extension.load(
-            'moeisr_decode', [str(source) for source in _sources()], extra_cflags=COMPILE_FLAGS,
-            extra_ldflags=_link_flags(), build_directory=folder, with_cuda=False, is_python_module=False)
+            'moeisr_decode',
+            [str(source) for source in _sources()],
+            extra_cflags=COMPILE_FLAGS,
+            extra_ldflags=_link_flags(),
+            build_directory=folder,
+            with_cuda=False,
+            is_python_module=False,
+        )
         os.replace(os.path.join(folder, 'moeisr_decode.so'), path)
     # no setuptools; no compiler; no ninja or a failed build; torch 2.1 where there is no compiler
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:

@@ -8,6 +8,7 @@ tiles or neighbours. Where it cannot run, `available()` is False and the callers
 Legend: h x w output pixels, Ht x Wt cells of the LR tables, D width of an expert's first hidden layer, K frequencies
 (LTE), J experts, C output channels.
 """
+
 from collections.abc import Sequence
 from ctypes import Structure
 from typing import NamedTuple
@@ -17,12 +18,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeisr_basicsr.core.coords import GridAxis
-from moeisr_basicsr.kernels.native import (ALL_ISAS, ISAS, Decode, Needed, Route, Table, available, call,
-                                           reason, supported_isas)
+from moeisr_basicsr.kernels.native import (
+    ALL_ISAS,
+    ISAS,
+    Decode,
+    Needed,
+    Route,
+    Table,
+    available,
+    call,
+    reason,
+    supported_isas,
+)
 from moeisr_basicsr.kernels.packed import PAD, PackedConv, PackedExperts, pad_halves, pad_to, round_up
 
-__all__ = ['ALL_ISAS', 'ISAS', 'LteTables', 'PackedConv', 'PackedExperts', 'available', 'decode', 'needed_cells',
-           'reason', 'route', 'supported_isas']
+__all__ = [
+    'ALL_ISAS',
+    'ISAS',
+    'LteTables',
+    'PackedConv',
+    'PackedExperts',
+    'available',
+    'decode',
+    'needed_cells',
+    'reason',
+    'route',
+    'supported_isas',
+]
 
 
 MAX_TILE = 64  # csrc/decode.h, kMaxTileRows and kMaxTileCols
@@ -31,13 +53,21 @@ NO_MEMORY = 3  # csrc/decode.h, enum Error
 
 class LteTables(NamedTuple):
     """What LTE's experts share, per LR cell; fp32 (a bf16 frequency would be off by whole turns)."""
+
     coef: Tensor  # (Ht, Wt, 2K) coefficients of the K cosines, then of the K sines
     freq: Tensor  # (Ht, Wt, 2K) K row frequencies, then K column frequencies: the official channels 0::2, then 1::2
     phase: Tensor  # (K) constant of the image: the phase layer applied to cell times LR size
 
 
-def decode(packed: PackedExperts, tables: Sequence[Tensor | None] | LteTables, rows: GridAxis, cols: GridAxis,
-           expert_map: Tensor, out: Tensor, tile: tuple[int, int] | None = None) -> None:
+def decode(
+    packed: PackedExperts,
+    tables: Sequence[Tensor | None] | LteTables,
+    rows: GridAxis,
+    cols: GridAxis,
+    expert_map: Tensor,
+    out: Tensor,
+    tile: tuple[int, int] | None = None,
+) -> None:
     """Decodes one strip of one image into `out`.
 
     Args:
@@ -64,10 +94,15 @@ def decode(packed: PackedExperts, tables: Sequence[Tensor | None] | LteTables, r
     _check_axis('cols', cols, (2, width), size[1])
     if expert_map.dtype != torch.uint8 or (width > 1 and expert_map.stride(1) != 1):
         raise ValueError(f'expert_map must be uint8 with contiguous rows; got {expert_map.dtype}.')
-    if out.shape != (packed.out_channels, height, width) or out.dtype != torch.float32 or (
-            width > 1 and out.stride(2) != 1):
-        raise ValueError(f'out must be fp32 {(packed.out_channels, height, width)} with contiguous rows; got '
-                         f'{out.dtype} {tuple(out.shape)}.')
+    if (
+        out.shape != (packed.out_channels, height, width)
+        or out.dtype != torch.float32
+        or (width > 1 and out.stride(2) != 1)
+    ):
+        raise ValueError(
+            f'out must be fp32 {(packed.out_channels, height, width)} with contiguous rows; got '
+            f'{out.dtype} {tuple(out.shape)}.'
+        )
     args.table_width = size[1]
     args.height, args.width = height, width
     _set_axes(args, rows, cols, keep)
@@ -80,12 +115,15 @@ def decode(packed: PackedExperts, tables: Sequence[Tensor | None] | LteTables, r
     if error == NO_MEMORY:
         raise MemoryError('no memory for the activation blocks of the fused decode.')
     if error:
-        raise ValueError(f'expert_map must hold 0 to {packed.num_experts - 1}, and each expert in it needs its table; '
-                         f'got {int(expert_map.max())} at most.')
+        raise ValueError(
+            f'expert_map must hold 0 to {packed.num_experts - 1}, and each expert in it needs its table; '
+            f'got {int(expert_map.max())} at most.'
+        )
 
 
-def needed_cells(rows: GridAxis, cols: GridAxis, expert_map: Tensor, size: tuple[int, int],
-                 num_experts: int) -> list[Tensor]:
+def needed_cells(
+    rows: GridAxis, cols: GridAxis, expert_map: Tensor, size: tuple[int, int], num_experts: int
+) -> list[Tensor]:
     """The LR cells that each expert's pixels read, as ascending row-major numbers: one (N,) int64 per expert.
 
     Args:
@@ -99,8 +137,16 @@ def needed_cells(rows: GridAxis, cols: GridAxis, expert_map: Tensor, size: tuple
     _check_axis('cols', cols, (2, expert_map.shape[1]), size[1])
     needed = torch.zeros(num_experts, size[0] * size[1], dtype=torch.uint8)
     row_index, col_index = rows.index.contiguous(), cols.index.contiguous()
-    args = Needed(num_experts, *expert_map.shape, row_index.data_ptr(), col_index.data_ptr(), expert_map.data_ptr(),
-                  expert_map.stride(0), *size, needed.data_ptr())
+    args = Needed(
+        num_experts,
+        *expert_map.shape,
+        row_index.data_ptr(),
+        col_index.data_ptr(),
+        expert_map.data_ptr(),
+        expert_map.stride(0),
+        *size,
+        needed.data_ptr(),
+    )
     if call('moeisr_needed', args, supported_isas()[0]):
         raise ValueError(f'expert_map must hold 0 to {num_experts - 1}; got {int(expert_map.max())} at most.')
     return [one.nonzero().squeeze(1) for one in needed]
@@ -125,11 +171,14 @@ def _set_axes(args: Structure, rows: GridAxis, cols: GridAxis, keep: list) -> No
 def _check_axis(name: str, axis: GridAxis, shape: tuple[int, ...], cells: int) -> None:
     index, rel = axis
     if index.shape != shape or rel.shape != shape or index.dtype != torch.int64 or rel.dtype != torch.float32:
-        raise ValueError(f'{name}: index must be int64 and rel fp32, both {shape}; got {index.dtype} '
-                         f'{tuple(index.shape)} and {rel.dtype} {tuple(rel.shape)}.')
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < cells):
-        raise ValueError(f'{name}: indices {int(index.min())} to {int(index.max())} are outside a table of {cells} '
-                         'cells.')
+        raise ValueError(
+            f'{name}: index must be int64 and rel fp32, both {shape}; got {index.dtype} '
+            f'{tuple(index.shape)} and {rel.dtype} {tuple(rel.shape)}.'
+        )
+    if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < cells):
+        raise ValueError(
+            f'{name}: indices {int(index.min())} to {int(index.max())} are outside a table of {cells} cells.'
+        )
 
 
 def _cell_stride(table: Tensor, name: str) -> int:
@@ -137,13 +186,16 @@ def _cell_stride(table: Tensor, name: str) -> int:
     height, width, channels = table.shape
     stride = table.stride(1) if width > 1 else table.stride(0)
     if (channels > 1 and table.stride(2) != 1) or (height > 1 and table.stride(0) != width * stride):
-        raise ValueError(f'{name} must be channels-last with cells at a constant distance; got strides '
-                         f'{table.stride()} for {tuple(table.shape)}.')
+        raise ValueError(
+            f'{name} must be channels-last with cells at a constant distance; got strides '
+            f'{table.stride()} for {tuple(table.shape)}.'
+        )
     return stride
 
 
-def _set_liif_tables(args: Decode, packed: PackedExperts, tables: Sequence[Tensor | None],
-                     keep: list) -> tuple[int, int]:
+def _set_liif_tables(
+    args: Decode, packed: PackedExperts, tables: Sequence[Tensor | None], keep: list
+) -> tuple[int, int]:
     used = [table for table in tables if table is not None]
     if len(tables) != packed.num_experts or not used:
         raise ValueError(f'tables: one per expert ({packed.num_experts}), at least one not None; got {len(tables)}.')
@@ -166,8 +218,11 @@ def _set_liif_tables(args: Decode, packed: PackedExperts, tables: Sequence[Tenso
 def _set_lte_tables(args: Decode, packed: PackedExperts, tables: LteTables, keep: list) -> tuple[int, int]:
     coef, freq, phase = tables
     size, width = coef.shape[:2], packed.widths[0]
-    for name, table, shape in (('coef', coef, (*size, width)), ('freq', freq, (*size, width)),
-                               ('phase', phase, (width // 2,))):
+    for name, table, shape in (
+        ('coef', coef, (*size, width)),
+        ('freq', freq, (*size, width)),
+        ('phase', phase, (width // 2,)),
+    ):
         if table.shape != shape or table.dtype != torch.float32:
             raise ValueError(f'{name} must be fp32 {shape}; got {table.dtype} {tuple(table.shape)}.')
     basis = round_up(width // 2)
@@ -181,8 +236,16 @@ def _set_lte_tables(args: Decode, packed: PackedExperts, tables: LteTables, keep
     return size
 
 
-def route(table: Tensor, rows: GridAxis, cols: GridAxis, w_rel: Tensor, w_out: Tensor, b_out: Tensor,
-          expert_map: Tensor, logits: Tensor | None = None) -> None:
+def route(
+    table: Tensor,
+    rows: GridAxis,
+    cols: GridAxis,
+    w_rel: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    expert_map: Tensor,
+    logits: Tensor | None = None,
+) -> None:
     """The mapper's per-pixel layers in fp32: logits = w_out relu(table[cell] + rel . w_rel) + b_out, then argmax.
 
     Args:
@@ -203,19 +266,30 @@ def route(table: Tensor, rows: GridAxis, cols: GridAxis, w_rel: Tensor, w_out: T
     _check_axis('rows', rows, (height,), table.shape[0])
     _check_axis('cols', cols, (width,), table.shape[1])
     if table.dtype != torch.float32 or table.shape[2] != w_rel.shape[1] or w_out.shape[1] != w_rel.shape[1]:
-        raise ValueError(f'route: table {table.dtype} {tuple(table.shape)}, w_rel {tuple(w_rel.shape)} and w_out '
-                         f'{tuple(w_out.shape)} must be fp32 with one hidden width.')
+        raise ValueError(
+            f'route: table {table.dtype} {tuple(table.shape)}, w_rel {tuple(w_rel.shape)} and w_out '
+            f'{tuple(w_out.shape)} must be fp32 with one hidden width.'
+        )
     if expert_map.dtype != torch.uint8 or (width > 1 and expert_map.stride(1) != 1):
         raise ValueError(f'expert_map must be uint8 with contiguous rows; got {expert_map.dtype}.')
-    if logits is not None and (logits.shape != (height, width, num_experts) or not logits.is_contiguous()
-                               or logits.dtype != torch.float32):
+    if logits is not None and (
+        logits.shape != (height, width, num_experts) or not logits.is_contiguous() or logits.dtype != torch.float32
+    ):
         raise ValueError(f'logits must be contiguous fp32 {(height, width, num_experts)}; got {tuple(logits.shape)}.')
     if hidden != table.shape[2]:
         table = F.pad(table, (0, hidden - table.shape[2]))
     small = [pad_to(w_rel, 2, hidden), pad_to(w_out, num_experts, hidden), pad_to(b_out, num_experts)]
     keep = [table, small]
-    args = Route(num_experts, hidden, table.data_ptr(), _cell_stride(table, 'table'), table.shape[1],
-                  *(x.data_ptr() for x in small), height, width)
+    args = Route(
+        num_experts,
+        hidden,
+        table.data_ptr(),
+        _cell_stride(table, 'table'),
+        table.shape[1],
+        *(x.data_ptr() for x in small),
+        height,
+        width,
+    )
     _set_axes(args, rows, cols, keep)
     args.expert_map, args.map_stride = expert_map.data_ptr(), expert_map.stride(0)
     args.logits = None if logits is None else logits.data_ptr()

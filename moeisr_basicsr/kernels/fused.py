@@ -2,6 +2,7 @@
 
 Shapes: as in `core.render`; D first hidden width, K frequencies of LTE.
 """
+
 import torch
 from torch import Tensor
 
@@ -39,8 +40,11 @@ class FusedCPUBackend:
     @staticmethod
     def supports(decoder: MoEDecoder) -> bool:
         """Whether the kernels can decode these experts: a LIIF expert needs a hidden layer, weights are fp32."""
-        return (decoder.family == 'lte' or min(decoder.depths) > 0) and decoder.num_experts <= 256 and all(
-            parameter.dtype == torch.float32 for parameter in decoder.pool.parameters())
+        return (
+            (decoder.family == 'lte' or min(decoder.depths) > 0)
+            and decoder.num_experts <= 256
+            and all(parameter.dtype == torch.float32 for parameter in decoder.pool.parameters())
+        )
 
     def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
         """(C_out, R, S) fp32."""
@@ -87,14 +91,23 @@ class FusedCPUBackend:
         """(R, S) uint8."""
         return self._map(mapper, table, rows, cols, cell, None)
 
-    def _map(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor,
-             logits: Tensor | None) -> Tensor:
+    def _map(
+        self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor, logits: Tensor | None
+    ) -> Tensor:
         w_rel, w_cell = mapper.split_query_in()
         w_rel = w_rel.t() if mapper.granularity == 'pixel' else torch.zeros_like(w_rel).t()
         experts = torch.empty(rows.rel.shape[0], cols.rel.shape[0], dtype=torch.uint8)
         first, last = int(rows.index[0]), int(rows.index[-1])
         with torch.autocast('cpu', enabled=False):
-            table = (table[first:last + 1] + w_cell @ cell).contiguous()
-        cpu.route(table, GridAxis(rows.index - first, rows.rel), GridAxis(*cols), w_rel, mapper.query_out.weight,
-                  mapper.query_out.bias, experts, logits=logits)
+            table = (table[first : last + 1] + w_cell @ cell).contiguous()
+        cpu.route(
+            table,
+            GridAxis(rows.index - first, rows.rel),
+            GridAxis(*cols),
+            w_rel,
+            mapper.query_out.weight,
+            mapper.query_out.bias,
+            experts,
+            logits=logits,
+        )
         return experts

@@ -2,12 +2,13 @@
 
 Every structure mirrors csrc/decode.h; each field is eight bytes wide.
 """
+
 import ctypes
 import logging
 import os
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_int64, c_void_p
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 from moeisr_basicsr.kernels.build import BuildError, load_library
@@ -15,7 +16,7 @@ from moeisr_basicsr.kernels.build import BuildError, load_library
 # Ways to compute, in the order of csrc/api.cpp, enum Isa, from 1; for each precision the later is the faster.
 ISAS = {'fp32': ('avx2', 'avx512', 'amx_fp32'), 'bf16': ('avx512_bf16', 'amx_bf16')}
 ALL_ISAS = ISAS['fp32'] + ISAS['bf16']
-OLDER = {'avx2': ('avx2', ), 'avx512': ('avx2', 'avx512'), 'avx512_bf16': ('avx2', 'avx512', 'avx512_bf16')}
+OLDER = {'avx2': ('avx2',), 'avx512': ('avx2', 'avx512'), 'avx512_bf16': ('avx2', 'avx512', 'avx512_bf16')}
 SWITCH = 'MOEISR_KERNELS'  # environment variable: 'auto', 'off', or one of OLDER, the newest that may run
 FUNCTIONS = ('moeisr_supported', 'moeisr_decode', 'moeisr_table', 'moeisr_needed', 'moeisr_route')
 
@@ -25,8 +26,15 @@ class Layer(Structure):
 
 
 class Expert(Structure):
-    _fields_ = [('width', c_int64), ('num_layers', c_int64), ('last_width', c_int64), ('w_rel', c_void_p),
-                ('layers', POINTER(Layer)), ('w_last', c_void_p), ('b_last', c_void_p)]
+    _fields_ = [
+        ('width', c_int64),
+        ('num_layers', c_int64),
+        ('last_width', c_int64),
+        ('w_rel', c_void_p),
+        ('layers', POINTER(Layer)),
+        ('w_last', c_void_p),
+        ('b_last', c_void_p),
+    ]
 
 
 class Table(Structure):
@@ -40,13 +48,19 @@ class Decode(Structure):
     _fields_ += [(name, c_int64) for name in ('coef_stride', 'freq_stride', 'basis', 'table_width', 'height', 'width')]
     _fields_ += [(name, c_void_p) for name in ('row_index', 'col_index', 'row_rel', 'col_rel', 'expert_map')]
     _fields_ += [('map_stride', c_int64), ('out', c_void_p)]
-    _fields_ += [(name, c_int64) for name in ('out_plane_stride', 'out_row_stride', 'tile_rows', 'tile_cols',
-                                              'num_threads')]
+    _fields_ += [
+        (name, c_int64) for name in ('out_plane_stride', 'out_row_stride', 'tile_rows', 'tile_cols', 'num_threads')
+    ]
 
 
 class Route(Structure):
-    _fields_ = [('num_experts', c_int64), ('hidden', c_int64), ('table', c_void_p), ('table_stride', c_int64),
-                ('table_width', c_int64)]
+    _fields_ = [
+        ('num_experts', c_int64),
+        ('hidden', c_int64),
+        ('table', c_void_p),
+        ('table_stride', c_int64),
+        ('table_width', c_int64),
+    ]
     _fields_ += [(name, c_void_p) for name in ('w_rel', 'w_out', 'b_out')]
     _fields_ += [('height', c_int64), ('width', c_int64)]
     _fields_ += [(name, c_void_p) for name in ('row_index', 'col_index', 'row_rel', 'col_rel', 'expert_map')]
@@ -54,9 +68,17 @@ class Route(Structure):
 
 
 class TableJob(Structure):
-    _fields_ = [('layer', Layer), ('window', c_void_p), ('channels', c_int64), ('height', c_int64),
-                ('width', c_int64), ('out', c_void_p), ('cells', c_void_p), ('num_cells', c_int64),
-                ('num_threads', c_int64)]
+    _fields_ = [
+        ('layer', Layer),
+        ('window', c_void_p),
+        ('channels', c_int64),
+        ('height', c_int64),
+        ('width', c_int64),
+        ('out', c_void_p),
+        ('cells', c_void_p),
+        ('num_cells', c_int64),
+        ('num_threads', c_int64),
+    ]
 
 
 class Needed(Structure):
@@ -68,6 +90,7 @@ class Needed(Structure):
 
 class Loaded(NamedTuple):
     """What this process found."""
+
     library: ctypes.CDLL | None
     isas: tuple[str, ...]  # that run on this processor
     reason: str
@@ -94,7 +117,7 @@ def switched_off() -> bool:
     return switch() == 'off'
 
 
-@lru_cache(maxsize=None)
+@cache
 def load() -> Loaded:
     """Builds or loads the library once per process, and says once which path runs and why."""
     logger = logging.getLogger('basicsr.kernels')
@@ -111,8 +134,10 @@ def load() -> Loaded:
     isas = tuple(isa for i, isa in enumerate(ALL_ISAS, start=1) if bits >> i & 1 and isa in wanted)
     if not isas:
         return _say(logger.warning, Loaded(None, (), 'torch code, slower: the processor has no AVX2'))
-    return _say(logger.info, Loaded(library, isas, f'fused C++ kernels: fp32 by {best_isa(isas, "fp32")}, '
-                                                    f'bf16 by {best_isa(isas, "bf16")}'))
+    return _say(
+        logger.info,
+        Loaded(library, isas, f'fused C++ kernels: fp32 by {best_isa(isas, "fp32")}, bf16 by {best_isa(isas, "bf16")}'),
+    )
 
 
 def _say(log: Callable[[str], None], loaded: Loaded) -> Loaded:

@@ -1,4 +1,5 @@
 """Weights in the kernels' layout: padded to whole vectors, in panels of output channels (csrc/gemm_*.h)."""
+
 from collections.abc import Sequence
 
 import torch
@@ -88,8 +89,10 @@ class PackedExperts:
         have = width
         for n, (weight, bias) in enumerate(chain):
             if weight.shape[1] != have or bias.shape != weight.shape[:1]:
-                raise ValueError(f'expert {j}, layer {n}: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} '
-                                 f'do not fit an input of width {have}.')
+                raise ValueError(
+                    f'expert {j}, layer {n}: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} '
+                    f'do not fit an input of width {have}.'
+                )
             have = weight.shape[0]
         if have != self.out_channels:
             raise ValueError(f'expert {j}: {have} output channels; expert 0 has {self.out_channels}.')
@@ -117,9 +120,15 @@ class PackedExperts:
         layers = (Layer * len(hidden))(*(self._pack_layer(*layer) for layer in hidden))
         self._keep.append(layers)
         last_width = round_up(last_weight.shape[1])
-        return Expert(width, len(hidden), last_width, w_rel, layers,
-                       self._hold(pad_to(last_weight, self.out_channels, last_width)),
-                       self._hold(pad_to(last_bias, self.out_channels)))
+        return Expert(
+            width,
+            len(hidden),
+            last_width,
+            w_rel,
+            layers,
+            self._hold(pad_to(last_weight, self.out_channels, last_width)),
+            self._hold(pad_to(last_bias, self.out_channels)),
+        )
 
     def _pack_layer(self, weight: Tensor, bias: Tensor) -> Layer:
         out, inp = (round_up(n) for n in weight.shape)
@@ -161,18 +170,21 @@ class PackedConv:
             (Ht, Wt, D) fp32, a view if D was padded.
         """
         if window.shape[0] != self.in_channels or bias.shape != (self.out_channels,):
-            raise ValueError(f'the window must have {self.in_channels} channels and the bias {self.out_channels}; got '
-                             f'{tuple(window.shape)} and {tuple(bias.shape)}.')
+            raise ValueError(
+                f'the window must have {self.in_channels} channels and the bias {self.out_channels}; got '
+                f'{tuple(window.shape)} and {tuple(bias.shape)}.'
+            )
         height, width = (n - 2 for n in window.shape[1:])
         window = window.detach().float().permute(1, 2, 0)  # (Ht + 2, Wt + 2, C)
         window = F.pad(window, (0, self.padded - self.in_channels)).contiguous()
         out = torch.empty(height, width, round_up(self.out_channels))
         bias = pad_to(bias, out.shape[2])
         layer = Layer(9 * self.padded, out.shape[2], self.weight.data_ptr(), bias.data_ptr())
-        job = TableJob(layer, window.data_ptr(), self.padded, height, width, out.data_ptr(),
-                       num_threads=torch.get_num_threads())
+        job = TableJob(
+            layer, window.data_ptr(), self.padded, height, width, out.data_ptr(), num_threads=torch.get_num_threads()
+        )
         if cells is not None and self.takes_cells:
             job.cells, job.num_cells = cells.data_ptr(), cells.shape[0]
         if call('moeisr_table', job, self.isa):
             raise MemoryError('no memory for the activation blocks of the LR tables.')
-        return out[..., :self.out_channels]
+        return out[..., : self.out_channels]

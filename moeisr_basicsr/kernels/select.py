@@ -1,7 +1,8 @@
 """Which backend renders on this machine."""
+
 import logging
 import textwrap
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -37,10 +38,12 @@ def fused_backend(decoder: MoEDecoder, device: torch.device | str, precision: st
     if device.type == 'cpu' and precision != 'fp16':  # no processor's kernel is written for fp16
         from . import cpu
         from .fused import FusedCPUBackend
+
         return FusedCPUBackend(decoder, precision) if cpu.available() and FusedCPUBackend.supports(decoder) else None
     if device.type == 'cuda':
         try:
             from . import triton_decode
+
             if not triton_decode.available(device):
                 return None
             backend = triton_decode.TritonBackend(decoder, precision)
@@ -84,7 +87,7 @@ def _try_out(backend: Backend, decoder: MoEDecoder) -> None:
     backend.decode(decoder, Tile(window, rows, cols, renderer.cell, expert_map)).cpu()  # waits for all of them
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say(level: int, text: str) -> None:
     """Logs a line, once per process."""
     logging.getLogger('basicsr.kernels').log(level, text)

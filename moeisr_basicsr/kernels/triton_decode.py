@@ -12,6 +12,7 @@ Legend: (R, S) output rows and columns, T latent codes, C feature channels, D_IN
 layer (LIIF) or of the Fourier basis (LTE), D hidden width, D_OUT output channels, J experts; the widths are padded to
 powers of two.
 """
+
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -35,12 +36,16 @@ MIN_WIDTH = 16  # the least inner size of a tensor core product
 MAX_WIDTH = 512  # wider activations do not fit the registers of one program
 MAX_ROUTED = 16  # experts; the routing kernel is unrolled over them
 PRECISIONS = {  # operand type, and how tl.dot multiplies fp32 operands
-    'fp32': (torch.float32, 'ieee'), 'tf32': (torch.float32, 'tf32'),
-    'fp16': (torch.float16, 'ieee'), 'bf16': (torch.bfloat16, 'ieee')}
+    'fp32': (torch.float32, 'ieee'),
+    'tf32': (torch.float32, 'tf32'),
+    'fp16': (torch.float16, 'ieee'),
+    'bf16': (torch.bfloat16, 'ieee'),
+}
 
 
 class Config(NamedTuple):
     """Block sizes of one launch."""
+
     block: int  # queries of one program
     chunk: int  # inputs or outputs of a layer that are on chip at a time
     num_warps: int
@@ -52,9 +57,11 @@ class Config(NamedTuple):
 # hardly any spilled register, and 128, 64, 64, 10 KiB of shared memory for the 16-bit ones. Not measured.
 HALF_CONFIGS = (Config(32, 64, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 1))
 CONFIGS = {
-    'bf16': HALF_CONFIGS, 'fp16': HALF_CONFIGS,
+    'bf16': HALF_CONFIGS,
+    'fp16': HALF_CONFIGS,
     'tf32': (Config(16, 32, 8, 2), Config(16, 16, 8, 2), Config(8, 16, 8, 2), Config(8, 16, 4, 1)),
-    'fp32': (Config(16, 16, 8, 2), Config(16, 16, 8, 1), Config(8, 16, 8, 2), Config(8, 16, 4, 1))}
+    'fp32': (Config(16, 16, 8, 2), Config(16, 16, 8, 1), Config(8, 16, 8, 2), Config(8, 16, 4, 1)),
+}
 
 
 def reason(device: torch.device | str = 'cuda') -> str:
@@ -93,6 +100,7 @@ def _pad_halves(x: Tensor, half: int) -> Tensor:
 
 class PackedExpert(NamedTuple):
     """One expert in the kernel's layout."""
+
     weights: Tensor  # flat: each layer behind the table or basis as (inputs, outputs)
     biases: Tensor  # flat fp32
     w_rel: Tensor | None  # LIIF: (2, D_IN) fp32, relative row and column in the first layer; None for LTE
@@ -109,13 +117,16 @@ class PackedExpert(NamedTuple):
         return constant if self.w_rel is None else torch.cat([self.w_rel, (constant + self.bias)[None]])
 
 
-def _pack_layers(linears: list[tuple[Tensor, Tensor]], d_in: int, d_out: int,
-                 dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+def _pack_layers(
+    linears: list[tuple[Tensor, Tensor]], d_in: int, d_out: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, int]:
     """Weights (out, in) and biases, padded with zeros, transposed and laid end to end; and D."""
     d = max([_padded(weight.shape[0]) for weight, _ in linears[:-1]], default=MIN_WIDTH)
     widths = [d_in, *[d] * (len(linears) - 1), d_out]
-    weights = [_pad(weight, fan_out, fan_in).t().flatten()
-               for (weight, _), fan_in, fan_out in zip(linears, widths[:-1], widths[1:])]
+    weights = [
+        _pad(weight, fan_out, fan_in).t().flatten()
+        for (weight, _), fan_in, fan_out in zip(linears, widths[:-1], widths[1:])
+    ]
     biases = [_pad(bias, fan_out) for (_, bias), fan_out in zip(linears, widths[1:])]
     return torch.cat(weights).to(dtype), torch.cat(biases), d
 
@@ -128,8 +139,9 @@ def _pack_liif(pool: LIIFExperts, j: int, d_out: int, dtype: torch.dtype) -> Pac
     if not linears:  # one linear layer in all: the table holds the answers, and an identity passes them on
         linears = [(torch.eye(bias.shape[0], device=bias.device), torch.zeros_like(bias))]
     weights, biases, d = _pack_layers(linears, d_in, d_out, dtype)
-    return PackedExpert(weights, biases, w_rel.t().contiguous(), w_cell, _pad(bias, d_in), d_in, d, len(linears),
-                        relu_first)
+    return PackedExpert(
+        weights, biases, w_rel.t().contiguous(), w_cell, _pad(bias, d_in), d_in, d, len(linears), relu_first
+    )
 
 
 def _pack_lte(pool: LTEExperts, j: int, d_out: int, dtype: torch.dtype) -> PackedExpert:
@@ -143,6 +155,7 @@ def _pack_lte(pool: LTEExperts, j: int, d_out: int, dtype: torch.dtype) -> Packe
 
 class TableConv(NamedTuple):
     """The 3x3 convolution that makes the LR tables of all experts."""
+
     weight: Tensor  # LIIF: (sum of D_IN, C, 3, 3), or (D_IN, C, 3, 3) where the experts share their first layer;
     # LTE: (2 D_IN, C, 3, 3) fp32, coefficients before frequencies
     bias: Tensor | None  # LTE only; LIIF's goes into `PackedExpert.coordinate_part`, in fp32
@@ -164,8 +177,10 @@ def _liif_conv(pool: LIIFExperts, experts: list[PackedExpert], dtype: torch.dtyp
 def _lte_conv(pool: LTEExperts, experts: list[PackedExpert]) -> TableConv:
     half = experts[0].d_in // 2
     # Official frequency channels alternate between row and column. Rounded frequencies would be off by whole turns.
-    pairs = [(coef.float(), torch.cat([freq[0::2], freq[1::2]]).float())
-             for coef, freq in ((pool.coef.weight, pool.freq.weight), (pool.coef.bias, pool.freq.bias))]
+    pairs = [
+        (coef.float(), torch.cat([freq[0::2], freq[1::2]]).float())
+        for coef, freq in ((pool.coef.weight, pool.freq.weight), (pool.coef.bias, pool.freq.bias))
+    ]
     weight, bias = (torch.cat([_pad_halves(part, half) for part in pair]) for pair in pairs)
     return TableConv(weight.contiguous(memory_format=torch.channels_last), bias, True)
 
@@ -183,6 +198,7 @@ class TritonBackend(TorchBackend):
     Raises:
         ValueError: An unknown precision, a device that cannot run the kernel, or a width above `MAX_WIDTH`.
     """
+
     tile = 128  # the LR tables of four 256-wide experts take 32 MiB in bf16, less than an H100's L2
 
     def __init__(self, decoder: MoEDecoder, precision: str = 'bf16'):
@@ -204,10 +220,14 @@ class TritonBackend(TorchBackend):
             self.experts = [pack(pool, j, self.d_out, dtype) for j in range(num_experts)]
             widest = max(self.d_out, *(width for expert in self.experts for width in (expert.d_in, expert.d)))
             if widest > MAX_WIDTH:
-                raise ValueError(f'the Triton kernel takes layers of at most {MAX_WIDTH}; the widest, padded, has '
-                                 f'{widest}.')
-            self.conv = _lte_conv(pool, self.experts) if self.lte else _liif_conv(pool, self.experts, dtype,
-                                                                                  precision == 'fp32')
+                raise ValueError(
+                    f'the Triton kernel takes layers of at most {MAX_WIDTH}; the widest, padded, has {widest}.'
+                )
+            self.conv = (
+                _lte_conv(pool, self.experts)
+                if self.lte
+                else _liif_conv(pool, self.experts, dtype, precision == 'fp32')
+            )
         self._accepted = [0] * num_experts  # position in `configs` of the first that the device took
 
     @torch.no_grad()
@@ -233,20 +253,46 @@ class TritonBackend(TorchBackend):
         """Expert j on the queries `which`, into `out`."""
         expert = self.experts[j]
         axes = [part.contiguous() for axis in (tile.rows, tile.cols) for part in axis]
-        arguments = (out, which, *axes, table[:, first:], table[:, expert.d_in:] if self.lte else table,
-                     expert.coordinate_part(tile.cell.float()), expert.weights, expert.biases, which.numel(),
-                     *out.shape[1:], tile.window.shape[-1] - 2, table.shape[1])
+        arguments = (
+            out,
+            which,
+            *axes,
+            table[:, first:],
+            table[:, expert.d_in :] if self.lte else table,
+            expert.coordinate_part(tile.cell.float()),
+            expert.weights,
+            expert.biases,
+            which.numel(),
+            *out.shape[1:],
+            tile.window.shape[-1] - 2,
+            table.shape[1],
+        )
         # Fused products and sums would round LTE's angles otherwise than the official code, by more than 1e-5 of a
         # cosine at high frequencies.
-        options = dict(LTE=self.lte, RELU_FIRST=expert.relu_first, LAYERS=expert.layers, CHANNELS=out.shape[0],
-                       D_IN=expert.d_in, D=expert.d, D_OUT=self.d_out, DOT=self.dot, EMULATE_BF16=self.emulate_bf16,
-                       EPS=EPS_AREA, enable_fp_fusion=not self.lte)
+        options = dict(
+            LTE=self.lte,
+            RELU_FIRST=expert.relu_first,
+            LAYERS=expert.layers,
+            CHANNELS=out.shape[0],
+            D_IN=expert.d_in,
+            D=expert.d,
+            D_OUT=self.d_out,
+            DOT=self.dot,
+            EMULATE_BF16=self.emulate_bf16,
+            EPS=EPS_AREA,
+            enable_fp_fusion=not self.lte,
+        )
         for position in range(self._accepted[j], len(self.configs)):
             config = fit_config(self.configs[position], expert)
             try:
                 decode_kernel[(triton.cdiv(which.numel(), config.block),)](
-                    *arguments, **options, BLOCK=config.block, CHUNK=config.chunk, num_warps=config.num_warps,
-                    num_stages=config.num_stages)
+                    *arguments,
+                    **options,
+                    BLOCK=config.block,
+                    CHUNK=config.chunk,
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                )
             except (OutOfResources, PTXASError):  # too much shared memory, too many registers
                 if position + 1 == len(self.configs):
                     raise
@@ -274,14 +320,30 @@ def _launch_route(mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: T
     w_rel, w_cell = mapper.split_query_in()
     w_rel = w_rel.t().contiguous() if mapper.granularity == 'pixel' else torch.zeros_like(w_rel.t()).contiguous()
     table = (table + (w_cell * cell).sum(dim=1)).contiguous()  # (h, w, WIDTH)
-    out = torch.empty(*size, num_experts, device=table.device) if want_logits else torch.empty(
-        size, dtype=torch.uint8, device=table.device)
+    out = (
+        torch.empty(*size, num_experts, device=table.device)
+        if want_logits
+        else torch.empty(size, dtype=torch.uint8, device=table.device)
+    )
     count, block = size[0] * size[1], 128
     with torch.cuda.device_of(out):
         route_kernel[(triton.cdiv(count, block),)](
-            out, out, table, *(part.contiguous() for axis in (rows, cols) for part in axis), w_rel,
-            mapper.query_out.weight, mapper.query_out.bias, count, size[1], table.shape[1], WANT_LOGITS=want_logits,
-            J=num_experts, WIDTH=table.shape[2], PADDED=triton.next_power_of_2(table.shape[2]), BLOCK=block)
+            out,
+            out,
+            table,
+            *(part.contiguous() for axis in (rows, cols) for part in axis),
+            w_rel,
+            mapper.query_out.weight,
+            mapper.query_out.bias,
+            count,
+            size[1],
+            table.shape[1],
+            WANT_LOGITS=want_logits,
+            J=num_experts,
+            WIDTH=table.shape[2],
+            PADDED=triton.next_power_of_2(table.shape[2]),
+            BLOCK=block,
+        )
     return out
 
 

@@ -15,13 +15,13 @@ Legend: (R, S) output rows and columns, N = R * S queries, M = 4 * BLOCK rows of
 of query q), T latent codes, D_IN width of layer 0's input, D hidden width, D_OUT output channels; all widths are
 padded to powers of two, at least 16.
 """
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _corners(row, col, corner, row_index, row_rel, col_index, col_rel, n_rows, n_cols, table_width,
-             EPS: tl.constexpr):
+def _corners(row, col, corner, row_index, row_rel, col_index, col_rel, n_rows, n_cols, table_width, EPS: tl.constexpr):
     """Latent code, relative coordinate and ensemble weight of one corner of each query, all (M,).
 
     The arithmetic of `core.coords.ensemble_weight`, in its order.
@@ -48,8 +48,19 @@ def _dot(x, weight, total, DOT: tl.constexpr, EMULATE_BF16: tl.constexpr):
 
 
 @triton.jit
-def _liif_layer(table, w_coord, weights, rel_row, rel_col, D_IN: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
-                RELU: tl.constexpr, DOT: tl.constexpr, EMULATE_BF16: tl.constexpr):
+def _liif_layer(
+    table,
+    w_coord,
+    weights,
+    rel_row,
+    rel_col,
+    D_IN: tl.constexpr,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RELU: tl.constexpr,
+    DOT: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
     """relu(table + rel . w_rel + bias) @ weights: (M, N); `table` points to each row's latent code, (M,)."""
     outer = tl.arange(0, N)
     x = tl.zeros((rel_row.shape[0], N), dtype=tl.float32)
@@ -66,8 +77,19 @@ def _liif_layer(table, w_coord, weights, rel_row, rel_col, D_IN: tl.constexpr, N
 
 
 @triton.jit
-def _lte_layer(coef, freq, phase, weights, rel_row, rel_col, HALF: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
-               DOT: tl.constexpr, EMULATE_BF16: tl.constexpr):
+def _lte_layer(
+    coef,
+    freq,
+    phase,
+    weights,
+    rel_row,
+    rel_col,
+    HALF: tl.constexpr,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DOT: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
     """(coef * [cos, sin](pi (freq . rel + phase))) @ weights: (M, N); HALF is the number of frequencies."""
     outer = tl.arange(0, N)
     x = tl.zeros((rel_row.shape[0], N), dtype=tl.float32)
@@ -86,8 +108,17 @@ def _lte_layer(coef, freq, phase, weights, rel_row, rel_col, HALF: tl.constexpr,
 
 
 @triton.jit
-def _layer_pair(x, weight_in, weight_out, bias, D: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
-                DOT: tl.constexpr, EMULATE_BF16: tl.constexpr):
+def _layer_pair(
+    x,
+    weight_in,
+    weight_out,
+    bias,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DOT: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):
     """relu(relu(x) @ weight_in + bias) @ weight_out: (M, D) -> (M, N)."""
     hidden = tl.arange(0, D)
     outer = tl.arange(0, N)
@@ -105,11 +136,36 @@ def _layer_pair(x, weight_in, weight_out, bias, D: tl.constexpr, N: tl.constexpr
 
 # Unspecialised: these change from tile to tile, and each special case would be another compilation.
 @triton.jit(do_not_specialize=['order', 'count', 'n_rows', 'n_cols', 'table_width'])
-def decode_kernel(out, order, row_index, row_rel, col_index, col_rel, table, freq, w_coord, weights, biases, count,
-                  n_rows, n_cols, table_width, table_stride, LTE: tl.constexpr, RELU_FIRST: tl.constexpr,
-                  LAYERS: tl.constexpr, CHANNELS: tl.constexpr, D_IN: tl.constexpr, D: tl.constexpr,
-                  D_OUT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr,
-                  EMULATE_BF16: tl.constexpr, EPS: tl.constexpr):
+def decode_kernel(
+    out,
+    order,
+    row_index,
+    row_rel,
+    col_index,
+    col_rel,
+    table,
+    freq,
+    w_coord,
+    weights,
+    biases,
+    count,
+    n_rows,
+    n_cols,
+    table_width,
+    table_stride,
+    LTE: tl.constexpr,
+    RELU_FIRST: tl.constexpr,
+    LAYERS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    D_IN: tl.constexpr,
+    D: tl.constexpr,
+    D_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DOT: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+    EPS: tl.constexpr,
+):
     """One block of queries of one expert.
 
     Args:
@@ -126,24 +182,46 @@ def decode_kernel(out, order, row_index, row_rel, col_index, col_rel, table, fre
     corner = lane % 4
     number = tl.program_id(0) * BLOCK + lane // 4
     query = tl.load(order + number, mask=number < count, other=0).to(tl.int32)  # (M,)
-    code, rel_row, rel_col, blend = _corners(query // n_cols, query % n_cols, corner, row_index, row_rel, col_index,
-                                             col_rel, n_rows, n_cols, table_width, EPS)
+    code, rel_row, rel_col, blend = _corners(
+        query // n_cols,
+        query % n_cols,
+        corner,
+        row_index,
+        row_rel,
+        col_index,
+        col_rel,
+        n_rows,
+        n_cols,
+        table_width,
+        EPS,
+    )
     code = code * table_stride  # int64, as `GridAxis` has it: tables may be large
 
     hidden = tl.arange(0, D)
     channel = tl.arange(0, D_OUT)
     N0: tl.constexpr = D if LAYERS > 1 else D_OUT
     if LTE:
-        x = _lte_layer(table + code, freq + code, w_coord, weights, rel_row, rel_col, D_IN // 2, N0, CHUNK, DOT,
-                       EMULATE_BF16)
+        x = _lte_layer(
+            table + code, freq + code, w_coord, weights, rel_row, rel_col, D_IN // 2, N0, CHUNK, DOT, EMULATE_BF16
+        )
     else:
-        x = _liif_layer(table + code, w_coord, weights, rel_row, rel_col, D_IN, N0, CHUNK, RELU_FIRST, DOT,
-                        EMULATE_BF16)
+        x = _liif_layer(
+            table + code, w_coord, weights, rel_row, rel_col, D_IN, N0, CHUNK, RELU_FIRST, DOT, EMULATE_BF16
+        )
     rest = weights + D_IN * N0  # of layer 1 and on
     for layer in tl.static_range(1, LAYERS - 1, 2):  # this layer and the next one
         x += tl.load(biases + (layer - 1) * D + hidden)[None, :]
-        x = _layer_pair(x, rest + (layer - 1) * D * D, rest + layer * D * D, biases + layer * D, D,
-                        D_OUT if layer + 2 == LAYERS else D, CHUNK, DOT, EMULATE_BF16)
+        x = _layer_pair(
+            x,
+            rest + (layer - 1) * D * D,
+            rest + layer * D * D,
+            biases + layer * D,
+            D,
+            D_OUT if layer + 2 == LAYERS else D,
+            CHUNK,
+            DOT,
+            EMULATE_BF16,
+        )
     if LAYERS % 2 == 0:
         x = tl.maximum(x + tl.load(biases + (LAYERS - 2) * D + hidden)[None, :], 0.0)
         weight = tl.load(rest + (LAYERS - 2) * D * D + hidden[:, None] * D_OUT + channel[None, :])  # (D, D_OUT)
@@ -158,9 +236,26 @@ def decode_kernel(out, order, row_index, row_rel, col_index, col_rel, table, fre
 
 
 @triton.jit(do_not_specialize=['count', 'n_cols', 'table_width'])
-def route_kernel(logits, expert_map, table, row_index, row_rel, col_index, col_rel, w_rel, w_out, b_out, count, n_cols,
-                 table_width, WANT_LOGITS: tl.constexpr, J: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                 BLOCK: tl.constexpr):
+def route_kernel(
+    logits,
+    expert_map,
+    table,
+    row_index,
+    row_rel,
+    col_index,
+    col_rel,
+    w_rel,
+    w_out,
+    b_out,
+    count,
+    n_cols,
+    table_width,
+    WANT_LOGITS: tl.constexpr,
+    J: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The mapper's per-query layers on a grid: logits, or the expert with the largest, the first among equals.
 
     Args:

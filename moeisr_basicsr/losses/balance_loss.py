@@ -2,6 +2,7 @@
 
 Shapes: B images, Q queries, J experts.
 """
+
 import math
 from collections.abc import Sequence
 
@@ -43,8 +44,12 @@ class MoEBalanceLoss(nn.Module):
             [2.5]. LR images of large factors are rich in detail, and without groups they take most of the depth.
     """
 
-    def __init__(self, loss_weight: float = 1.0, target: Target | Sequence[Sequence[float]] = 'uniform',
-                 scale_bounds: Sequence[float] = ()):
+    def __init__(
+        self,
+        loss_weight: float = 1.0,
+        target: Target | Sequence[Sequence[float]] = 'uniform',
+        scale_bounds: Sequence[float] = (),
+    ):
         super().__init__()
         if list(scale_bounds) != sorted(set(scale_bounds)):
             raise ValueError(f'MoEBalanceLoss scale_bounds must rise; got {list(scale_bounds)}.')
@@ -55,8 +60,9 @@ class MoEBalanceLoss(nn.Module):
         groups = len(self.scale_bounds) + 1
         by_group = is_list(target) and any(map(is_list, target))
         if by_group and len(target) != groups:
-            raise ValueError(f'MoEBalanceLoss target lists {len(target)} groups; scale_bounds {self.scale_bounds} make '
-                             f'{groups}.')
+            raise ValueError(
+                f'MoEBalanceLoss target lists {len(target)} groups; scale_bounds {self.scale_bounds} make {groups}.'
+            )
         self.targets = list(target) if by_group else [target] * groups
         for entry in self.targets:
             check_target(entry)
@@ -79,10 +85,13 @@ class MoEBalanceLoss(nn.Module):
         member = nn.functional.one_hot(group, len(self.scale_bounds) + 1).to(gates)  # (B, Q, G)
         loads = torch.einsum('bqj,bqg->gj', gates.float(), member.float()) / group.numel()
         loads, shares = average_over_ranks(torch.cat([loads, member.float().mean(dim=(0, 1))[:, None]], dim=1)).split(
-            [gates.shape[-1], 1], dim=1)  # (G, J) of all queries, (G, 1)
+            [gates.shape[-1], 1], dim=1
+        )  # (G, J) of all queries, (G, 1)
         loads = loads / shares.clamp(min=torch.finfo(shares.dtype).tiny)
-        return self.loss_weight * sum(share * distance(load, target, costs)  # an empty group's share is 0
-                                      for share, load, target in zip(shares.detach().squeeze(1), loads, self.targets))
+        return self.loss_weight * sum(
+            share * distance(load, target, costs)  # an empty group's share is 0
+            for share, load, target in zip(shares.detach().squeeze(1), loads, self.targets)
+        )
 
 
 def is_list(value: object) -> bool:
@@ -99,8 +108,10 @@ def check_target(target: Target) -> None:
     else:
         ok = 0 < target <= 1
     if not ok:
-        raise ValueError("MoEBalanceLoss target must be 'uniform', fractions that add up to 1, or a mean cost in "
-                         f'(0, 1]; got {target!r}.')
+        raise ValueError(
+            "MoEBalanceLoss target must be 'uniform', fractions that add up to 1, or a mean cost in "
+            f'(0, 1]; got {target!r}.'
+        )
 
 
 def distance(load: Tensor, target: Target, costs: Tensor) -> Tensor:
@@ -115,8 +126,10 @@ def distance(load: Tensor, target: Target, costs: Tensor) -> Tensor:
     else:
         least = float(costs.min())
         if target < least * (1 - 1e-6):  # fp32 costs: the cheapest expert's own cost is a valid target
-            raise ValueError(f'MoEBalanceLoss target {target} is below the cheapest expert; at least '
-                             f'{math.ceil(least * 1e4) / 1e4:.4f} is possible.')
+            raise ValueError(
+                f'MoEBalanceLoss target {target} is below the cheapest expert; at least '
+                f'{math.ceil(least * 1e4) / 1e4:.4f} is possible.'
+            )
         return ((load * costs.to(load)).sum() - target).square()
     # times J: the same pull per expert whatever their number
     return num_experts * torch.sum(gap.square())

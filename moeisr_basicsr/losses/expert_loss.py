@@ -2,6 +2,7 @@
 
 Shapes: B images, Q queries, J experts, C channels.
 """
+
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
@@ -35,23 +36,34 @@ class MoEExpertLoss(nn.Module):
             fit. Of the order of what the experts differ by, 1e-4.
     """
 
-    def __init__(self, loss_weight: float = 1.0, routing_weight: float = 0.0, depth_emphasis: float = 0.0,
-                 fit_temperature: float | None = None):
+    def __init__(
+        self,
+        loss_weight: float = 1.0,
+        routing_weight: float = 0.0,
+        depth_emphasis: float = 0.0,
+        fit_temperature: float | None = None,
+    ):
         super().__init__()
-        for name, weight in (('loss_weight', loss_weight), ('routing_weight', routing_weight),
-                             ('depth_emphasis', depth_emphasis)):
+        for name, weight in (
+            ('loss_weight', loss_weight),
+            ('routing_weight', routing_weight),
+            ('depth_emphasis', depth_emphasis),
+        ):
             if weight < 0:
                 raise ValueError(f'MoEExpertLoss {name} must not be negative; got {weight}.')
         if fit_temperature is not None and not (fit_temperature > 0 and routing_weight > 0):
-            raise ValueError('MoEExpertLoss fit_temperature must be above 0 and needs a routing_weight above 0; got '
-                             f'{fit_temperature} and {routing_weight}.')
+            raise ValueError(
+                'MoEExpertLoss fit_temperature must be above 0 and needs a routing_weight above 0; got '
+                f'{fit_temperature} and {routing_weight}.'
+            )
         self.loss_weight = loss_weight
         self.routing_weight = routing_weight
         self.depth_emphasis = depth_emphasis
         self.fit_temperature = fit_temperature
 
-    def forward(self, answers: Tensor, gt: Tensor, gates: Tensor, costs: Tensor, scale: Tensor,
-                scores: Tensor | None = None) -> Tensor:
+    def forward(
+        self, answers: Tensor, gt: Tensor, gates: Tensor, costs: Tensor, scale: Tensor, scores: Tensor | None = None
+    ) -> Tensor:
         """The weighted loss, a scalar. The expected loss has a gradient and adds nothing to the value.
 
         Args:

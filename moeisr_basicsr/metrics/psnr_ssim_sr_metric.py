@@ -2,6 +2,7 @@
 
 Shapes: (H, W, C) arrays, (C, H, W) or (1, C, H, W) tensors; C is 3, or 1 for grey images.
 """
+
 import numpy as np
 import torch
 from basicsr.metrics.psnr_ssim import _ssim
@@ -15,10 +16,15 @@ SSIM_WINDOW = 11  # BasicSR's, after Wang et al. 2004
 
 
 @METRIC_REGISTRY.register()
-def calculate_psnr_sr(img: torch.Tensor | np.ndarray, img2: torch.Tensor | np.ndarray,
-                      scale: float | tuple[float, float] | None = None, protocol: str = 'benchmark',
-                      crop_border: int | tuple[int, int] | None = None, rounded: bool = False,
-                      better: str = 'higher') -> float:
+def calculate_psnr_sr(
+    img: torch.Tensor | np.ndarray,
+    img2: torch.Tensor | np.ndarray,
+    scale: float | tuple[float, float] | None = None,
+    protocol: str = 'benchmark',
+    crop_border: int | tuple[int, int] | None = None,
+    rounded: bool = False,
+    better: str = 'higher',
+) -> float:
     """PSNR in dB as LIIF computes it (utils.calc_psnr), infinite for equal images.
 
     Args:
@@ -43,10 +49,15 @@ def calculate_psnr_sr(img: torch.Tensor | np.ndarray, img2: torch.Tensor | np.nd
 
 
 @METRIC_REGISTRY.register()
-def calculate_ssim_sr(img: torch.Tensor | np.ndarray, img2: torch.Tensor | np.ndarray,
-                      scale: float | tuple[float, float] | None = None, protocol: str = 'benchmark',
-                      crop_border: int | tuple[int, int] | None = None, rounded: bool = False,
-                      better: str = 'higher') -> float:
+def calculate_ssim_sr(
+    img: torch.Tensor | np.ndarray,
+    img2: torch.Tensor | np.ndarray,
+    scale: float | tuple[float, float] | None = None,
+    protocol: str = 'benchmark',
+    crop_border: int | tuple[int, int] | None = None,
+    rounded: bool = False,
+    better: str = 'higher',
+) -> float:
     """SSIM (Wang et al. 2004) through BasicSR's implementation: of the luma, or with 'div2k' the mean over R, G, B.
 
     Args:
@@ -57,20 +68,28 @@ def calculate_ssim_sr(img: torch.Tensor | np.ndarray, img2: torch.Tensor | np.nd
     """
     first, second = _prepare(img, img2, scale, protocol, crop_border, rounded)
     if min(first.shape[:2]) < SSIM_WINDOW:
-        raise UserError(f'SSIM needs {SSIM_WINDOW} x {SSIM_WINDOW} pixels within the shave; {first.shape[0]} x '
-                        f'{first.shape[1]} are left.')
+        raise UserError(
+            f'SSIM needs {SSIM_WINDOW} x {SSIM_WINDOW} pixels within the shave; {first.shape[0]} x '
+            f'{first.shape[1]} are left.'
+        )
     if protocol == 'benchmark':
         first, second = (_luma(image) + 16 * (image.shape[2] == 3) for image in (first, second))
     return float(np.mean([_ssim(first[..., c], second[..., c]) for c in range(first.shape[2])]))
 
 
-def _prepare(img: torch.Tensor | np.ndarray, img2: torch.Tensor | np.ndarray,
-             scale: float | tuple[float, float] | None, protocol: str, crop_border: int | tuple[int, int] | None,
-             rounded: bool) -> tuple[np.ndarray, np.ndarray]:
+def _prepare(
+    img: torch.Tensor | np.ndarray,
+    img2: torch.Tensor | np.ndarray,
+    scale: float | tuple[float, float] | None,
+    protocol: str,
+    crop_border: int | tuple[int, int] | None,
+    rounded: bool,
+) -> tuple[np.ndarray, np.ndarray]:
     """Both images as (H', W', C) float64 RGB in [0, 255], shaved."""
     if tuple(img.shape) != tuple(img2.shape) or torch.is_tensor(img) != torch.is_tensor(img2):
-        raise UserError(f'A metric compares images of one kind and shape; got {tuple(img.shape)} and '
-                        f'{tuple(img2.shape)}.')
+        raise UserError(
+            f'A metric compares images of one kind and shape; got {tuple(img.shape)} and {tuple(img2.shape)}.'
+        )
     if scale is None and crop_border is None:
         raise UserError('This metric needs the scale: it comes from the dataset, or give it, or a crop_border.')
     rule = shave(protocol, 1 if scale is None else scale)  # checks the protocol's name in any case
@@ -82,7 +101,7 @@ def _prepare(img: torch.Tensor | np.ndarray, img2: torch.Tensor | np.ndarray,
     height, width = images[0].shape[:2]
     if height <= 2 * rule[0] or width <= 2 * rule[1]:
         raise UserError(f'An image of {height} x {width} pixels has none left after a shave of {rule[0]} x {rule[1]}.')
-    images = [image[rule[0]:height - rule[0], rule[1]:width - rule[1]] for image in images]
+    images = [image[rule[0] : height - rule[0], rule[1] : width - rule[1]] for image in images]
     return tuple(np.rint(image) if rounded else image for image in images)
 
 

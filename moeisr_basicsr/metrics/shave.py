@@ -5,6 +5,7 @@
 
 Shapes: (H, W, C) or (H, W) images.
 """
+
 import math
 
 from moeisr_basicsr.errors import UserError, did_you_mean
@@ -37,7 +38,9 @@ def shave(protocol: str, scale: float | tuple[float, float]) -> tuple[int, int]:
         UserError: An unknown protocol or a factor below 1.
     """
     if protocol not in PROTOCOLS:
-        raise UserError(f"'{protocol}' is not a protocol of evaluation; there are {', '.join(PROTOCOLS)}."
-                        f'{did_you_mean(protocol, PROTOCOLS)}')
+        raise UserError(
+            f"'{protocol}' is not a protocol of evaluation; there are {', '.join(PROTOCOLS)}."
+            f'{did_you_mean(protocol, PROTOCOLS)}'
+        )
     rows, cols = factor_pair(scale)
     return math.ceil(rows - EPS_CEIL) + PROTOCOLS[protocol], math.ceil(cols - EPS_CEIL) + PROTOCOLS[protocol]

@@ -4,6 +4,7 @@ BasicSR's own `train_pipeline` and the plugin's training loop both drive it. One
 
 Shapes: B images, C channels, (h, w) LR size, Q queries, (R, S) output size.
 """
+
 from collections import OrderedDict
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager, nullcontext
@@ -62,11 +63,17 @@ class ArbitraryScaleModel(SRModel):
             compile_network(net, train_opt['compile'])
         if self.opt['dist']:
             devices = [torch.cuda.current_device()] if self.device.type == 'cuda' else None
-            return DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True,
-                                           find_unused_parameters=self.opt.get('find_unused_parameters', False))
+            return DistributedDataParallel(
+                net,
+                device_ids=devices,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=self.opt.get('find_unused_parameters', False),
+            )
         if self.opt['num_gpu'] > 1:
-            get_root_logger().warning(f'num_gpu is {self.opt["num_gpu"]}, but one process uses one GPU: launch with '
-                                      'torchrun and --launcher pytorch to use them all.')
+            get_root_logger().warning(
+                f'num_gpu is {self.opt["num_gpu"]}, but one process uses one GPU: launch with '
+                'torchrun and --launcher pytorch to use them all.'
+            )
         return net
 
     def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'):
@@ -104,8 +111,10 @@ class ArbitraryScaleModel(SRModel):
     def setup_schedulers(self) -> None:
         """The scheduler of `train: scheduler`, for every optimizer."""
         train_opt = self.opt['train']
-        self.schedulers = [build_scheduler(train_opt['scheduler'], optimizer, int(train_opt['total_iter']))
-                           for optimizer in self.optimizers]
+        self.schedulers = [
+            build_scheduler(train_opt['scheduler'], optimizer, int(train_opt['total_iter']))
+            for optimizer in self.optimizers
+        ]
 
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
         """Schedule times linear warm-up."""
@@ -152,8 +161,9 @@ class ArbitraryScaleModel(SRModel):
             weight = part.lq.shape[0] / images
             with self.gradient_exchange(last=part is parts[-1]):
                 part_losses, part_statistics = self.part_losses(part, draws)
-                total = sum(loss * (1.0 if name in self.whole_batch_losses else weight)
-                            for name, loss in part_losses.items())
+                total = sum(
+                    loss * (1.0 if name in self.whole_batch_losses else weight) for name, loss in part_losses.items()
+                )
                 self.precision.scaler.scale(total).backward()
             for sums, values in ((losses, part_losses), (statistics, part_statistics)):
                 for name, value in values.items():
@@ -179,8 +189,10 @@ class ArbitraryScaleModel(SRModel):
             losses['l_pix'] = self.cri_pix(output, part.gt)
         if self.cri_perceptual:
             if output.dim() != 4:
-                raise UserError('train: perceptual_opt compares images; this dataset gives queries. Remove it, or '
-                                'train with PairedImageDataset.')
+                raise UserError(
+                    'train: perceptual_opt compares images; this dataset gives queries. Remove it, or '
+                    'train with PairedImageDataset.'
+                )
             for name, loss in zip(('l_percep', 'l_style'), self.cri_perceptual(output, part.gt)):
                 if loss is not None:
                     losses[name] = loss
@@ -192,8 +204,9 @@ class ArbitraryScaleModel(SRModel):
 
     def average_over_ranks(self, values: 'OrderedDict[str, Tensor]') -> 'OrderedDict[str, float]':
         """The mean of every value over all ranks, on every rank, with one transfer from the device."""
-        packed = torch.stack([torch.as_tensor(value, device=self.device).detach().double()
-                              for value in values.values()])
+        packed = torch.stack(
+            [torch.as_tensor(value, device=self.device).detach().double() for value in values.values()]
+        )
         if self.opt['dist'] and dist.get_world_size() > 1:
             dist.all_reduce(packed)
             packed /= dist.get_world_size()
@@ -218,13 +231,20 @@ class ArbitraryScaleModel(SRModel):
         size = tuple(self.gt.shape[-2:]) if hasattr(self, 'gt') and self.gt.dim() == 4 else None
         self.output = ImageEvaluator(self.opt).upscale(self.evaluated_net, self.lq, size, None).image
 
-    def validation(self, dataloader: DataLoader, current_iter: int | str, tb_logger: object,
-                   save_img: bool = False) -> None:
+    def validation(
+        self, dataloader: DataLoader, current_iter: int | str, tb_logger: object, save_img: bool = False
+    ) -> None:
         """BasicSR's entry point: one dataset, its images shared among the ranks."""
         self.validate([dataloader], current_iter, tb_logger, save_img)
 
-    def validate(self, dataloaders: list[DataLoader], current_iter: int | str, tb_logger: object,
-                 save_img: bool = False, should_stop: Callable[[], bool] | None = None) -> list[Evaluated] | None:
+    def validate(
+        self,
+        dataloaders: list[DataLoader],
+        current_iter: int | str,
+        tb_logger: object,
+        save_img: bool = False,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Evaluated] | None:
         """Evaluate every dataset, images x scales shared among the ranks; the same results on every rank.
 
         Args:
@@ -237,8 +257,9 @@ class ArbitraryScaleModel(SRModel):
         Returns:
             The results in the order of `dataloaders`; None where validation was given up.
         """
-        results = run_validation(self.opt, self.evaluated_net, dataloaders, current_iter, tb_logger, save_img,
-                                 should_stop)
+        results = run_validation(
+            self.opt, self.evaluated_net, dataloaders, current_iter, tb_logger, save_img, should_stop
+        )
         for result in results or []:
             self.record_best(result, current_iter)
             report(result, getattr(self, 'best_metric_results', {}), current_iter, tb_logger)
@@ -253,8 +274,9 @@ class ArbitraryScaleModel(SRModel):
             if metric in result.metrics:
                 self._update_best_metric_result(result.dataset, metric, result.metrics[metric], current_iter)
 
-    def save_network(self, net: nn.Module | list[nn.Module], net_label: str, current_iter: int,
-                     param_key: str | list[str] = 'params') -> None:
+    def save_network(
+        self, net: nn.Module | list[nn.Module], net_label: str, current_iter: int, param_key: str | list[str] = 'params'
+    ) -> None:
         """BasicSR's weights file, written so that it is complete or absent."""
         if self.opt['rank'] != 0:
             return
@@ -266,7 +288,10 @@ class ArbitraryScaleModel(SRModel):
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         """BasicSR's state file, for BasicSR's own loop; the plugin's loop keeps more."""
         if current_iter != -1 and self.opt['rank'] == 0:
-            state = {'epoch': epoch, 'iter': current_iter,
-                     'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
-                     'schedulers': [scheduler.state_dict() for scheduler in self.schedulers]}
+            state = {
+                'epoch': epoch,
+                'iter': current_iter,
+                'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
+                'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
+            }
             save_atomic(state, f'{self.opt["path"]["training_states"]}/{current_iter}.state')

@@ -2,6 +2,7 @@
 
 Shapes: B images, C channels, (h, w) LR patch, Q queries, (R, S) HR patch.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 class Batch(NamedTuple):
     """Queries with their answers, or whole patches where the dataset gives no coordinates."""
+
     lq: Tensor  # (B, C, h, w) RGB in [0, 1]
     gt: Tensor | None  # (B, Q, C) with coordinates, (B, C, R, S) without
     coord: Tensor | None  # (B, Q, 2), rows first
@@ -20,6 +22,7 @@ class Batch(NamedTuple):
     @classmethod
     def from_data(cls, data: dict, device: torch.device) -> 'Batch':
         """From a collated item of any dataset that gives `lq`."""
+
         def tensor(key: str) -> Tensor | None:
             return data[key].to(device, non_blocking=True) if key in data else None
 
@@ -37,8 +40,11 @@ class Batch(NamedTuple):
         """At most `parts` batches of about the same size, in order."""
         images = self.lq.shape[0]
         edges = [images * at // parts for at in range(parts + 1)]
-        return [Batch(*(None if field is None else field[start:stop] for field in self))
-                for start, stop in zip(edges[:-1], edges[1:]) if stop > start]
+        return [
+            Batch(*(None if field is None else field[start:stop] for field in self))
+            for start, stop in zip(edges[:-1], edges[1:])
+            if stop > start
+        ]
 
     def describe(self) -> list[str]:
         """One line per image: its file and scale."""

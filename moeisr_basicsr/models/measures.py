@@ -5,13 +5,13 @@ Metrics of this package take the float images and know the protocols' shaves; Ba
 
 Shapes: (C, H, W) images, RGB in [0, 1].
 """
+
 import inspect
 
 from basicsr.metrics import calculate_metric
 from basicsr.utils import tensor2img
 from basicsr.utils.registry import METRIC_REGISTRY
 from torch import Tensor
-
 
 DOWNSAMPLE = {'matlab': "MATLAB's bicubic", 'pil': "Pillow's bicubic"}
 PROTOCOL = {'benchmark': ('luma', 'ceil(s)'), 'div2k': ('RGB', 'ceil(s) + 6')}  # colours, shave at a factor s
@@ -39,8 +39,9 @@ def describe_metric(metric_opt: dict, crop_border: int | list[int] | None = None
     return f'{name}: {colours}, shave {border}{rounded}'
 
 
-def measure(metric_opt: dict, sr: Tensor, gt: Tensor, scale: tuple[float, float],
-            crop_border: int | list[int] | None = None) -> float:
+def measure(
+    metric_opt: dict, sr: Tensor, gt: Tensor, scale: tuple[float, float], crop_border: int | list[int] | None = None
+) -> float:
     """The value of one metric.
 
     Args:
@@ -60,7 +61,8 @@ def measure(metric_opt: dict, sr: Tensor, gt: Tensor, scale: tuple[float, float]
     images = {'img': tensor2img([sr]), 'img2': tensor2img([gt])}  # (H, W, 3) BGR, uint8
     if isinstance(options.get('crop_border'), (list, tuple)):
         rows, cols = options['crop_border']
-        images = {name: image[rows:image.shape[0] - rows, cols:image.shape[1] - cols]
-                  for name, image in images.items()}
+        images = {
+            name: image[rows : image.shape[0] - rows, cols : image.shape[1] - cols] for name, image in images.items()
+        }
         options['crop_border'] = 0
     return float(calculate_metric({name: images[name] for name in images if name in takes or name == 'img'}, options))

@@ -2,6 +2,7 @@
 
 Shapes: B images, C channels, Q queries, J experts.
 """
+
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from .training_draws import DrawAhead, DrawKey, batch_draws
 
 class PartDraws(NamedTuple):
     """What the routing of one part of a batch needs."""
+
     noise: Tensor | None = None  # (B, Q, J) Gumbel noise; None with one expert
     keep: Tensor | None = None  # (B, Q, J) bool, for expert_grad 'sampled' only
     tau: float | None = None  # None for the network's own
@@ -46,8 +48,10 @@ class MoEISRModel(ArbitraryScaleModel):
         super().init_training_settings()
         net = self.get_bare_model(self.net_g)
         if not hasattr(net, 'num_experts'):
-            raise UserError(f'model_type MoEISRModel needs a network with experts (MoEISR); network_g is '
-                            f'{type(net).__name__}. Use ArbitraryScaleModel or SRModel for it.')
+            raise UserError(
+                f'model_type MoEISRModel needs a network with experts (MoEISR); network_g is '
+                f'{type(net).__name__}. Use ArbitraryScaleModel or SRModel for it.'
+            )
         self.num_experts = net.num_experts
         self.expert_costs = net.expert_costs.to(self.device)
         self.sample_rate = net.decoder.sample_rate if net.decoder.expert_grad == 'sampled' else None
@@ -59,8 +63,10 @@ class MoEISRModel(ArbitraryScaleModel):
         self.cri_experts = None
         if train_opt.get('experts_opt') and self.num_experts > 1:
             if not net.decoder.runs_all_experts:
-                raise UserError('train: experts_opt needs training that runs every expert on every query: expert_grad '
-                                'naive, or exact with shared_layers as many as the deepest expert has.')
+                raise UserError(
+                    'train: experts_opt needs training that runs every expert on every query: expert_grad '
+                    'naive, or exact with shared_layers as many as the deepest expert has.'
+                )
             self.cri_experts = build_loss(train_opt['experts_opt']).to(self.device)
             net.decoder.scores_are_fitted = getattr(self.cri_experts, 'fit_temperature', None) is not None
         # A pretrained mapper keeps its scale, a fitted one has its own; a resumed run never sees the first iteration.
@@ -82,8 +88,10 @@ class MoEISRModel(ArbitraryScaleModel):
         sizes = [part.lq.shape[0] for part in parts]
         shape = (sum(sizes), parts[0].queries // sizes[0], self.num_experts)
         whole = self.draw(key, shape, self.sample_rate)
-        noise, keep = ([None] * len(parts) if entry is None else entry.to(self.device, non_blocking=True).split(sizes)
-                       for entry in whole)
+        noise, keep = (
+            [None] * len(parts) if entry is None else entry.to(self.device, non_blocking=True).split(sizes)
+            for entry in whole
+        )
         scale = torch.cat([scale_of(part) for part in parts])
         draws = [PartDraws(*of_part, tau, scale=scale) for of_part in zip(noise, keep)]
         if self.cri_balance is None or len(parts) == 1:
@@ -91,17 +99,19 @@ class MoEISRModel(ArbitraryScaleModel):
         # The balance loss is not a mean over images: each part needs the gates of the others.
         with torch.no_grad():
             gates = tuple(self.decode(part, of_part, bare=True).routing.gates for part, of_part in zip(parts, draws))
-        return [of_part._replace(before=gates[:place], after=gates[place + 1:]) for place, of_part in enumerate(draws)]
+        return [of_part._replace(before=gates[:place], after=gates[place + 1 :]) for place, of_part in enumerate(draws)]
 
     @torch.no_grad()
     def standardise_mapper(self, parts: list[Batch]) -> None:
         """Give the mapper's logits mean 0 and deviation `mapper_spread` on the first batch of all ranks."""
         net = self.get_bare_model(self.net_g)
-        logits = torch.cat([net.decoder.logits(net.encode(part.lq), *queries_of(part)).flatten(0, 1).double()
-                            for part in parts])  # (B * Q, J)
+        logits = torch.cat(
+            [net.decoder.logits(net.encode(part.lq), *queries_of(part)).flatten(0, 1).double() for part in parts]
+        )  # (B * Q, J)
         local = {'mean': logits.mean(dim=0), 'square': logits.square().mean(dim=0)}
-        moments = self.average_over_ranks(OrderedDict(
-            (f'{name}{j}', value) for name, values in local.items() for j, value in enumerate(values)))
+        moments = self.average_over_ranks(
+            OrderedDict((f'{name}{j}', value) for name, values in local.items() for j, value in enumerate(values))
+        )
         mean, square = torch.tensor(list(moments.values()), device=self.device, dtype=torch.float64).chunk(2)
         if not torch.isfinite(square).all():
             return  # a damaged batch; the step itself decides what becomes of it
@@ -119,8 +129,14 @@ class MoEISRModel(ArbitraryScaleModel):
         """
         net = self.get_bare_model(self.net_g) if bare else self.net_g
         with self.precision.autocast():
-            return net(self.precision.images(part.lq), *queries_of(part), noise=draws.noise, tau=draws.tau,
-                       keep=draws.keep, with_routing=True)
+            return net(
+                self.precision.images(part.lq),
+                *queries_of(part),
+                noise=draws.noise,
+                tau=draws.tau,
+                keep=draws.keep,
+                with_routing=True,
+            )
 
     def part_losses(self, part: Batch, draws: PartDraws) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Reconstruction and balance losses; load of each expert, mean cost and temperature."""

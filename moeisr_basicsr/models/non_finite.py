@@ -1,4 +1,5 @@
 """What happens when a loss or a gradient is not finite."""
+
 import math
 
 import torch
@@ -31,8 +32,10 @@ class NonFiniteGuard:
     def __init__(self, train_opt: dict):
         self.action = train_opt.get('non_finite', 'stop')
         if self.action not in ACTIONS:
-            raise UserError(f'train: non_finite must be one of {", ".join(ACTIONS)}; got {self.action!r}.'
-                            f'{did_you_mean(self.action, ACTIONS)}')
+            raise UserError(
+                f'train: non_finite must be one of {", ".join(ACTIONS)}; got {self.action!r}.'
+                f'{did_you_mean(self.action, ACTIONS)}'
+            )
         self.limit = train_opt.get('non_finite_limit', 100)
         if isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 0:
             raise UserError(f'train: non_finite_limit must be a whole number of at least 0; got {self.limit!r}.')
@@ -58,8 +61,9 @@ class NonFiniteGuard:
             raise NonFiniteLossError(message)
         self.skipped += 1
         if self.skipped > self.limit:
-            raise NonFiniteLossError(f'{message}. {self.skipped} steps were skipped; train: non_finite_limit allows '
-                                     f'{self.limit}')
+            raise NonFiniteLossError(
+                f'{message}. {self.skipped} steps were skipped; train: non_finite_limit allows {self.limit}'
+            )
         get_root_logger().warning(f'{message}. Step skipped ({self.skipped} of at most {self.limit}).')
         return False
 

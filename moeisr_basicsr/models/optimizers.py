@@ -1,4 +1,5 @@
 """Optimizers and learning-rate schedulers from their options. The names that there are: see `options.typed`."""
+
 import inspect
 from collections.abc import Iterable
 
@@ -19,13 +20,15 @@ def check_options(where: str, options: dict, classes: dict[str, type]) -> tuple[
     arguments = {key: value for key, value in options.items() if key != 'type'}
     name = options.get('type')
     if name not in classes:
-        raise UserError(f'{where}: type must be one of {", ".join(sorted(classes))}; got {name!r}.'
-                        f'{did_you_mean(name, classes)}')
+        raise UserError(
+            f'{where}: type must be one of {", ".join(sorted(classes))}; got {name!r}.{did_you_mean(name, classes)}'
+        )
     known = [key for key in inspect.signature(classes[name]).parameters if key not in ('params', 'optimizer')]
     for key in arguments:
         if key not in known:
-            raise UserError(f'{where}: {name} has no option {key!r}; it has {", ".join(known)}.'
-                            f'{did_you_mean(key, known)}')
+            raise UserError(
+                f'{where}: {name} has no option {key!r}; it has {", ".join(known)}.{did_you_mean(key, known)}'
+            )
     return classes[name], arguments
 
 
@@ -53,13 +56,18 @@ def build_scheduler(options: dict, optimizer: Optimizer, total_iter: int = 0) ->
         UserError: An unknown type or option, a value that the scheduler refuses, or a schedule that ends too early.
     """
     scheduler, arguments = check_options('train: scheduler', options, scheduler_classes())
-    ends = {'CosineAnnealingRestartLR': ('periods', sum(arguments.get('periods', []))),
-            'OneCycleLR': ('total_steps', arguments.get('total_steps') or
-                           (arguments.get('epochs') or 0) * (arguments.get('steps_per_epoch') or 0))}
+    ends = {
+        'CosineAnnealingRestartLR': ('periods', sum(arguments.get('periods', []))),
+        'OneCycleLR': (
+            'total_steps',
+            arguments.get('total_steps') or (arguments.get('epochs') or 0) * (arguments.get('steps_per_epoch') or 0),
+        ),
+    }
     key, end = ends.get(options['type'], ('', total_iter))
     if end < total_iter:  # both fail in the middle of the run
-        raise UserError(f'train: scheduler: {key} of {options["type"]} cover {end} iterations; total_iter is '
-                        f'{total_iter}.')
+        raise UserError(
+            f'train: scheduler: {key} of {options["type"]} cover {end} iterations; total_iter is {total_iter}.'
+        )
     try:
         return scheduler(optimizer, **arguments)
     except (AssertionError, TypeError, ValueError) as error:

@@ -1,4 +1,5 @@
 """Parts of a network by name: which of them train, which start anew."""
+
 from collections.abc import Sequence
 
 from basicsr.utils import get_root_logger
@@ -41,5 +42,6 @@ def keep_trainable(net: nn.Module, parts: Sequence[str]) -> None:
 
 def copy_parts(source: nn.Module, target: nn.Module, parts: Sequence[str]) -> None:
     """Give `target` the weights that `parts` have in `source`, a network of the same architecture."""
-    target.load_state_dict({name: value for name, value in source.state_dict().items() if is_in(name, parts)},
-                           strict=False)
+    target.load_state_dict(
+        {name: value for name, value in source.state_dict().items() if is_in(name, parts)}, strict=False
+    )

@@ -1,4 +1,5 @@
 """Pictures of the routing."""
+
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Number formats and memory layout of the training step, from the YAML's `train` section."""
+
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -25,8 +26,10 @@ class Precision:
     def __init__(self, train_opt: dict, device: torch.device):
         amp = train_opt.get('amp') or 'none'
         if amp != 'none' and amp not in AMP_DTYPES:
-            raise UserError(f'train: amp must be one of none, {", ".join(AMP_DTYPES)}; got {amp!r}.'
-                            f'{did_you_mean(amp, ["none", *AMP_DTYPES])}')
+            raise UserError(
+                f'train: amp must be one of none, {", ".join(AMP_DTYPES)}; got {amp!r}.'
+                f'{did_you_mean(amp, ["none", *AMP_DTYPES])}'
+            )
         self.device_type = device.type
         self.dtype = AMP_DTYPES.get(amp)
         self.channels_last = bool(train_opt.get('channels_last', False))
@@ -52,8 +55,10 @@ def _grad_scaler(device_type: str, enabled: bool):
     if hasattr(torch.amp, 'GradScaler'):  # torch >= 2.3
         return torch.amp.GradScaler(device_type, enabled=enabled)
     if enabled and device_type != 'cuda':
-        raise UserError(f'train: amp: fp16 on {device_type} needs torch 2.3 or newer; this is torch '
-                        f'{torch.__version__}. bf16 needs no scaler.')
+        raise UserError(
+            f'train: amp: fp16 on {device_type} needs torch 2.3 or newer; this is torch '
+            f'{torch.__version__}. bf16 needs no scaler.'
+        )
     return torch.cuda.amp.GradScaler(enabled=enabled)
 
 

@@ -1,4 +1,5 @@
 """The Gumbel temperature as a pure function of the iteration, so that a resumed run needs no state for it."""
+
 import math
 
 from moeisr_basicsr.errors import UserError, did_you_mean
@@ -17,8 +18,10 @@ def check_temperature(options: dict) -> None:
     """
     kind = options.get('type', 'constant')
     if kind not in SCHEDULES:
-        raise UserError(f'train: temperature: type must be one of {", ".join(SCHEDULES)}; got {kind!r}.'
-                        f'{did_you_mean(kind, SCHEDULES)}')
+        raise UserError(
+            f'train: temperature: type must be one of {", ".join(SCHEDULES)}; got {kind!r}.'
+            f'{did_you_mean(kind, SCHEDULES)}'
+        )
     for key in ('start',) if kind == 'constant' else ('start', 'end', 'total_iter'):
         value = options.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
@@ -41,5 +44,5 @@ def temperature_at(options: dict, iteration: int) -> float:
     if kind == 'linear':
         return start + (end - start) * done
     if kind == 'exponential':
-        return start * (end / start)**done
+        return start * (end / start) ** done
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))

@@ -4,6 +4,7 @@ Resuming a run and training on another number of ranks draw the same numbers aga
 
 Shapes: B images on this rank, Q queries, J experts.
 """
+
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -19,6 +20,7 @@ KEEP_SEED_OFFSET = 2**32
 
 class DrawKey(NamedTuple):
     """What the draws of a batch depend on."""
+
     seed: int  # the run's manual_seed
     iteration: int
     rank: int
@@ -46,6 +48,7 @@ def batch_keep(key: DrawKey, shape: tuple[int, int, int], rate: float) -> Tensor
 
 class Draws(NamedTuple):
     """The draws of one rank's batch in one iteration."""
+
     noise: Tensor  # (B, Q, J)
     keep: Tensor | None  # (B, Q, J) bool; None without a rate
 

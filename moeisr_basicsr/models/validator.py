@@ -1,4 +1,5 @@
 """From validation datasets to results: the work of all ranks, collected and reported."""
+
 import sys
 from collections.abc import Callable
 
@@ -14,9 +15,15 @@ from .image_evaluation import ImageEvaluator
 GIVEN_UP = {'loader': -1, 'index': 0}  # the record of a rank that was asked to stop
 
 
-def run_validation(opt: dict, net: nn.Module, dataloaders: list[DataLoader], current_iter: int | str,
-                   tb_logger: object, save_img: bool,
-                   should_stop: Callable[[], bool] | None = None) -> list[Evaluated] | None:
+def run_validation(
+    opt: dict,
+    net: nn.Module,
+    dataloaders: list[DataLoader],
+    current_iter: int | str,
+    tb_logger: object,
+    save_img: bool,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[Evaluated] | None:
     """Evaluate every dataset, images x scales shared among the ranks.
 
     Args:

@@ -1,4 +1,5 @@
 """Weights in and out of files, without ever running code from a file."""
+
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,9 +48,13 @@ def read_weights(path: str | os.PathLike, param_key: str | None = 'params') -> d
 
 def misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Names by what is wrong with them: 'missing' from `weights`, 'unknown' to the network, 'of another shape'."""
-    found = {'missing': sorted(own.keys() - weights.keys()), 'unknown': sorted(weights.keys() - own.keys()),
-             'of another shape': sorted(name for name in own.keys() & weights.keys()
-                                        if own[name].shape != weights[name].shape)}
+    found = {
+        'missing': sorted(own.keys() - weights.keys()),
+        'unknown': sorted(weights.keys() - own.keys()),
+        'of another shape': sorted(
+            name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
+        ),
+    }
     return {what: names for what, names in found.items() if names}
 
 
@@ -58,8 +63,13 @@ def describe_misfits(found: Mapping[str, list[str]]) -> str:
     return ', '.join(f'{len(names)} {what} (such as {names[0]})' for what, names in found.items())
 
 
-def load_weights(net: nn.Module, path: str | os.PathLike, strict: bool = True,
-                 param_key: str | None = 'params', leave_out: Sequence[str] = ()) -> set[str]:
+def load_weights(
+    net: nn.Module,
+    path: str | os.PathLike,
+    strict: bool = True,
+    param_key: str | None = 'params',
+    leave_out: Sequence[str] = (),
+) -> set[str]:
     """Fill `net` from a file; returns the names of what was filled.
 
     Args:
@@ -73,8 +83,10 @@ def load_weights(net: nn.Module, path: str | os.PathLike, strict: bool = True,
     own = {name: value for name, value in net.state_dict().items() if not is_in(name, leave_out)}
     found = misfits(own, weights)
     if strict and found:
-        raise UserError(f'{path} does not fit the network {type(net).__name__}: {describe_misfits(found)}. Check '
-                        'network_g, or set path: strict_load_g to false.')
+        raise UserError(
+            f'{path} does not fit the network {type(net).__name__}: {describe_misfits(found)}. Check '
+            'network_g, or set path: strict_load_g to false.'
+        )
     other = found.get('of another shape', [])
     for what, names in found.items():
         get_root_logger().warning(f'{path}: parameters {what}, left alone: {", ".join(names)}')

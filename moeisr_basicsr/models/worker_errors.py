@@ -1,4 +1,5 @@
 """Errors from loader workers, as the dataset raised them."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 

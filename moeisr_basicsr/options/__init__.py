@@ -3,6 +3,7 @@
 `parse_options` stands where `basicsr.utils.options.parse_options` does and gives the same dictionary; what BasicSR
 would find out in the middle of a run, or never, is reported at once.
 """
+
 import copy
 from os import path as osp
 from typing import Any
@@ -15,8 +16,16 @@ from .kinds import Choice
 from .reader import Document, KeyPath, join_keys, read_yaml, split_force
 from .schema import Key, Typed
 
-__all__ = ['Document', 'OptionsError', 'check_network', 'check_options', 'force', 'load_options', 'parse_options',
-           'read_yaml']
+__all__ = [
+    'Document',
+    'OptionsError',
+    'check_network',
+    'check_options',
+    'force',
+    'load_options',
+    'parse_options',
+    'read_yaml',
+]
 
 
 def load_options(path: str, force_yml: list[str] | None = None, is_train: bool = True) -> dict[str, Any]:
@@ -51,7 +60,7 @@ def check_network(network_opt: Any, source: str) -> None:
     """
     data = {'network_g': copy.deepcopy(network_opt)}
     checker = Checker(Document(source, data, {}), {}, is_train=False)
-    checker.value(data, 'network_g', Key(Typed('network'), ''), ('network_g', ))
+    checker.value(data, 'network_g', Key(Typed('network'), ''), ('network_g',))
     checker.finish()
 
 
@@ -76,7 +85,7 @@ def force(data: dict[str, Any], entry: str, is_train: bool = True) -> tuple[str,
             section[name] = {}
         section = section[name]
         if not isinstance(section, dict):
-            raise UserError(f"--force_yml {entry}: '{join_keys(keys[:depth + 1])}' is a value, not a section.")
+            raise UserError(f"--force_yml {entry}: '{join_keys(keys[: depth + 1])}' is a value, not a section.")
     value = parse_yml_value(text)
     kind = known[keys[-1]].kind if keys[-1] in known else None
     if text == 'none' and isinstance(kind, Choice) and kind.accepts('none'):
@@ -101,9 +110,17 @@ def parse_options(args: Any, root_path: str, is_train: bool = True) -> dict[str,
     """
     import torch
     from basicsr.utils.dist_util import get_dist_info
+
     opt = load_options(args.opt, args.force_yml, is_train)
-    opt.update(is_train=is_train, root_path=root_path, opt_file=args.opt, launcher=args.launcher,
-               dist=args.launcher != 'none', auto_resume=bool(args.auto_resume), debug=bool(args.debug))
+    opt.update(
+        is_train=is_train,
+        root_path=root_path,
+        opt_file=args.opt,
+        launcher=args.launcher,
+        dist=args.launcher != 'none',
+        auto_resume=bool(args.auto_resume),
+        debug=bool(args.debug),
+    )
     opt['rank'], opt['world_size'] = get_dist_info()
     opt.setdefault('manual_seed', None)
     if args.debug and not opt['name'].startswith('debug'):
@@ -132,9 +149,13 @@ def add_paths(opt: dict[str, Any], root_path: str) -> None:
     """The folders of the run, under BasicSR's keys."""
     if opt['is_train']:
         root = osp.join(root_path, 'experiments', opt['name'])
-        opt['path'].update(experiments_root=root, models=osp.join(root, 'models'),
-                           training_states=osp.join(root, 'training_states'), log=root,
-                           visualization=osp.join(root, 'visualization'))
+        opt['path'].update(
+            experiments_root=root,
+            models=osp.join(root, 'models'),
+            training_states=osp.join(root, 'training_states'),
+            log=root,
+            visualization=osp.join(root, 'visualization'),
+        )
     else:
         root = osp.join(root_path, 'results', opt['name'])
         opt['path'].update(results_root=root, log=root, visualization=osp.join(root, 'visualization'))

@@ -1,4 +1,5 @@
 """The check of a whole options file against the tables: every mistake at once, each with its file and line."""
+
 from typing import Any
 
 from moeisr_basicsr.errors import UserError, did_you_mean
@@ -43,7 +44,7 @@ class Checker:
             OptionsError: There are problems.
         """
         data = self.document.data
-        for name in ('path', 'logger', *(() if self.is_train else ('val', ))):
+        for name in ('path', 'logger', *(() if self.is_train else ('val',))):
             if data.get(name) is None:
                 data[name] = {}
         if self.is_train and data.get('val') is None:
@@ -67,7 +68,7 @@ class Checker:
     def add(self, keys: KeyPath, message: str) -> None:
         """Note a problem of the value at `keys`."""
         # the value itself, a section around it, or one that an entry for a key in it has made
-        made = [] if keys in self.document.lines else [entry for entry in self.forced if entry[:len(keys)] == keys]
+        made = [] if keys in self.document.lines else [entry for entry in self.forced if entry[: len(keys)] == keys]
         for entry in [*(keys[:depth] for depth in range(len(keys), 0, -1)), *(made if keys else [])]:
             if entry in self.forced:
                 where, order = self.forced[entry], FORCED_LAST
@@ -129,8 +130,10 @@ class Checker:
         """The model must be registered."""
         if isinstance(name, str) and name.strip() and registered('MODEL', name) is None:
             known = list(registry('MODEL').keys())
-            self.add(('model_type', ), f'must be the name of a registered model: {", ".join(known)}; got {name!r}.'
-                                       f'{did_you_mean(name, known)}')
+            self.add(
+                ('model_type',),
+                f'must be the name of a registered model: {", ".join(known)}; got {name!r}.{did_you_mean(name, known)}',
+            )
 
 
 def leave_out_validation(data: dict) -> None:

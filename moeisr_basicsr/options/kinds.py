@@ -1,4 +1,5 @@
 """Kinds of values that an option may have. A kind says what is wrong with a value, in words for the user."""
+
 import inspect
 import math
 import types
@@ -46,6 +47,7 @@ class Bool(Kind):
 @dataclass(frozen=True)
 class Number(Kind):
     """A number within limits."""
+
     least: float | None = None
     most: float | None = None
     above: float | None = None
@@ -64,13 +66,17 @@ class Number(Kind):
     def accepts(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             return False
-        return ((self.above is None or value > self.above) and (self.least is None or value >= self.least)
-                and (self.most is None or value <= self.most))
+        return (
+            (self.above is None or value > self.above)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+        )
 
 
 @dataclass(frozen=True)
 class Int(Number):
     """A whole number within limits; 1e5 counts as one."""
+
     noun = 'a whole number'
 
     def accepts(self, value: Any) -> bool:
@@ -110,6 +116,7 @@ class FolderName(Text):
 @dataclass(frozen=True)
 class Choice(Kind):
     """One of some names; `names` may be a function, for registries that fill up later."""
+
     names: Sequence[str] | Callable[[], Sequence[str]]
     noun: str = 'one of'
     advice: str = ''  # after the message
@@ -134,6 +141,7 @@ class Choice(Kind):
 @dataclass(frozen=True)
 class ListOf(Kind):
     """A list of one kind."""
+
     item: Kind = field(default_factory=Kind)
     length: int | None = None
 
@@ -142,8 +150,11 @@ class ListOf(Kind):
         return f'a list of {count}entries, each {self.item.words()}'
 
     def accepts(self, value: Any) -> bool:
-        return (isinstance(value, (list, tuple)) and (self.length is None or len(value) == self.length)
-                and all(self.item.accepts(entry) for entry in value))
+        return (
+            isinstance(value, (list, tuple))
+            and (self.length is None or len(value) == self.length)
+            and all(self.item.accepts(entry) for entry in value)
+        )
 
     def convert(self, value: Any) -> list:
         return [self.item.convert(entry) for entry in value]
@@ -152,6 +163,7 @@ class ListOf(Kind):
 @dataclass(frozen=True)
 class AnyOf(Kind):
     """One of several kinds."""
+
     kinds: tuple[Kind, ...]
 
     def words(self) -> str:

@@ -3,6 +3,7 @@
 BasicSR reads YAML with the full loader, through which a stranger's file can run code. Here a tag that is not plain
 data is an error, and so is a key that stands twice.
 """
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ MAX_DEPTH = 50
 
 class Document(NamedTuple):
     """The content of an options file."""
+
     path: str  # as the user gave it
     data: dict[str, Any]
     lines: dict[KeyPath, int]  # line of each key and each list entry, from 1
@@ -116,8 +118,10 @@ class _Builder:
                 raise self.fail(key, 'a key must be plain text.')
             line = key.start_mark.line + 1
             if name in seen and name != '<<':
-                raise self.fail(key, f'the key {".".join(map(str, (*keys, name)))} stands twice; '
-                                     f'it is already in line {seen[name]}.')
+                raise self.fail(
+                    key,
+                    f'the key {".".join(map(str, (*keys, name)))} stands twice; it is already in line {seen[name]}.',
+                )
             seen[name] = line
         for key, child in node.value:
             self.lines[(*keys, key.value)] = key.start_mark.line + 1

@@ -3,6 +3,7 @@
 A rule yields (keys, message) for each problem. It looks only at values that are sound by themselves, because the rest
 is reported already.
 """
+
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -30,8 +31,11 @@ def section(data: Any, *keys: str) -> Mapping:
 
 def numbers(values: Any, length: int | None = None) -> bool:
     """Whether `values` is a list of numbers."""
-    return isinstance(values, list) and (length is None or len(values) == length) and all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return (
+        isinstance(values, list)
+        and (length is None or len(values) == length)
+        and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    )
 
 
 def check_together(data: dict, is_train: bool) -> Problems:
@@ -42,7 +46,7 @@ def check_together(data: dict, is_train: bool) -> Problems:
             yield from folders(dataset, ('datasets', name))
             if isinstance(dataset.get('type'), str) and dataset['type'] in DATASET_OURS:
                 yield from patches(dataset, ('datasets', name), data)
-    yield from network(section(data, 'network_g'), ('network_g', ))
+    yield from network(section(data, 'network_g'), ('network_g',))
     yield from training(data, is_train)
     val = section(data, 'val')
     if val.get('budget') is not None and val.get('cost_weight') is not None:
@@ -64,13 +68,15 @@ def phases(data: dict, is_train: bool) -> Problems:
         name = section(dataset).get('name')
         if phase != 'train' and isinstance(name, str):
             if name in names:
-                yield ('datasets', phase, 'name'), (f"'{name}' is also the name of {names[name]}: their results would "
-                                                    'overwrite each other.')
+                yield (
+                    ('datasets', phase, 'name'),
+                    (f"'{name}' is also the name of {names[name]}: their results would overwrite each other."),
+                )
             names.setdefault(name, phase)
     if is_train and 'train' not in datasets:
-        yield ('datasets', ), "the key 'train' is missing."
+        yield ('datasets',), "the key 'train' is missing."
     if not is_train and not datasets:
-        yield ('datasets', ), "a test needs at least one dataset, called 'test'."
+        yield ('datasets',), "a test needs at least one dataset, called 'test'."
 
 
 def folders(dataset: Mapping, at: KeyPath) -> Problems:
@@ -92,8 +98,13 @@ def patches(dataset: Mapping, at: KeyPath, data: dict) -> Problems:
     """Arbitrary-scale datasets: patches that hold the queries, factors that rise, a factor to evaluate at."""
     lq_size, sample_q = dataset.get('lq_size', 48), dataset.get('sample_q', 2304)
     if all(isinstance(value, int) and value > 0 for value in (lq_size, sample_q)) and sample_q > lq_size**2:
-        yield (*at, 'sample_q'), (f'must be at most lq_size squared, {lq_size**2}: at a factor of 1 an HR patch has no '
-                                  f'more pixels; got {sample_q}.')
+        yield (
+            (*at, 'sample_q'),
+            (
+                f'must be at most lq_size squared, {lq_size**2}: at a factor of 1 an HR patch has no '
+                f'more pixels; got {sample_q}.'
+            ),
+        )
     limits = dataset.get('scale_range')
     if numbers(limits, 2) and limits[0] > limits[1]:
         yield (*at, 'scale_range'), f'must rise; got {limits}.'
@@ -151,13 +162,20 @@ def experts_loss(data: dict) -> Problems:
     if loss.get('fit_temperature') is not None and not loss.get('routing_weight'):
         yield ('train', 'experts_opt', 'fit_temperature'), 'needs a routing_weight above 0, the weight of the fit.'
     if loss.get('fit_temperature') is not None and section(data, 'train', 'temperature'):
-        yield ('train', 'temperature'), ('has no part in a fitted routing (experts_opt: fit_temperature): it has no '
-                                         'noise.')
+        yield (
+            ('train', 'temperature'),
+            ('has no part in a fitted routing (experts_opt: fit_temperature): it has no noise.'),
+        )
     kind, experts, shared = (network.get(key) for key in ('expert_grad', 'experts', 'shared_layers'))
     deepest = max(map(len, experts), default=0) if isinstance(experts, list) and all(map(numbers, experts)) else 4
     if kind != 'naive' and (kind == 'sampled' or not isinstance(shared, int) or shared < deepest):
-        yield ('train', 'experts_opt'), ('needs training that runs every expert on every query: network_g: expert_grad '
-                                         f'naive, or exact with shared_layers: {deepest}.')
+        yield (
+            ('train', 'experts_opt'),
+            (
+                'needs training that runs every expert on every query: network_g: expert_grad '
+                f'naive, or exact with shared_layers: {deepest}.'
+            ),
+        )
 
 
 def balance_loss(data: dict) -> Problems:
@@ -183,9 +201,13 @@ def training(data: dict, is_train: bool) -> Problems:
     """Losses and schedules that fit the network."""
     train = section(data, 'train')
     ours = data.get('model_type') in ('ArbitraryScaleModel', 'MoEISRModel')
-    if is_train and train and (ours or data.get('model_type') == 'SRModel') and not any(
-            train.get(key) for key in ('pixel_opt', 'perceptual_opt')):
-        yield ('train', ), "a loss is missing: the key 'pixel_opt'."
+    if (
+        is_train
+        and train
+        and (ours or data.get('model_type') == 'SRModel')
+        and not any(train.get(key) for key in ('pixel_opt', 'perceptual_opt'))
+    ):
+        yield ('train',), "a loss is missing: the key 'pixel_opt'."
     temperature = section(train, 'temperature')
     if temperature.get('type', 'constant') != 'constant':
         for name in ('end', 'total_iter'):

@@ -3,10 +3,11 @@
 A row is `'key': Key(kind, 'meaning', ...)`. `basicsr train --keys` prints these tables. Keys of networks, losses,
 metrics, optimizers and schedulers are not listed here: they are the arguments of the class that `type` names.
 """
+
 from dataclasses import dataclass
 from typing import Any
 
-from .kinds import AnyOf, Block, Bool, Choice, Data, File, FolderName, Int, Kind, ListOf, Null, Number, Text
+from .kinds import AnyOf, Block, Bool, Choice, Data, File, FolderName, Int, Kind, ListOf, Number, Text
 
 UNSET = object()
 
@@ -22,6 +23,7 @@ class Key:
         null: Whether `~` may stand for 'not given'.
         default: Filled in where the key is missing.
     """
+
     kind: Kind
     about: str
     required: bool = False
@@ -35,6 +37,7 @@ Table = dict[str, Key]
 @dataclass(frozen=True)
 class Section(Kind):
     """A section with known keys; `open` sections also take unknown ones."""
+
     table: Table
     open: bool = False
 
@@ -48,6 +51,7 @@ class Section(Kind):
 @dataclass(frozen=True)
 class Named(Kind):
     """A section whose keys are names that the user chooses, each with a value of the same kind."""
+
     item: Kind
 
     def words(self) -> str:
@@ -60,6 +64,7 @@ class Named(Kind):
 @dataclass(frozen=True)
 class Typed(Kind):
     """A section whose `type` names a class; its other keys are that class's arguments. `what`: see `typed.TYPES`."""
+
     what: str
 
     def words(self) -> str:
@@ -78,31 +83,39 @@ TOP: Table = {
     'name': Key(FolderName(), 'name of the run; its folder is experiments/<name> or results/<name>', required=True),
     'model_type': Key(Text(), 'ArbitraryScaleModel, MoEISRModel, or a model of BasicSR', required=True),
     'scale': Key(FACTOR, 'factor given to every dataset; leave it out to train at many factors'),
-    'num_gpu': Key(AnyOf((Choice(('auto', )), COUNT)), 'GPUs; auto takes all, 0 the CPU', default='auto'),
+    'num_gpu': Key(AnyOf((Choice(('auto',)), COUNT)), 'GPUs; auto takes all, 0 the CPU', default='auto'),
     'manual_seed': Key(COUNT, 'seed of all random draws; drawn where it is not given', null=True),
     'cudnn_benchmark': Key(Bool(), 'let cuDNN time its algorithms; faster, but not the same bits from run to run'),
     'find_unused_parameters': Key(Bool(), 'option of DistributedDataParallel'),
-    'dist_params': Key(Section({
-        'backend': Key(Choice(('nccl', 'gloo')), 'communication library'),
-        'port': Key(Int(1, 65535), 'port of the first process, under slurm'),
-        'timeout': Key(Number(above=0), 'minutes that processes wait for each other'),
-    }), 'distributed training', null=True),
+    'dist_params': Key(
+        Section(
+            {
+                'backend': Key(Choice(('nccl', 'gloo')), 'communication library'),
+                'port': Key(Int(1, 65535), 'port of the first process, under slurm'),
+                'timeout': Key(Number(above=0), 'minutes that processes wait for each other'),
+            }
+        ),
+        'distributed training',
+        null=True,
+    ),
     'network_g': Key(Typed('network'), 'the network', required=True),
-    'datasets': Key(Named(Typed('dataset')), 'train, val, val_2, ... in training; test, test_2, ... in testing',
-                    required=True),
+    'datasets': Key(
+        Named(Typed('dataset')), 'train, val, val_2, ... in training; test, test_2, ... in testing', required=True
+    ),
 }
 
 PATH: Table = {
     'pretrain_network_g': Key(File(), WEIGHTS, null=True),
     'strict_load_g': Key(Bool(), 'whether every weight must fit', null=True),
     'param_key_g': Key(Text(), 'params or params_ema', null=True),
-    'resume_state': Key(File(), 'training state to go on from; --auto_resume finds it by itself', null=True,
-                        default=None),
+    'resume_state': Key(
+        File(), 'training state to go on from; --auto_resume finds it by itself', null=True, default=None
+    ),
 }
 
 # Keys of BasicSR that cannot be honoured here, and what is said about them.
 REFUSED = {
-    ('path', 'ignore_resume_networks'): 'a resumed run takes its networks from the checkpoint; leave this key out.',
+    ('path', 'ignore_resume_networks'): 'a resumed run takes its networks from the checkpoint; leave this key out.'
 }
 
 LOGGER: Table = {
@@ -111,10 +124,13 @@ LOGGER: Table = {
     'keep_checkpoints': Key(COUNT, 'newest checkpoints to keep; 0 keeps all', default=5),
     'save_best': Key(Bool(), 'keep the weights that are the best of a metric', default=True),
     'use_tb_logger': Key(Bool(), 'write TensorBoard files', default=False),
-    'wandb': Key(Section({
-        'project': Key(Text(), 'project', null=True),
-        'resume_id': Key(Text(), 'run to go on with', null=True),
-    }), 'Weights & Biases', null=True),
+    'wandb': Key(
+        Section(
+            {'project': Key(Text(), 'project', null=True), 'resume_id': Key(Text(), 'run to go on with', null=True)}
+        ),
+        'Weights & Biases',
+        null=True,
+    ),
 }
 
 TRAIN: Table = {
@@ -143,12 +159,18 @@ TRAIN_OURS: Table = {
 TRAIN_MOEISR: Table = {
     'balance_opt': Key(Typed('loss'), 'loss that balances the experts', null=True),
     'experts_opt': Key(Typed('loss'), 'loss of every expert on every query', null=True),
-    'temperature': Key(Section({
-        'type': Key(Choice(('constant', 'linear', 'exponential', 'cosine')), 'course over the iterations'),
-        'start': Key(Number(above=0), 'temperature at the first iteration', required=True),
-        'end': Key(Number(above=0), 'temperature from total_iter on'),
-        'total_iter': Key(POSITIVE, 'iterations until `end`'),
-    }), 'Gumbel temperature; the constant tau of network_g where it is not given', null=True),
+    'temperature': Key(
+        Section(
+            {
+                'type': Key(Choice(('constant', 'linear', 'exponential', 'cosine')), 'course over the iterations'),
+                'start': Key(Number(above=0), 'temperature at the first iteration', required=True),
+                'end': Key(Number(above=0), 'temperature from total_iter on'),
+                'total_iter': Key(POSITIVE, 'iterations until `end`'),
+            }
+        ),
+        'Gumbel temperature; the constant tau of network_g where it is not given',
+        null=True,
+    ),
     'mapper_spread': Key(Number(least=0), "deviation of the mapper's logits at the start (1); 0: as initialised"),
 }
 
@@ -172,22 +194,26 @@ VAL_OURS: Table = {
     'measure': Key(Bool(), 'in testing, measure the memory of each image too'),
 }
 
-IO_BACKEND = Section({
-    'type': Key(Choice(('disk', 'lmdb', 'memcached')), 'where images lie', required=True),
-    'db_paths': Key(Kind(), 'LMDB folders; set by the dataset'),
-    'client_keys': Key(Kind(), 'their names; set by the dataset'),
-    'server_list_cfg': Key(File(), 'memcached'),
-    'client_cfg': Key(File(), 'memcached'),
-    'sys_path': Key(Text(), 'memcached', null=True),
-})
+IO_BACKEND = Section(
+    {
+        'type': Key(Choice(('disk', 'lmdb', 'memcached')), 'where images lie', required=True),
+        'db_paths': Key(Kind(), 'LMDB folders; set by the dataset'),
+        'client_keys': Key(Kind(), 'their names; set by the dataset'),
+        'server_list_cfg': Key(File(), 'memcached'),
+        'client_cfg': Key(File(), 'memcached'),
+        'sys_path': Key(Text(), 'memcached', null=True),
+    }
+)
 
 DATASET: Table = {
     'name': Key(FolderName(), 'name in logs and folders', required=True),
     'io_backend': Key(IO_BACKEND, 'disk or lmdb'),
     'scale': Key(FACTOR, 'factor, or [rows, columns]'),
-    'crop_border': Key(AnyOf((COUNT, ListOf(COUNT, length=2))),
-                       "shave of this dataset's metrics, or [rows, columns], in place of the metrics' own"),
-    'phase': Key(Text(), 'set from the section\'s name'),
+    'crop_border': Key(
+        AnyOf((COUNT, ListOf(COUNT, length=2))),
+        "shave of this dataset's metrics, or [rows, columns], in place of the metrics' own",
+    ),
+    'phase': Key(Text(), "set from the section's name"),
     'pin_memory': Key(Bool(), 'faster copies to a GPU'),
     'persistent_workers': Key(Bool(), 'keep loader processes between epochs'),
     'prefetch_mode': Key(Choice(('cpu', 'cuda')), 'load batches ahead', null=True),
@@ -211,36 +237,98 @@ IMAGES: Table = {
     'use_rot': Key(Bool(), 'random turns'),
     'mean': Key(ListOf(Number()), 'subtracted from every channel', null=True),
     'std': Key(ListOf(Number(above=0)), 'divides every channel', null=True),
-    'color': Key(Choice(('y', )), 'y for the luma channel only', null=True),
+    'color': Key(Choice(('y',)), 'y for the luma channel only', null=True),
 }
 
 # What BasicSR's other datasets read beside DATASET and IMAGES. Their values are left to them.
 FREE = Key(Kind(), 'read by BasicSR', null=True)
-VIDEO = ('dataroot_flow', 'val_partition', 'num_frame', 'interval_list', 'random_reverse', 'flip_sequence', 'test_mode',
-         'cache_data', 'padding', 'use_duf_downsampling')
-DEGRADATION = tuple(f'{key}{stage}' for stage in ('', '2') for key in (
-    'blur_kernel_size', 'kernel_list', 'kernel_prob', 'sinc_prob', 'blur_sigma', 'betag_range', 'betap_range'))
-BASICSR_DATASET: Table = {key: FREE for key in (*VIDEO, *DEGRADATION, 'meta_info', 'final_sinc_prob')}
+VIDEO = (
+    'dataroot_flow',
+    'val_partition',
+    'num_frame',
+    'interval_list',
+    'random_reverse',
+    'flip_sequence',
+    'test_mode',
+    'cache_data',
+    'padding',
+    'use_duf_downsampling',
+)
+DEGRADATION = tuple(
+    f'{key}{stage}'
+    for stage in ('', '2')
+    for key in (
+        'blur_kernel_size',
+        'kernel_list',
+        'kernel_prob',
+        'sinc_prob',
+        'blur_sigma',
+        'betag_range',
+        'betap_range',
+    )
+)
+BASICSR_DATASET: Table = dict.fromkeys((*VIDEO, *DEGRADATION, 'meta_info', 'final_sinc_prob'), FREE)
 
 # Read by models of BasicSR other than SRModel.
-RESTORATION = tuple(f'{key}{stage}' for stage in ('', '2') for key in (
-    'resize_prob', 'resize_range', 'gaussian_noise_prob', 'noise_range', 'poisson_scale_range', 'gray_noise_prob',
-    'jpeg_range'))
+RESTORATION = tuple(
+    f'{key}{stage}'
+    for stage in ('', '2')
+    for key in (
+        'resize_prob',
+        'resize_range',
+        'gaussian_noise_prob',
+        'noise_range',
+        'poisson_scale_range',
+        'gray_noise_prob',
+        'jpeg_range',
+    )
+)
 BASICSR_TOP: Table = {
-    **{key: FREE for key in (*RESTORATION, 'second_blur_prob', 'gt_size', 'queue_size', 'gt_usm', 'l1_gt_usm',
-                             'percep_gt_usm', 'gan_gt_usm', 'high_order_degradation')},
-    **{key: Key(Kind(), 'ignored; some files of BasicSR still have it here', null=True)
-       for key in ('save_img', 'suffix', 'crop_border')},
+    **dict.fromkeys(
+        (
+            *RESTORATION,
+            'second_blur_prob',
+            'gt_size',
+            'queue_size',
+            'gt_usm',
+            'l1_gt_usm',
+            'percep_gt_usm',
+            'gan_gt_usm',
+            'high_order_degradation',
+        ),
+        FREE,
+    ),
+    **{
+        key: Key(Kind(), 'ignored; some files of BasicSR still have it here', null=True)
+        for key in ('save_img', 'suffix', 'crop_border')
+    },
 }
 BASICSR_TRAIN: Table = {
-    **{key: FREE for key in ('net_d_iters', 'net_d_init_iters', 'tsa_iter', 'dcn_lr_mul', 'fix_flow', 'flow_lr_mul',
-                             'lr_flow', 'r1_reg_weight', 'path_batch_shrink', 'path_reg_weight', 'net_g_reg_every',
-                             'net_d_reg_every', 'mixing_prob')},
+    **dict.fromkeys(
+        (
+            'net_d_iters',
+            'net_d_init_iters',
+            'tsa_iter',
+            'dcn_lr_mul',
+            'fix_flow',
+            'flow_lr_mul',
+            'lr_flow',
+            'r1_reg_weight',
+            'path_batch_shrink',
+            'path_reg_weight',
+            'net_g_reg_every',
+            'net_d_reg_every',
+            'mixing_prob',
+        ),
+        FREE,
+    ),
     'optim_d': Key(Typed('optimizer'), 'optimizer of the discriminator', null=True),
-    **{key: Key(Typed('loss'), 'loss of an adversarial model', null=True)
-       for key in ('gan_opt', 'ldl_opt', 'feature_matching_opt')},
+    **{
+        key: Key(Typed('loss'), 'loss of an adversarial model', null=True)
+        for key in ('gan_opt', 'ldl_opt', 'feature_matching_opt')
+    },
 }
-BASICSR_VAL: Table = {key: FREE for key in ('flip_seq', 'center_frame_only')}
+BASICSR_VAL: Table = dict.fromkeys(('flip_seq', 'center_frame_only'), FREE)
 
 _OURS: Table = {
     'dataroot_gt': Key(Data(), 'folder or LMDB of the HR images', required=True),
@@ -258,8 +346,10 @@ _OURS: Table = {
 DATASET_OURS: dict[str, Table] = {
     'ArbitraryScaleImageDataset': {
         **_OURS,
-        'downsample': Key(Choice(('matlab', 'pil')), 'bicubic that makes the LR image (default: pil in training, '
-                                                     'matlab in validation)'),
+        'downsample': Key(
+            Choice(('matlab', 'pil')),
+            'bicubic that makes the LR image (default: pil in training, matlab in validation)',
+        ),
         'scale_range': Key(ListOf(Number(least=1), length=2), 'least and greatest factor in training (default [1, 4])'),
         'asymmetric': Key(Bool(), 'draw a factor for the rows and another for the columns'),
     },

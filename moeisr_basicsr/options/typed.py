@@ -4,6 +4,7 @@ Classes of BasicSR and of this package have tables or signatures that are known 
 register keeps its freedom: unknown keys of their datasets and models pass, and so do those of a network that takes
 **kwargs.
 """
+
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -18,9 +19,31 @@ from moeisr_basicsr.core.mapper import GRANULARITIES, Mapper
 from moeisr_basicsr.core.skip import SKIPS
 
 from .kinds import AnyOf, Choice, Int, Kind, ListOf, Number, kind_of
-from .schema import (BASICSR_DATASET, BASICSR_TOP, BASICSR_TRAIN, BASICSR_VAL, COUNT, DATASET, DATASET_OURS,
-                     DATASET_TRAIN, FACTOR, IMAGES, LOGGER, PATH, POSITIVE, TOP, TRAIN, TRAIN_MOEISR, TRAIN_OURS, VAL,
-                     VAL_OURS, Key, Section, Table, Typed)
+from .schema import (
+    BASICSR_DATASET,
+    BASICSR_TOP,
+    BASICSR_TRAIN,
+    BASICSR_VAL,
+    COUNT,
+    DATASET,
+    DATASET_OURS,
+    DATASET_TRAIN,
+    FACTOR,
+    IMAGES,
+    LOGGER,
+    PATH,
+    POSITIVE,
+    TOP,
+    TRAIN,
+    TRAIN_MOEISR,
+    TRAIN_OURS,
+    VAL,
+    VAL_OURS,
+    Key,
+    Section,
+    Table,
+    Typed,
+)
 
 KNOWN_PACKAGES = ('basicsr', 'moeisr_basicsr')
 WIDTHS = ListOf(POSITIVE)
@@ -28,9 +51,23 @@ SHARE = Number(least=0, most=1)
 
 # Limits of this package's constructors that an annotation cannot say; they hold in `moeisr_basicsr` only.
 LIMITS: dict[str, Kind] = {
-    **{name: POSITIVE for name in ('num_in_ch', 'num_feat', 'num_block', 'num_conv', 'growth', 'in_channels',
-                                   'out_channels', 'embed_dim', 'window_size', 'img_size', 'hidden')},
-    **{name: WIDTHS for name in ('hidden_list', 'depths', 'num_heads')},
+    **dict.fromkeys(
+        (
+            'num_in_ch',
+            'num_feat',
+            'num_block',
+            'num_conv',
+            'growth',
+            'in_channels',
+            'out_channels',
+            'embed_dim',
+            'window_size',
+            'img_size',
+            'hidden',
+        ),
+        POSITIVE,
+    ),
+    **dict.fromkeys(('hidden_list', 'depths', 'num_heads'), WIDTHS),
     'experts': ListOf(WIDTHS),
     'encoder': Typed('encoder'),
     'decoder': Choice(tuple(FAMILIES)),
@@ -51,19 +88,26 @@ LIMITS: dict[str, Kind] = {
     'depth_emphasis': Number(least=0),
     'fit_temperature': Number(above=0),
     'scale_bounds': ListOf(Number(above=1)),
-    'target': AnyOf((Choice(('uniform', )), Number(above=0, most=1), ListOf(SHARE), ListOf(ListOf(SHARE)))),
+    'target': AnyOf((Choice(('uniform',)), Number(above=0, most=1), ListOf(SHARE), ListOf(ListOf(SHARE)))),
     'protocol': Choice(('benchmark', 'div2k')),
 }
 
 # LBFGS needs a closure that evaluates the loss again, SparseAdam needs sparse gradients: neither fits a training step.
 UNFIT_OPTIMIZERS = ('Optimizer', 'LBFGS', 'SparseAdam')
 # These take functions, other schedulers or a metric, which a YAML file cannot give.
-UNFIT_SCHEDULERS = ('LRScheduler', 'LambdaLR', 'MultiplicativeLR', 'SequentialLR', 'ChainedScheduler',
-                    'ReduceLROnPlateau')
+UNFIT_SCHEDULERS = (
+    'LRScheduler',
+    'LambdaLR',
+    'MultiplicativeLR',
+    'SequentialLR',
+    'ChainedScheduler',
+    'ReduceLROnPlateau',
+)
 
 
 class Resolved(NamedTuple):
     """The keys of a section."""
+
     table: Table
     open: bool = False  # whether unknown keys pass
     elsewhere: Mapping[str, str] = MappingProxyType({})  # keys that are unknown here, and the type that has them
@@ -75,6 +119,7 @@ OWN_CLASS = ' A class of your own is known with --import FILE.py.'
 
 class Type(NamedTuple):
     """One sort of sections with a `type`."""
+
     noun: str  # for messages
     names: Callable[[], list[str]]
     keys: Callable[[str, str], Resolved]  # of a valid `type`; the second argument is the section's own name
@@ -83,6 +128,7 @@ class Type(NamedTuple):
 def registry(name: str) -> Any:
     """One of BasicSR's registries, filled: 'ARCH', 'DATASET', 'LOSS', 'METRIC', 'MODEL'."""
     import importlib
+
     for package in ('archs', 'data', 'losses', 'metrics', 'models'):
         importlib.import_module(f'basicsr.{package}')
     return getattr(importlib.import_module('basicsr.utils.registry'), f'{name}_REGISTRY')
@@ -127,8 +173,11 @@ def signature_keys(function: Any, leave_out: tuple[str, ...] = (), closed: bool 
 
 
 def _classes(module: object, base: type, unfit: tuple[str, ...]) -> dict[str, type]:
-    return {name: entry for name, entry in vars(module).items()
-            if inspect.isclass(entry) and issubclass(entry, base) and not name.startswith('_') and name not in unfit}
+    return {
+        name: entry
+        for name, entry in vars(module).items()
+        if inspect.isclass(entry) and issubclass(entry, base) and not name.startswith('_') and name not in unfit
+    }
 
 
 def optimizer_classes() -> dict[str, type[Optimizer]]:
@@ -139,8 +188,12 @@ def optimizer_classes() -> dict[str, type[Optimizer]]:
 def basicsr_schedulers() -> dict[str, type[LRScheduler]]:
     """The schedulers that BasicSR's models build, by BasicSR's names."""
     from basicsr.models import lr_scheduler
-    return {'MultiStepLR': lr_scheduler.MultiStepRestartLR, 'MultiStepRestartLR': lr_scheduler.MultiStepRestartLR,
-            'CosineAnnealingRestartLR': lr_scheduler.CosineAnnealingRestartLR}
+
+    return {
+        'MultiStepLR': lr_scheduler.MultiStepRestartLR,
+        'MultiStepRestartLR': lr_scheduler.MultiStepRestartLR,
+        'CosineAnnealingRestartLR': lr_scheduler.CosineAnnealingRestartLR,
+    }
 
 
 def scheduler_classes() -> dict[str, type[LRScheduler]]:
@@ -149,7 +202,7 @@ def scheduler_classes() -> dict[str, type[LRScheduler]]:
 
 
 def _optimizer_keys(name: str, _: str) -> Resolved:
-    table = signature_keys(optimizer_classes()[name], ('params', )).table
+    table = signature_keys(optimizer_classes()[name], ('params',)).table
     table['lr'] = Key(Number(above=0), 'learning rate', required=True)
     if 'betas' in table:
         table['betas'] = Key(ListOf(Number(0, 1)), 'decay of the averages')
@@ -159,9 +212,15 @@ def _optimizer_keys(name: str, _: str) -> Resolved:
 
 
 def _scheduler_keys(name: str, _: str) -> Resolved:
-    table = signature_keys(scheduler_classes()[name], ('optimizer', )).table
-    for key, kind in (('milestones', ListOf(POSITIVE)), ('periods', ListOf(POSITIVE)), ('gamma', Number(above=0)),
-                      ('restarts', ListOf(COUNT)), ('eta_min', Number(least=0)), ('T_max', POSITIVE)):
+    table = signature_keys(scheduler_classes()[name], ('optimizer',)).table
+    for key, kind in (
+        ('milestones', ListOf(POSITIVE)),
+        ('periods', ListOf(POSITIVE)),
+        ('gamma', Number(above=0)),
+        ('restarts', ListOf(COUNT)),
+        ('eta_min', Number(least=0)),
+        ('T_max', POSITIVE),
+    ):
         if key in table:
             table[key] = Key(kind, '', required=table[key].required)
     return Resolved(table)
@@ -194,9 +253,11 @@ def _dataset_keys(entry: str, phase: str) -> Resolved:
 
 def _names(name: str) -> Callable[[], list[str]]:
     """Ours first: messages show the first few."""
+
     def names() -> list[str]:
         entries = sorted(registry(name), key=lambda entry: entry[1].__module__.split('.')[0] != 'moeisr_basicsr')
         return [key.removesuffix('_basicsr') for key, _ in entries]
+
     return names
 
 
@@ -239,7 +300,7 @@ def root_keys(data: dict, is_train: bool) -> Resolved:
         train.update(BASICSR_TRAIN)
         val.update(BASICSR_VAL)
     if basicsr and model is not None:
-        for table in (train, ):
+        for table in (train,):
             for key, row in table.items():
                 if isinstance(row.kind, Typed) and row.kind.what in ('optimizer', 'scheduler'):
                     table[key] = Key(Typed(f'{row.kind.what} of BasicSR'), row.about, row.required, row.null)

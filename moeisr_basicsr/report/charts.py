@@ -1,4 +1,5 @@
 """SVG charts: quality against cost, and the experts' shares."""
+
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ BAR_LEFT, BAR_WIDTH, BAR, GAP = 270, 420, 16, 6  # of the stacked bars
 
 class Point(NamedTuple):
     """One entry in a chart."""
+
     entry: Entry
     across: float
     up: float
@@ -28,12 +30,14 @@ class Point(NamedTuple):
 
 class Series(NamedTuple):
     """The entries that a line connects: one network under several controls."""
+
     place: int
     name: str
 
 
 class Axis(NamedTuple):
     """A span of values on a span of the drawing."""
+
     low: float
     high: float
     step: float
@@ -55,8 +59,11 @@ def series_of(report: Report) -> dict[Entry, Series]:
     series: dict[tuple, Series] = {}
     found = {}
     for entry in dict.fromkeys(run.entry for run in report.runs):
-        files = {(report.sources[run.source].results.get('model') or {}).get('file')
-                 for run in report.runs if run.entry == entry}
+        files = {
+            (report.sources[run.source].results.get('model') or {}).get('file')
+            for run in report.runs
+            if run.entry == entry
+        }
         identity = entry.name if None in files else tuple(sorted(files))
         key = identity, entry.network, entry.control.precision, entry.control.shuffled
         plain = entry._replace(control=entry.control._replace(budget=None, cost_weight=None))
@@ -66,8 +73,15 @@ def series_of(report: Report) -> dict[Entry, Series]:
 
 def legend(series: dict[Entry, Series]) -> Markup:
     """Mark and name of every line."""
-    marks = [tag('span', tag('svg', tag('path', d=shape_of(one), cls=colour_of(one)), viewBox='-7 -7 14 14', width=14,
-                             height=14), one.name, cls='key') for one in dict.fromkeys(series.values())]
+    marks = [
+        tag(
+            'span',
+            tag('svg', tag('path', d=shape_of(one), cls=colour_of(one)), viewBox='-7 -7 14 14', width=14, height=14),
+            one.name,
+            cls='key',
+        )
+        for one in dict.fromkeys(series.values())
+    ]
     return tag('p', marks, cls='legend')
 
 
@@ -123,16 +137,26 @@ def points_of(runs: list[Run], metric: str, cost: Callable[[Run], float | None])
     return points
 
 
-def scatter(points: list[Point], series: dict[Entry, Series], labels: dict[Entry, str], across_unit: str,
-            up_unit: str) -> Markup:
+def scatter(
+    points: list[Point], series: dict[Entry, Series], labels: dict[Entry, str], across_unit: str, up_unit: str
+) -> Markup:
     """A mark per entry, a line per series; the horizontal axis starts at 0."""
     across = axis(0.0, max(point.across for point in points), LEFT, WIDTH - RIGHT)
     values = [point.up for point in points]
     room = max((max(values) - min(values)) * 0.12, 0.02)
     up = axis(min(values) - room, max(values) + room, HEIGHT - BOTTOM, TOP)
-    drawn = [*grid(across, up), tag('text', across_unit, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, cls='mid'),
-             tag('text', up_unit, x=12, y=(HEIGHT - BOTTOM + TOP) / 2, cls='mid',
-                 transform=f'rotate(-90 12 {coordinate((HEIGHT - BOTTOM + TOP) / 2)})')]
+    drawn = [
+        *grid(across, up),
+        tag('text', across_unit, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, cls='mid'),
+        tag(
+            'text',
+            up_unit,
+            x=12,
+            y=(HEIGHT - BOTTOM + TOP) / 2,
+            cls='mid',
+            transform=f'rotate(-90 12 {coordinate((HEIGHT - BOTTOM + TOP) / 2)})',
+        ),
+    ]
     for one in dict.fromkeys(series[point.entry] for point in points):
         line = sorted((point for point in points if series[point.entry] == one), key=lambda point: point.across)
         places = [(across.at(point.across), up.at(point.up)) for point in line]
@@ -141,8 +165,14 @@ def scatter(points: list[Point], series: dict[Entry, Series], labels: dict[Entry
             drawn.append(tag('polyline', points=path, cls=f'line {colour_of(one)}'))
         for point, (x, y) in zip(line, places):
             drawn.append(mark(point, one, labels[point.entry], x, y, (across_unit, up_unit)))
-    return tag('svg', drawn, viewBox=f'0 0 {WIDTH} {HEIGHT}', role='img', aria_label=f'{up_unit} against {across_unit}',
-               cls='chart')
+    return tag(
+        'svg',
+        drawn,
+        viewBox=f'0 0 {WIDTH} {HEIGHT}',
+        role='img',
+        aria_label=f'{up_unit} against {across_unit}',
+        cls='chart',
+    )
 
 
 def mark(point: Point, series: Series, label: str, x: float, y: float, units: tuple[str, str]) -> Markup:
@@ -167,13 +197,17 @@ def grid(across: Axis, up: Axis) -> list[Markup]:
     drawn = []
     for value in across.marks():
         x = coordinate(across.at(value))
-        drawn += [tag('line', x1=x, x2=x, y1=up.end, y2=up.start, cls='grid'),
-                  tag('text', f'{value:,g}', x=x, y=up.start + 15, cls='mid')]
+        drawn += [
+            tag('line', x1=x, x2=x, y1=up.end, y2=up.start, cls='grid'),
+            tag('text', f'{value:,g}', x=x, y=up.start + 15, cls='mid'),
+        ]
     decimals = max(0, -math.floor(math.log10(up.step) + 1e-9))
     for value in up.marks():
         y = up.at(value)
-        drawn += [tag('line', x1=across.start, x2=across.end, y1=coordinate(y), y2=coordinate(y), cls='grid'),
-                  tag('text', f'{value:.{decimals}f}', x=across.start - 6, y=coordinate(y + 4), cls='end')]
+        drawn += [
+            tag('line', x1=across.start, x2=across.end, y1=coordinate(y), y2=coordinate(y), cls='grid'),
+            tag('text', f'{value:.{decimals}f}', x=across.start - 6, y=coordinate(y + 4), cls='end'),
+        ]
     return drawn
 
 
@@ -189,8 +223,10 @@ def share_charts(report: Report) -> list[Markup]:
         routed = [run for run in runs if len(run.loads) > 1]
         for name, network in dict.fromkeys((run.entry.name, run.entry.network) for run in routed):
             chosen = [run for run in routed if (run.entry.name, run.entry.network) == (name, network)]
-            bars = [(f'{scale_label(column.scale)} {report.labels[entry]}', mean_loads(report.runs_in(entry, column)))
-                    for column, entry in by_scale(chosen)]
+            bars = [
+                (f'{scale_label(column.scale)} {report.labels[entry]}', mean_loads(report.runs_in(entry, column)))
+                for column, entry in by_scale(chosen)
+            ]
             names = expert_names(chosen[0].entry, len(chosen[0].loads))
             colours = hex_colours(len(names), expert_costs(chosen))
             caption = tag('figcaption', tag('b', dataset), f', {name}: share of the output pixels')
@@ -200,13 +236,16 @@ def share_charts(report: Report) -> list[Markup]:
 
 def by_scale(runs: list[Run]) -> list[tuple[Column, Entry]]:
     """Columns and entries of the bars, by rising scale."""
-    return [pair for column in columns_of(runs)
-            for pair in dict.fromkeys((run.column, run.entry) for run in runs if run.column == column)]
+    return [
+        pair
+        for column in columns_of(runs)
+        for pair in dict.fromkeys((run.column, run.entry) for run in runs if run.column == column)
+    ]
 
 
 def ink_on(colour: str) -> str:
     """The class of text on a filled part: dark on light colours, light on dark ones."""
-    red, green, blue = (int(colour[place:place + 2], 16) for place in (1, 3, 5))
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
     return 'dark' if 0.299 * red + 0.587 * green + 0.114 * blue > 115 else 'light'
 
 
@@ -217,8 +256,15 @@ def hex_colours(count: int, costs: list[float] | None) -> list[str]:
 
 def swatches(names: Sequence[str], colours: Sequence[str], network: str | None = None) -> Markup:
     """A legend of filled squares, after the network's name where one is given."""
-    keys = [tag('span', tag('svg', tag('rect', width=12, height=12, fill=colour), viewBox='0 0 12 12', width=12,
-                            height=12), name, cls='key') for name, colour in zip(names, colours)]
+    keys = [
+        tag(
+            'span',
+            tag('svg', tag('rect', width=12, height=12, fill=colour), viewBox='0 0 12 12', width=12, height=12),
+            name,
+            cls='key',
+        )
+        for name, colour in zip(names, colours)
+    ]
     return tag('p', tag('span', network, cls='key') if network else None, keys, cls='legend')
 
 
@@ -230,12 +276,28 @@ def stacked(bars: list[tuple[str, list[float]]], colours: list[str], names: list
         drawn.append(tag('text', label, x=BAR_LEFT - 8, y=top + 12, cls='end'))
         for name, colour, load in zip(names, colours, loads):
             width = load * BAR_WIDTH
-            drawn.append(tag('rect', tag('title', f'{name}: {load:.1%}'), x=coordinate(at), y=top,
-                             width=coordinate(width), height=BAR, fill=colour))
+            drawn.append(
+                tag(
+                    'rect',
+                    tag('title', f'{name}: {load:.1%}'),
+                    x=coordinate(at),
+                    y=top,
+                    width=coordinate(width),
+                    height=BAR,
+                    fill=colour,
+                )
+            )
             if width > 34:
-                drawn.append(tag('text', f'{load:.0%}', x=coordinate(at + width / 2), y=top + 12,
-                                 cls=f'mid {ink_on(colour)}'))
+                drawn.append(
+                    tag('text', f'{load:.0%}', x=coordinate(at + width / 2), y=top + 12, cls=f'mid {ink_on(colour)}')
+                )
             at += width
     height = len(bars) * (BAR + GAP)
-    return tag('svg', drawn, viewBox=f'0 0 {BAR_LEFT + BAR_WIDTH + 10} {height}', role='img',
-               aria_label='shares of the experts', cls='bars')
+    return tag(
+        'svg',
+        drawn,
+        viewBox=f'0 0 {BAR_LEFT + BAR_WIDTH + 10} {height}',
+        role='img',
+        aria_label='shares of the experts',
+        cls='bars',
+    )

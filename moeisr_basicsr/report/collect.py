@@ -4,6 +4,7 @@ A *run* is one network under one control of its routing, on one dataset at one s
 (a row of the tables) differ in dataset, scale and seed. Runs share a *column* only if dataset, scale, LR images and
 test images agree, and a table only if their metrics compare the same: figures of two protocols never meet.
 """
+
 import json
 import re
 import statistics
@@ -25,6 +26,7 @@ SAME = 1e-6  # bicubic's figures on the same images differ by rounding at most
 
 class Source(NamedTuple):
     """One results file."""
+
     path: str  # as given
     file: Path
     results: dict
@@ -37,6 +39,7 @@ class Source(NamedTuple):
 
 class Control(NamedTuple):
     """How a network was run."""
+
     budget: float | None
     cost_weight: float | None
     precision: str
@@ -45,6 +48,7 @@ class Control(NamedTuple):
 
 class Entry(NamedTuple):
     """A row of the tables: a network and its control."""
+
     name: str  # without seed, and without a control that the name repeats
     control: Control
     network: str  # its options as JSON: networks of one name may differ
@@ -52,14 +56,19 @@ class Entry(NamedTuple):
     def label(self) -> str:
         """For people; `Report.labels` tells equal ones apart."""
         control = self.control
-        parts = [self.name, control.budget is not None and f'budget {control.budget:g}',
-                 control.cost_weight is not None and f'cost weight {control.cost_weight:g}',
-                 control.precision != 'fp32' and control.precision, control.shuffled and 'shuffled experts']
+        parts = [
+            self.name,
+            control.budget is not None and f'budget {control.budget:g}',
+            control.cost_weight is not None and f'cost weight {control.cost_weight:g}',
+            control.precision != 'fp32' and control.precision,
+            control.shuffled and 'shuffled experts',
+        ]
         return ', '.join(part for part in parts if part)
 
 
 class Column(NamedTuple):
     """What figures must share to be compared."""
+
     dataset: str  # without its scale
     scale: tuple[float, float]  # (rows, columns)
     inputs: str  # how the LR images were made
@@ -73,6 +82,7 @@ class Column(NamedTuple):
 
 class Run(NamedTuple):
     """The means over the images of one column."""
+
     source: int  # place among the sources
     entry: Entry
     seed: str
@@ -89,6 +99,7 @@ class Run(NamedTuple):
 
 class Value(NamedTuple):
     """One figure of an entry in a column, over its seeds."""
+
     mean: float
     half_range: float
     seeds: int
@@ -96,6 +107,7 @@ class Value(NamedTuple):
 
 class Report(NamedTuple):
     """Everything that the page shows."""
+
     sources: list[Source]
     runs: list[Run]
     labels: dict[Entry, str]  # in order of appearance; all different
@@ -126,8 +138,9 @@ def read_sources(paths: Iterable[str | PathLike]) -> list[Source]:
         if path.is_dir():
             path /= RESULTS_FILE
             if not path.is_file():
-                raise UserError(f'{given}: this folder holds no {RESULTS_FILE}; give a folder of '
-                                '`basicsr test`, or a file.')
+                raise UserError(
+                    f'{given}: this folder holds no {RESULTS_FILE}; give a folder of `basicsr test`, or a file.'
+                )
         if path.resolve() in seen:
             raise UserError(f'{given}: these results are given twice.')
         seen[path.resolve()] = given
@@ -148,14 +161,18 @@ def collect(sources: list[Source]) -> Report:
         tests = [row for row in rows if row['case'] in ('test', 'mean') and row.get('dataset')]
         others = len(source.results['rows']) - len(found) - len(tests)
         if others:
-            notes.append(f'{source.path}: {others} rows are not shown, of other kinds than tests and profiles of '
-                         'upscaling, or without dataset or scale.')
+            notes.append(
+                f'{source.path}: {others} rows are not shown, of other kinds than tests and profiles of '
+                'upscaling, or without dataset or scale.'
+            )
         profiles += found
         runs += runs_of(place, source, tests, notes)
     runs = without_duplicates(runs, sources, notes)
     if not runs and not profiles:
-        raise UserError(f'{", ".join(source.path for source in sources)}: there are no rows of `basicsr test` or '
-                        '`basicsr profile` to report on.')
+        raise UserError(
+            f'{", ".join(source.path for source in sources)}: there are no rows of `basicsr test` or '
+            '`basicsr profile` to report on.'
+        )
     entries = dict.fromkeys([run.entry for run in runs] + [entry for _, entry, _ in profiles])
     return Report(sources, runs, distinct_labels(entries), profiles, notes + comparability(runs))
 
@@ -171,8 +188,12 @@ def model_name(source: Source) -> tuple[str, str]:
 def make_entry(source: Source, row: dict) -> Entry:
     """The row of the tables that a row of the file belongs to."""
     name, _ = model_name(source)
-    control = Control(row.get('budget'), row.get('cost_weight') or None, row.get('precision') or 'fp32',
-                      bool(row.get('shuffle_experts')))
+    control = Control(
+        row.get('budget'),
+        row.get('cost_weight') or None,
+        row.get('precision') or 'fp32',
+        bool(row.get('shuffle_experts')),
+    )
     match = CONTROL.fullmatch(name)
     if match and float(match[2]) in (control.budget, control.cost_weight):
         name = match[1]
@@ -186,11 +207,15 @@ def runs_of(place: int, source: Source, rows: list[dict], notes: list[str]) -> l
     for row in rows:
         if row['case'] == 'test':
             groups.setdefault((make_entry(source, row), row['dataset'], tuple(row['scale'])), []).append(row)
-    runs = [make_run(place, source, entry, once_each(images, source, notes), notes)
-            for (entry, _, _), images in groups.items()]
-    return runs + [make_run(place, source, make_entry(source, row), [row], notes) for row in rows
-                   if row['case'] == 'mean'
-                   and (make_entry(source, row), row['dataset'], tuple(row['scale'])) not in groups]
+    runs = [
+        make_run(place, source, entry, once_each(images, source, notes), notes)
+        for (entry, _, _), images in groups.items()
+    ]
+    return runs + [
+        make_run(place, source, make_entry(source, row), [row], notes)
+        for row in rows
+        if row['case'] == 'mean' and (make_entry(source, row), row['dataset'], tuple(row['scale'])) not in groups
+    ]
 
 
 def once_each(images: list[dict], source: Source, notes: list[str]) -> list[dict]:
@@ -199,8 +224,10 @@ def once_each(images: list[dict], source: Source, notes: list[str]) -> list[dict
     for row in images:
         name = row.get('image')
         if name in first:
-            notes.append(f'{source.path}: {row["dataset"]} holds {name or "an image without a name"} more than once; '
-                         'the first row counts.')
+            notes.append(
+                f'{source.path}: {row["dataset"]} holds {name or "an image without a name"} more than once; '
+                'the first row counts.'
+            )
         first.setdefault(name, row)
     return list(first.values())
 
@@ -212,17 +239,28 @@ def make_run(place: int, source: Source, entry: Entry, rows: list[dict], notes: 
     values = {name: [(row.get('metrics') or {}).get(name) for row in rows] for name in names}
     for name, found in values.items():
         if None in found:
-            notes.append(f'{source.path}, {first["dataset"]}: {name} is missing or not finite for {found.count(None)} '
-                         f'of {len(rows)} images, so there is no mean.')
+            notes.append(
+                f'{source.path}, {first["dataset"]}: {name} is missing or not finite for {found.count(None)} '
+                f'of {len(rows)} images, so there is no mean.'
+            )
     macs = [row['macs'] for row in rows if row.get('macs')]
     routing = [row['routing'] for row in rows if (row.get('routing') or {}).get('loads')]
     correlations = [entry.get('texture_correlation') for entry in routing]
     times, peaks = ([(row.get(key) or {}).get('total') for row in rows] for key in ('time_ms', 'peak_mib'))
-    return Run(place, entry, model_name(source)[1], make_column(rows),
-               {name: mean(found) for name, found in values.items()}, first.get('metric_protocols') or {},
-               mean_macs(macs), None if None in times else statistics.median(times),
-               None if None in peaks else max(peaks), mean_list([entry['loads'] for entry in routing]),
-               mean([value for value in correlations if value is not None]), rows)
+    return Run(
+        place,
+        entry,
+        model_name(source)[1],
+        make_column(rows),
+        {name: mean(found) for name, found in values.items()},
+        first.get('metric_protocols') or {},
+        mean_macs(macs),
+        None if None in times else statistics.median(times),
+        None if None in peaks else max(peaks),
+        mean_list([entry['loads'] for entry in routing]),
+        mean([value for value in correlations if value is not None]),
+        rows,
+    )
 
 
 def make_column(rows: list[dict]) -> Column:
@@ -236,8 +274,10 @@ def make_column(rows: list[dict]) -> Column:
 
 def mean_macs(macs: list[dict]) -> dict[str, Any]:
     """Mean multiply-adds part by part."""
-    return {key: (mean_list if key == 'each_expert' else mean)([entry.get(key) for entry in macs])
-            for key in (macs[0] if macs else ())}
+    return {
+        key: (mean_list if key == 'each_expert' else mean)([entry.get(key) for entry in macs])
+        for key in (macs[0] if macs else ())
+    }
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -271,9 +311,11 @@ def without_duplicates(runs: list[Run], sources: list[Source], notes: list[str])
         kept = first.setdefault((run.entry, run.seed, run.column), run)
         if kept is not run:
             same = 'the same' if kept.metrics == run.metrics else 'other'
-            notes.append(f'{run.entry.label()} on {run.column.dataset} {scale_label(run.column.scale)} is in '
-                         f'{sources[kept.source].path} and again in {sources[run.source].path}, with {same} figures; '
-                         'the first one counts.')
+            notes.append(
+                f'{run.entry.label()} on {run.column.dataset} {scale_label(run.column.scale)} is in '
+                f'{sources[kept.source].path} and again in {sources[run.source].path}, with {same} figures; '
+                'the first one counts.'
+            )
     return list(first.values())
 
 
@@ -297,17 +339,23 @@ def comparability(runs: list[Run]) -> list[str]:
         for metric in metric_names(of_dataset):
             found = dict.fromkeys(protocol_of(run, metric) for run in of_dataset if metric in run.metrics)
             if len(found) > 1:
-                notes.append(f'{metric} on {dataset} was measured under {len(found)} protocols ({"; ".join(found)}): '
-                             'separate tables.')
-            notes += [f'{BICUBIC}{metric} on {dataset} {scale_label(column.scale)} differs between the files, from '
-                      f'{min(values):.4f} to {max(values):.4f}: their images are not the same.'
-                      for (column, _), values in bicubic_values(of_dataset, metric).items()
-                      if max(values) - min(values) > SAME]
+                notes.append(
+                    f'{metric} on {dataset} was measured under {len(found)} protocols ({"; ".join(found)}): '
+                    'separate tables.'
+                )
+            notes += [
+                f'{BICUBIC}{metric} on {dataset} {scale_label(column.scale)} differs between the files, from '
+                f'{min(values):.4f} to {max(values):.4f}: their images are not the same.'
+                for (column, _), values in bicubic_values(of_dataset, metric).items()
+                if max(values) - min(values) > SAME
+            ]
         for scale in dict.fromkeys(run.column.scale for run in of_dataset):
             columns = {run.column for run in of_dataset if run.column.scale == scale}
             if len(columns) > 1:
-                notes.append(f'{dataset} {scale_label(scale)} was measured on different LR images or test images: '
-                             'separate columns.')
+                notes.append(
+                    f'{dataset} {scale_label(scale)} was measured on different LR images or test images: '
+                    'separate columns.'
+                )
     return notes
 
 
@@ -333,7 +381,7 @@ def protocol_of(run: Run, metric: str) -> str:
 
 def columns_of(runs: Iterable[Run]) -> list[Column]:
     """Columns by rising scale, then in order of appearance."""
-    return sorted(dict.fromkeys(run.column for run in runs), key=lambda column: (column.scale[0] * column.scale[1]))
+    return sorted(dict.fromkeys(run.column for run in runs), key=lambda column: column.scale[0] * column.scale[1])
 
 
 def is_psnr(metric: str) -> bool:
@@ -343,8 +391,9 @@ def is_psnr(metric: str) -> bool:
 
 def main_metric(runs: Iterable[Run]) -> tuple[str, str] | None:
     """(metric, protocol) of the charts and crops of one dataset: its first PSNR, of DIV2K that of its own protocol."""
-    found = list(dict.fromkeys((name, protocol_of(run, name)) for run in runs for name in metric_names([run])
-                               if is_psnr(name)))
+    found = list(
+        dict.fromkeys((name, protocol_of(run, name)) for run in runs for name in metric_names([run]) if is_psnr(name))
+    )
     own = [pair for pair in found if pair[1].startswith('div2k')]
     if own and any('div2k' in run.column.dataset.lower() for run in runs):
         return own[0]

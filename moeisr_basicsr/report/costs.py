@@ -1,4 +1,5 @@
 """The tables of cost and routing: multiply-adds as routed, time, memory, shares of the experts."""
+
 import json
 import statistics
 
@@ -8,8 +9,14 @@ from .overview import environment_of, shape
 
 PARTS = {'encoder': 'encoder', 'mapper': 'mapper', 'tables': 'LR tables', 'experts': 'experts'}
 DECODER = ('mapper', 'tables', 'experts')
-STAGES = {'encode': 'encode', 'map': 'map', 'decode': 'decode', 'total': 'all', 'dense_folded': 'dense folded',
-          'dense_plain': 'dense plain'}
+STAGES = {
+    'encode': 'encode',
+    'map': 'map',
+    'decode': 'decode',
+    'total': 'all',
+    'dense_folded': 'dense folded',
+    'dense_plain': 'dense plain',
+}
 
 
 def decoder_macs(macs: dict) -> float | None:
@@ -26,9 +33,13 @@ def share(part: float | None, whole: float | None) -> float | None:
 def macs_cells(macs: dict, dense: dict) -> list[str]:
     """Thousand multiply-adds by part, and the decoder's share of the dense ones; `dense` as `macs`, of the baseline."""
     decoder = decoder_macs(macs)
-    return [*(number(macs.get(part), 1, 1e-3) for part in PARTS), number(decoder, 1, 1e-3),
-            number(share(decoder, dense.get('dense_plain')), 1), number(share(decoder, dense.get('dense_folded')), 1),
-            number(macs.get('total'), 1, 1e-3)]
+    return [
+        *(number(macs.get(part), 1, 1e-3) for part in PARTS),
+        number(decoder, 1, 1e-3),
+        number(share(decoder, dense.get('dense_plain')), 1),
+        number(share(decoder, dense.get('dense_folded')), 1),
+        number(macs.get('total'), 1, 1e-3),
+    ]
 
 
 MACS_HEAD = (*PARTS.values(), 'decoder', '% of dense plain', '% of dense folded', 'all')
@@ -41,8 +52,11 @@ def cost_tables(report: Report, baseline: str) -> list[Markup]:
         costly = [run for run in runs if run.macs or run.time_ms is not None]
         if costly:
             bodies = [column_rows(report, column, costly, baseline) for column in columns_of(costly)]
-            caption = [tag('b', dataset), ': thousand multiply-adds per output pixel, milliseconds, MiB. Means over '
-                       'the images; time is the median over the images of one run each, memory the largest.']
+            caption = [
+                tag('b', dataset),
+                ': thousand multiply-adds per output pixel, milliseconds, MiB. Means over '
+                'the images; time is the median over the images of one run each, memory the largest.',
+            ]
             head = head_row(*words('model'), *MACS_HEAD, 'ms', 'peak MiB', *words('environment'))
             tables.append(table(caption, [head], *bodies))
     return tables
@@ -55,9 +69,15 @@ def column_rows(report: Report, column: Column, runs: list[Run], baseline: str) 
     rows = []
     for entry in dict.fromkeys(run.entry for run in runs if run.column == column):
         found = [run for run in runs if run.entry == entry and run.column == column]
-        rows.append(row(report.labels[entry], *macs_cells(mean_macs(found), dense),
-                        seeds_text([run.time_ms for run in found]), seeds_text([run.peak_mib for run in found]),
-                        text(' '.join(sorted({environment_of(report, run.source) for run in found})))))
+        rows.append(
+            row(
+                report.labels[entry],
+                *macs_cells(mean_macs(found), dense),
+                seeds_text([run.time_ms for run in found]),
+                seeds_text([run.peak_mib for run in found]),
+                text(' '.join(sorted({environment_of(report, run.source) for run in found}))),
+            )
+        )
     return [heading, *rows]
 
 
@@ -80,21 +100,41 @@ def profile_table(report: Report) -> Markup | None:
     for place, entry, measured in report.profiles:
         times, peaks, macs = (measured.get(key) or {} for key in ('time_ms', 'peak_mib', 'macs'))
         sizes = [' x '.join(map(str, measured[key])) if key in measured else MISSING for key in ('lq_size', 'size')]
-        rows.append(row(report.labels[entry], scale_label(tuple(measured['scale'])), ' to '.join(sizes),
-                        *macs_cells(macs, macs), *(number(times.get(stage), 1) for stage in STAGES),
-                        number(peaks.get('total'), 1), text(environment_of(report, place)), text(f'[{place + 1}]')))
+        rows.append(
+            row(
+                report.labels[entry],
+                scale_label(tuple(measured['scale'])),
+                ' to '.join(sizes),
+                *macs_cells(macs, macs),
+                *(number(times.get(stage), 1) for stage in STAGES),
+                number(peaks.get('total'), 1),
+                text(environment_of(report, place)),
+                text(f'[{place + 1}]'),
+            )
+        )
     if not rows:
         return None
-    head = head_row(*words('model'), 'scale', 'size', *MACS_HEAD, *(f'{name}, ms' for name in STAGES.values()),
-                    'peak MiB', *words('environment', 'file'))
-    return table('Profiles: thousand multiply-adds per output pixel, median milliseconds by stage, peak MiB.', [head],
-                 rows)
+    head = head_row(
+        *words('model'),
+        'scale',
+        'size',
+        *MACS_HEAD,
+        *(f'{name}, ms' for name in STAGES.values()),
+        'peak MiB',
+        *words('environment', 'file'),
+    )
+    return table(
+        'Profiles: thousand multiply-adds per output pixel, median milliseconds by stage, peak MiB.', [head], rows
+    )
 
 
 def correlation_table(report: Report) -> Markup | None:
     """Whether depth follows texture, per model, dataset and scale."""
-    columns = [column for runs in report.datasets().values()
-               for column in columns_of(run for run in runs if run.correlation is not None)]
+    columns = [
+        column
+        for runs in report.datasets().values()
+        for column in columns_of(run for run in runs if run.correlation is not None)
+    ]
     if not columns:
         return None
     rows = []
@@ -103,9 +143,13 @@ def correlation_table(report: Report) -> Markup | None:
         if any(found):
             rows.append(row(report.labels[entry], *(number(value and value.mean, 2) for value in found)))
     head = head_row(*words('model'), *(f'{column.dataset} {scale_label(column.scale)}' for column in columns))
-    return table("Texture correlation: Spearman's rank correlation of the chosen expert's depth with the local "
-                 'gradient energy of the truth (of the output where there is none), over the pixels of an image; mean '
-                 'over the images.', [head], rows)
+    return table(
+        "Texture correlation: Spearman's rank correlation of the chosen expert's depth with the local "
+        'gradient energy of the truth (of the output where there is none), over the pixels of an image; mean '
+        'over the images.',
+        [head],
+        rows,
+    )
 
 
 def mean_loads(runs: list[Run]) -> list[float]:

@@ -3,6 +3,7 @@
 The place is chosen by the truth alone: the window with the largest gradient energy. The images are chosen by their
 order: the n-th dataset and scale shows its n-th image. No result has a say in either.
 """
+
 import base64
 import io
 from pathlib import PurePosixPath
@@ -27,14 +28,17 @@ STRIDE = 8  # between the windows that are compared
 ZOOM = 2  # of the crop on the page
 OVERVIEW = SIDE * ZOOM  # largest side of the whole image with the window marked
 MAX_BYTES = 24 << 20  # of all pictures; a report stays a file that can be mailed
-RULE = (f'Crops of {SIDE} x {SIDE} output pixels, enlarged by {ZOOM} without interpolation. The window is the one with '
-        f'the largest mean squared luma gradient of the truth, on a grid of {STRIDE} pixels, the topmost and leftmost '
-        'of equals. The n-th dataset and scale shows its n-th image, from the start again at its end. Figures are '
-        'those of the whole image.')
+RULE = (
+    f'Crops of {SIDE} x {SIDE} output pixels, enlarged by {ZOOM} without interpolation. The window is the one with '
+    f'the largest mean squared luma gradient of the truth, on a grid of {STRIDE} pixels, the topmost and leftmost '
+    'of equals. The n-th dataset and scale shows its n-th image, from the start again at its end. Figures are '
+    'those of the whole image.'
+)
 
 
 class Shot(NamedTuple):
     """One image of one dataset and scale."""
+
     column: Column
     image: str
     rows: list[tuple[Run, dict]]  # the runs that saved it, one per entry, with their rows
@@ -42,6 +46,7 @@ class Shot(NamedTuple):
 
 class Window(NamedTuple):
     """A part of an image."""
+
     top: int
     left: int
     rows: int
@@ -49,7 +54,7 @@ class Window(NamedTuple):
 
     def cut(self, image: np.ndarray) -> np.ndarray:
         """The part of (R, S, 3) that the window shows."""
-        return image[self.top:self.top + self.rows, self.left:self.left + self.cols]
+        return image[self.top : self.top + self.rows, self.left : self.left + self.cols]
 
 
 def picture_section(report: Report, limit: int) -> tuple[list[Markup], list[str]]:
@@ -85,8 +90,12 @@ def shots_of(report: Report) -> list[list[Shot]]:
 def take_turns(columns: list[list[Shot]]) -> list[Shot]:
     """One of each column, then another of each, and so on; column n starts at its image n, so that images differ."""
     longest = max(map(len, columns), default=0)
-    return [shots[(place + start) % len(shots)] for place in range(longest) for start, shots in enumerate(columns)
-            if place < len(shots)]
+    return [
+        shots[(place + start) % len(shots)]
+        for place in range(longest)
+        for start, shots in enumerate(columns)
+        if place < len(shots)
+    ]
 
 
 class Comparison:
@@ -161,8 +170,9 @@ class Comparison:
         own = self.read(run, row, 'truth', truth) if 'truth' in row['pictures'] else truth
         same = own is not None and np.array_equal(own, truth)
         if not same:
-            self.notes.append(f'{self.report.labels[run.entry]} was measured on another truth of {self.name}; it is '
-                              'not shown there.')
+            self.notes.append(
+                f'{self.report.labels[run.entry]} was measured on another truth of {self.name}; it is not shown there.'
+            )
         return same
 
     def figures(self, value: float | None) -> str:
@@ -194,16 +204,23 @@ def overview(truth: np.ndarray, window: Window) -> Markup:
     image = Image.fromarray(truth)
     factor = min(1.0, OVERVIEW / max(image.size))
     small = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BOX)
-    box = [round(value * factor) for value in (window.left, window.top, window.left + window.cols - 1,
-                                               window.top + window.rows - 1)]
+    box = [
+        round(value * factor)
+        for value in (window.left, window.top, window.left + window.cols - 1, window.top + window.rows - 1)
+    ]
     ImageDraw.Draw(small).rectangle(box, outline='#ff0000', width=2)
     return figure_tile('whole image', embed(small, 'jpeg', quality=85), small.size, '')
 
 
 def tile(label: str, crop: np.ndarray, figures: str = '') -> Markup:
     """A crop with its label."""
-    return figure_tile(label, embed(Image.fromarray(np.ascontiguousarray(crop)), 'png'),
-                       (crop.shape[1] * ZOOM, crop.shape[0] * ZOOM), figures, cls='pixels')
+    return figure_tile(
+        label,
+        embed(Image.fromarray(np.ascontiguousarray(crop)), 'png'),
+        (crop.shape[1] * ZOOM, crop.shape[0] * ZOOM),
+        figures,
+        cls='pixels',
+    )
 
 
 def figure_tile(label: str, source: str, size: tuple[int, int], figures: str, cls: str | None = None) -> Markup:

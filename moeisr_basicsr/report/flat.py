@@ -1,12 +1,25 @@
 """The rows of results documents as CSV, one line each, nothing left out."""
+
 import csv
 import io
 from typing import Any
 
 from .collect import Source, model_name
 
-FIRST = ('file', 'model', 'seed', 'case', 'dataset', 'image', 'count', 'scale.0', 'scale.1', 'budget', 'cost_weight',
-         'precision')
+FIRST = (
+    'file',
+    'model',
+    'seed',
+    'case',
+    'dataset',
+    'image',
+    'count',
+    'scale.0',
+    'scale.1',
+    'budget',
+    'cost_weight',
+    'precision',
+)
 
 
 def flat_csv(sources: list[Source]) -> str:
@@ -36,5 +49,8 @@ def flat(value: Any, name: str = '') -> dict[str, Any]:
         entries = enumerate(value)
     else:
         return {name: '' if value is None else value}
-    return {key: entry for inner, child in entries for key, entry in flat(child, f'{name}.{inner}' if name else
-                                                                          str(inner)).items()}
+    return {
+        key: entry
+        for inner, child in entries
+        for key, entry in flat(child, f'{name}.{inner}' if name else str(inner)).items()
+    }

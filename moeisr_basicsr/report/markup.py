@@ -1,4 +1,5 @@
 """HTML and SVG as text; what is not markup already is escaped."""
+
 import html
 from typing import Any
 
@@ -15,8 +16,11 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
         children: Markup as it is, other values escaped; None is left out, lists and tuples are taken apart.
         attributes: None is left out; `cls` is `class`, and an underscore is a hyphen.
     """
-    opening = ''.join(f' {"class" if key == "cls" else key.replace("_", "-")}="{html.escape(str(value))}"'
-                      for key, value in attributes.items() if value is not None)
+    opening = ''.join(
+        f' {"class" if key == "cls" else key.replace("_", "-")}="{html.escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
     return Markup(f'<{name}{opening}>{join(children)}</{name}>')
 
 
@@ -63,8 +67,9 @@ def words(*names: str) -> list[Markup]:
 
 def row(name: Any, *cells: Any) -> Markup:
     """A row of a table; cells that are not elements yet are figures, aligned to the right."""
-    return tag('tr', tag('th', name, scope='row'),
-               [cell if isinstance(cell, Markup) else tag('td', cell) for cell in cells])
+    return tag(
+        'tr', tag('th', name, scope='row'), [cell if isinstance(cell, Markup) else tag('td', cell) for cell in cells]
+    )
 
 
 def text(value: Any) -> Markup:

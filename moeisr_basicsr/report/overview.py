@@ -1,9 +1,18 @@
 """What was compared: files, where they were measured, networks."""
+
 from .collect import Report
 from .markup import Markup, head_row, number, row, table, text, words
 
-ENVIRONMENT = {'device_name': 'device', 'threads': 'threads', 'kernel': 'kernel', 'cpu': 'processor', 'torch': 'torch',
-               'python': 'python', 'moeisr_basicsr': 'moeisr_basicsr', 'platform': 'platform'}
+ENVIRONMENT = {
+    'device_name': 'device',
+    'threads': 'threads',
+    'kernel': 'kernel',
+    'cpu': 'processor',
+    'torch': 'torch',
+    'python': 'python',
+    'moeisr_basicsr': 'moeisr_basicsr',
+    'platform': 'platform',
+}
 
 
 def environments(report: Report) -> list[dict]:
@@ -30,9 +39,16 @@ def sources_table(report: Report) -> Markup:
     rows = []
     for place, source in enumerate(report.sources):
         model = source.results.get('model')
-        rows.append(row(f'[{place + 1}]', text(source.path), text(f'basicsr {source.results["command"]}'),
-                        text(model and model['name']), text(model and (model.get('file') or 'random')),
-                        text(environment_of(report, place))))
+        rows.append(
+            row(
+                f'[{place + 1}]',
+                text(source.path),
+                text(f'basicsr {source.results["command"]}'),
+                text(model and model['name']),
+                text(model and (model.get('file') or 'random')),
+                text(environment_of(report, place)),
+            )
+        )
     return table('Files', [head_row(*words('', 'file', 'written by', 'model', 'weights', 'environment'))], rows)
 
 
@@ -58,10 +74,20 @@ def models_table(report: Report) -> Markup:
         parts = [count.get(part) for part in ('encoder', 'mapper', 'shared')]
         parts += [sum(count['experts']) if count.get('experts') else None, count['total']]
         rows[entry.name, entry.network] = row(
-            entry.name, text(options.get('type')), text((options.get('encoder') or {}).get('type')),
-            text('; '.join(map(shape, hidden))), *(number(part, 1, 1e-3) for part in parts))
-    head = head_row(*words('model', 'type', 'encoder', 'hidden layers of each expert'), 'encoder', 'mapper', 'shared',
-                    'experts', 'all')
+            entry.name,
+            text(options.get('type')),
+            text((options.get('encoder') or {}).get('type')),
+            text('; '.join(map(shape, hidden))),
+            *(number(part, 1, 1e-3) for part in parts),
+        )
+    head = head_row(
+        *words('model', 'type', 'encoder', 'hidden layers of each expert'),
+        'encoder',
+        'mapper',
+        'shared',
+        'experts',
+        'all',
+    )
     return table('Models; parameters in thousands', [head], list(rows.values()))
 
 

@@ -1,4 +1,5 @@
 """The page: one HTML file that needs no other."""
+
 import html
 
 from .charts import legend, series_of, share_charts, trade_offs
@@ -31,11 +32,24 @@ def render(report: Report, baseline: str | None = None, max_images: int = 6) -> 
     base = choose_baseline(report, baseline)
     pictures, picture_notes = picture_section(report, max_images)
     notes = list(dict.fromkeys(report.notes + environment_notes(report) + picture_notes))
-    head = [void('meta', charset='utf-8'), void('meta', http_equiv='Content-Security-Policy', content=POLICY),
-            GENERATOR, void('meta', name='viewport', content='width=device-width, initial-scale=1'),
-            void('meta', name='color-scheme', content='light dark'), tag('title', TITLE), tag('style', Markup(STYLE))]
-    body = [tag('h1', TITLE), header(report, notes), quality(report, base), cost(report, base), trade_off(report),
-            routing(report), section('Pictures', RULE, pictures)]
+    head = [
+        void('meta', charset='utf-8'),
+        void('meta', http_equiv='Content-Security-Policy', content=POLICY),
+        GENERATOR,
+        void('meta', name='viewport', content='width=device-width, initial-scale=1'),
+        void('meta', name='color-scheme', content='light dark'),
+        tag('title', TITLE),
+        tag('style', Markup(STYLE)),
+    ]
+    body = [
+        tag('h1', TITLE),
+        header(report, notes),
+        quality(report, base),
+        cost(report, base),
+        trade_off(report),
+        routing(report),
+        section('Pictures', RULE, pictures),
+    ]
     return '<!DOCTYPE html>\n' + tag('html', tag('head', head), tag('body', tag('main', body)), lang='en') + '\n'
 
 
@@ -43,7 +57,8 @@ def is_page(content: bytes) -> bool:
     """Whether a file's content is a page of `render`; the first ones had no generator, but title and policy."""
     head = content[:HEAD_BYTES].decode(errors='replace')
     return head.startswith('<!DOCTYPE html>\n<html') and (
-        GENERATOR in head or (tag('title', TITLE) in head and html.escape(POLICY) in head))
+        GENERATOR in head or (tag('title', TITLE) in head and html.escape(POLICY) in head)
+    )
 
 
 def section(title: str, about: str, parts: list[Markup | None]) -> Markup | None:
@@ -56,8 +71,15 @@ def header(report: Report, notes: list[str]) -> Markup:
     """What was compared, and what a reader must know first."""
     names = '; '.join(report.labels.values())
     told = tag('div', tag('b', 'Notes'), tag('ul', [tag('li', note) for note in notes]), cls='notes') if notes else None
-    return join([tag('p', 'Compared: ', names, '.'), told, sources_table(report), environment_table(report),
-                 models_table(report)])
+    return join(
+        [
+            tag('p', 'Compared: ', names, '.'),
+            told,
+            sources_table(report),
+            environment_table(report),
+            models_table(report),
+        ]
+    )
 
 
 def environment_notes(report: Report) -> list[str]:
@@ -69,18 +91,22 @@ def environment_notes(report: Report) -> list[str]:
 
 def quality(report: Report, baseline: str) -> Markup | None:
     """The tables of metrics."""
-    about = (f'Means over the images. Differences (diff.) are to {baseline}. Bold: the best model of a column, equal '
-             f'figures alike; {BICUBIC_LABEL} does not compete. a ± b (n): mean and half the range over n seeds. s is '
-             'the scale, rows before columns where they differ. Numbers in brackets name the files.')
+    about = (
+        f'Means over the images. Differences (diff.) are to {baseline}. Bold: the best model of a column, equal '
+        f'figures alike; {BICUBIC_LABEL} does not compete. a ± b (n): mean and half the range over n seeds. s is '
+        'the scale, rows before columns where they differ. Numbers in brackets name the files.'
+    )
     return section('Quality', about, quality_tables(report, baseline))
 
 
 def cost(report: Report, baseline: str) -> Markup | None:
     """The tables of multiply-adds, time and memory."""
-    about = ('Multiply-adds as routed, those of linear layers, convolutions and attention, one per multiply-add. The '
-             'decoder is mapper, LR tables and experts (mean of the chosen ones). Dense is the heaviest expert of '
-             f'{baseline} on every pixel (of the profiled network itself among the profiles): plain as published (four '
-             'passes per pixel), folded by this code.')
+    about = (
+        'Multiply-adds as routed, those of linear layers, convolutions and attention, one per multiply-add. The '
+        'decoder is mapper, LR tables and experts (mean of the chosen ones). Dense is the heaviest expert of '
+        f'{baseline} on every pixel (of the profiled network itself among the profiles): plain as published (four '
+        'passes per pixel), folded by this code.'
+    )
     return section('Cost', about, [*cost_tables(report, baseline), profile_table(report)])
 
 
@@ -90,8 +116,10 @@ def trade_off(report: Report) -> Markup | None:
     charts = trade_offs(report, series)
     if not charts:
         return None
-    about = ('A mark per model and control, means over the seeds; multiply-adds and time are of encoder and decoder. A '
-             'line connects the controls of one model; the number below a mark is its budget or cost weight.')
+    about = (
+        'A mark per model and control, means over the seeds; multiply-adds and time are of encoder and decoder. A '
+        'line connects the controls of one model; the number below a mark is its budget or cost weight.'
+    )
     return section('Quality against cost', about, [legend(series), tag('div', charts, cls='figures')])
 
 

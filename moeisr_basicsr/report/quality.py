@@ -1,10 +1,22 @@
 """The tables of PSNR, SSIM and other metrics: a row per model and control, a column per scale."""
+
 from typing import NamedTuple
 
 from moeisr_basicsr.errors import UserError, did_you_mean
 
-from .collect import (BICUBIC, Column, Report, Run, Value, columns_of, is_psnr, metric_names, over_seeds,
-                      protocol_of, scale_label)
+from .collect import (
+    BICUBIC,
+    Column,
+    Report,
+    Run,
+    Value,
+    columns_of,
+    is_psnr,
+    metric_names,
+    over_seeds,
+    protocol_of,
+    scale_label,
+)
 from .markup import MISSING, Markup, head_row, join, row, table, tag, text
 
 BICUBIC_LABEL = 'bicubic'
@@ -12,6 +24,7 @@ BICUBIC_LABEL = 'bicubic'
 
 class Line(NamedTuple):
     """One row before it is drawn."""
+
     label: str
     values: list[Value | None]  # per column
     files: str
@@ -30,8 +43,9 @@ def choose_baseline(report: Report, name: str | None) -> str:
     """
     known = [*report.labels.values(), BICUBIC_LABEL]
     if name is not None and name not in known:
-        raise UserError(f"--baseline: no row has the name '{name}'; there are {'; '.join(known)}."
-                        f'{did_you_mean(name, known)}')
+        raise UserError(
+            f"--baseline: no row has the name '{name}'; there are {'; '.join(known)}.{did_you_mean(name, known)}"
+        )
     return name or known[0]
 
 
@@ -46,12 +60,13 @@ def quality_tables(report: Report, baseline: str) -> list[Markup]:
     return tables
 
 
-def quality_table(report: Report, dataset: str, metric: str, protocol: str, runs: list[Run],
-                  baseline: str) -> Markup:
+def quality_table(report: Report, dataset: str, metric: str, protocol: str, runs: list[Run], baseline: str) -> Markup:
     """One metric under one protocol."""
     columns = columns_of(runs)
-    lines = [model_line(report.labels[entry], [run for run in runs if run.entry == entry], columns, metric)
-             for entry in dict.fromkeys(run.entry for run in runs)]
+    lines = [
+        model_line(report.labels[entry], [run for run in runs if run.entry == entry], columns, metric)
+        for entry in dict.fromkeys(run.entry for run in runs)
+    ]
     models = [entry.values for entry in lines]
     reference = bicubic_line(runs, columns, metric)
     if reference is not None:
@@ -64,11 +79,25 @@ def quality_table(report: Report, dataset: str, metric: str, protocol: str, runs
     settings = dict.fromkeys(map(setting, columns))
     shared = next(iter(settings)) if len(settings) == 1 else None
     caption = join([tag('b', dataset), f': {metric}{unit}. ', '. '.join(filter(None, (protocol, shared))), '.'])
-    scales = [tag('th', scale_label(column.scale), None if shared else tag('small', setting(column)), colspan=2,
-                  scope='colgroup') for column in columns]
-    heads = [tag('tr', tag('th', 'model', rowspan=2, scope='col', cls='text'), scales,
-                 tag('th', 'files', rowspan=2, scope='col', cls='text')),
-             head_row(*[metric, 'diff.'] * len(columns))]
+    scales = [
+        tag(
+            'th',
+            scale_label(column.scale),
+            None if shared else tag('small', setting(column)),
+            colspan=2,
+            scope='colgroup',
+        )
+        for column in columns
+    ]
+    heads = [
+        tag(
+            'tr',
+            tag('th', 'model', rowspan=2, scope='col', cls='text'),
+            scales,
+            tag('th', 'files', rowspan=2, scope='col', cls='text'),
+        ),
+        head_row(*[metric, 'diff.'] * len(columns)),
+    ]
     return table(caption, heads, rows)
 
 
@@ -77,8 +106,10 @@ def draw_line(line: Line, base: list[Value | None], best: list[str | None], deci
     cells = []
     for value, other, top in zip(line.values, base, best):
         wins = line.label != BICUBIC_LABEL and value is not None and f'{value.mean:.{decimals}f}' == top
-        cells += [tag('td', value_text(value, decimals), cls='best' if wins else None),
-                  tag('td', difference_text(value, other, is_base, decimals), cls='diff')]
+        cells += [
+            tag('td', value_text(value, decimals), cls='best' if wins else None),
+            tag('td', difference_text(value, other, is_base, decimals), cls='diff'),
+        ]
     return row(line.label, *cells, text(line.files))
 
 
