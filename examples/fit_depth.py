@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moeisr_basicsr.core import MoEDecoder, make_cell, make_coord, render
+from moeisr_basicsr.core import MoEDecoder, make_cell, make_coord, render_image
 
 SIZE = (96, 128)  # rows, columns of the depth map that is fitted
 GRID = (24, 32)  # rows, columns of latent codes
-BALANCE_WEIGHT = 0.05  # beside an absolute error of about 0.01; without it one expert soon answers everything
+BALANCE_WEIGHT = 0.05  # beside an absolute error of about 0.01; without it one expert soon predicts everything
 
 
 class Fit(NamedTuple):
@@ -26,8 +26,8 @@ class Fit(NamedTuple):
 
     start_rmse: float  # before training, in units of depth
     rmse: float  # at twice the fitted resolution
-    shares: list[float]  # part of the pixels that each expert answers
-    mean_cost: float  # mean multiply-adds per pixel over the heaviest expert's
+    shares: list[float]  # part of the pixels that each expert predicts
+    mean_cost: float  # mean multiply-adds per pixel over the most expensive expert's
     depth: Tensor  # (R, S) fitted depth
     truth: Tensor  # (R, S)
     expert_map: Tensor  # (R, S) uint8
@@ -61,7 +61,7 @@ class DepthField(nn.Module):
 
 def evaluate(field: DepthField, size: tuple[int, int]) -> tuple[float, Tensor, Tensor, Tensor]:
     """RMSE against the analytic truth at `size`, then depth, truth and expert map, each (R, S)."""
-    rendered = render(field.decoder, field.feat.detach(), size, make_cell(SIZE))
+    rendered = render_image(field.decoder, field.feat.detach(), size, make_cell(SIZE))
     depth, truth = rendered.output[0, 0], analytic_depth(make_coord(size)).view(size)
     return (depth - truth).square().mean().sqrt().item(), depth, truth, rendered.expert_map[0]
 
@@ -87,17 +87,19 @@ def fit(iterations: int = 400, queries: int = 1024, seed: int = 0, verbose: bool
     for iteration in range(1, iterations + 1):
         which = torch.randint(len(coords), (queries,))
         decoded = field.decoder(field.feat, coords[which][None], cell)
-        error = (decoded.output[0, :, 0] - values[which]).abs().mean()
-        # Gates are one-hot forward and soft backward, so the loads are real and the mapper learns from them.
-        load = decoded.routing.gates.mean(dim=(0, 1))  # (J,)
-        balance = (load - 1 / len(load)).square().sum() * len(load)
+        error = (decoded.prediction[0, :, 0] - values[which]).abs().mean()
+        # Gates are one-hot forward and soft backward, so the shares are real and the mapper learns from them.
+        shares = decoded.routing.gate.mean(dim=(0, 1))  # (J,)
+        balance = (shares - 1 / len(shares)).square().sum() * len(shares)
         optimizer.zero_grad()
         (error + BALANCE_WEIGHT * balance).backward()
         optimizer.step()
         schedule.step()
         if verbose and iteration % 100 == 0:
-            loads = ', '.join(f'{share:.0%}' for share in load.tolist())
-            print(f'iteration {iteration:4d}: mean absolute error {error.item():.4f}, load of the experts {loads}')
+            of_experts = ', '.join(f'{share:.0%}' for share in shares.tolist())
+            print(
+                f'iteration {iteration:4d}: mean absolute error {error.item():.4f}, shares of the experts {of_experts}'
+            )
     rmse, depth, truth, expert_map = evaluate(field, finer)
     shares = expert_map.flatten().bincount(minlength=field.decoder.num_experts) / expert_map.numel()
     mean_cost = (shares * field.decoder.expert_costs).sum().item()
@@ -128,9 +130,9 @@ def main() -> None:
         f'PSNR {-20 * math.log10(result.rmse):.1f} dB (depth spans 0 to 1)'
     )
     print(
-        'pixels per expert, cheap to dear: '
+        'pixels per expert, cheapest to most expensive: '
         + ', '.join(f'{share:.0%}' for share in result.shares)
-        + f'; mean cost {result.mean_cost:.2f} of the dearest expert alone'
+        + f'; mean cost {result.mean_cost:.2f} of the most expensive expert alone'
     )
     if args.png:
         save_png(args.png, result)

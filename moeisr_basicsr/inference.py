@@ -172,8 +172,8 @@ def upscale_strips(
         net: `MoEISR`, `LIIF` or `LTE`.
         lq: (1, C, H, W) RGB in [0, 1] on the network's device.
         size: (R, S) from `target_size`.
-        cost_weight: kappa; above 0 cheaper, below 0 dearer than the trained routing.
-        budget: Fraction of the all-heaviest decoder cost, in place of `cost_weight`. Encodes a tiled image twice.
+        cost_weight: kappa; above 0 cheaper, below 0 more expensive than the trained routing.
+        budget: Fraction of the all-most-expensive decoder cost, in place of `cost_weight`. Encodes a tiled image twice.
         tile: Input pixels per side that the encoder sees at once, without halo; None chooses, 0 is the whole image.
         precision: 'fp32', 'bf16' or 'fp16' for encoder and experts; the mapper is always fp32.
         shuffle_seed: Permutes the chosen experts over the pixels of the image, a control experiment (see `Shuffle`).
@@ -228,13 +228,13 @@ def render_tiles(
             show(window(rows, cols), rows, cols)
     for rows in row_spans:
         if len(col_spans) == 1:
-            for top, bottom, strip in renderer.render(window(rows, col_spans[0]), rows, col_spans[0]):
+            for top, bottom, strip in renderer.render_region(window(rows, col_spans[0]), rows, col_spans[0]):
                 yield finish(net, lq, size, top, bottom, strip.output[0], strip.expert_map)
             continue
         band = torch.empty(net.decoder.out_channels, rows[1] - rows[0], size[1], device=lq.device)
         experts = None if net.num_experts == 1 else torch.empty(band.shape[1:], dtype=torch.uint8, device=lq.device)
         for cols in col_spans:
-            for top, bottom, strip in renderer.render(window(rows, cols), rows, cols):
+            for top, bottom, strip in renderer.render_region(window(rows, cols), rows, cols):
                 band[:, top - rows[0] : bottom - rows[0], cols[0] : cols[1]] = strip.output[0]
                 if experts is not None:
                     experts[top - rows[0] : bottom - rows[0], cols[0] : cols[1]] = strip.expert_map[0]

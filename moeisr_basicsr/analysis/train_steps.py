@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeisr_basicsr.core import MoEDecoder, gumbel_noise
-from moeisr_basicsr.core.routing import route_gumbel
+from moeisr_basicsr.core.mapper import route_gumbel
 
 from .plain import plain_mixture
 

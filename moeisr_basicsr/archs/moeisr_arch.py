@@ -9,7 +9,16 @@ from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from moeisr_basicsr.core import Decoded, MoEDecoder, Rendered, make_cell, make_coord, output_size, render
+from moeisr_basicsr.core import (
+    Draw,
+    MoEDecoder,
+    Predictions,
+    Rendered,
+    make_cell,
+    make_coord,
+    output_size,
+    render_image,
+)
 from moeisr_basicsr.core.coords import pixel_centres
 from moeisr_basicsr.core.skip import SKIPS, skip_at, skip_grid
 from moeisr_basicsr.errors import UserError
@@ -46,19 +55,16 @@ class MoEISR(nn.Module):
         encoder: Options of a registered encoder, for example {'type': 'EDSREncoder', 'num_feat': 64}.
         decoder: Decoder family, 'liif' or 'lte'.
         experts: Hidden widths of each expert, for example [[256], [256, 256]]; one expert is the dense decoder.
-        mapper: num_layers (1 to 5), num_feat, hidden, granularity ('pixel' or 'cell').
-        tau: Gumbel temperature where the training loop gives none.
-        skip: Image that the decoder's output is added to: 'none', 'bilinear', 'bicubic'.
+        mapper: num_layers (1 to 5), num_feat, hidden, granularity ('output_pixel' or 'lr_pixel').
+        skip: Image that the decoder's output is added to: 'none', 'bilinear', 'bicubic'. With 'bicubic' the decoder's
+            output starts at zero, so that training starts at bicubic's quality.
         in_channels: C_in.
         out_channels: C_out; a skip needs C_in = C_out.
         scale: Factor of `net(lq)`, one or [rows, columns]; at least 1.
         hidden_dim: Width of LTE's Fourier basis; None for its default of 256.
-        zero_init_last: Start with a decoder output of zero; by default only with the bicubic skip.
         cell_scale_max: Largest factor whose cell the decoder is shown, best the largest that it is trained on: cells
-            that it never saw cost quality. None for 4 with LTE (its official test code) and no limit with LIIF; 0 for
-            no limit.
-        expert_grad: How training gets its gradients: 'exact', 'naive', 'sampled'; see `core.MoEDecoder`.
-        sample_rate: rho of 'sampled'.
+            that it never saw cost up to 0.04 dB at x6 and x8. None for 4 with LTE (its official test code) and no limit
+            with LIIF; 0 for no limit.
         shared_layers: How many leading hidden layers the experts have in common, whose widths must agree; 0 for none.
             With 'liif' one LR table then serves all. As many as the deepest expert has make the experts exits of one
             network at different depths.
@@ -70,16 +76,12 @@ class MoEISR(nn.Module):
         decoder: str = 'liif',
         experts: Sequence[Sequence[int]] = ((256,), (256,) * 2, (256,) * 3, (256,) * 4),
         mapper: dict | None = None,
-        tau: float = 1.0,
         skip: str = 'none',
         in_channels: int = 3,
         out_channels: int = 3,
         scale: float | Sequence[float] | None = None,
         hidden_dim: int | None = None,
-        zero_init_last: bool | None = None,
         cell_scale_max: float | None = None,
-        expert_grad: str = 'exact',
-        sample_rate: float = 0.125,
         shared_layers: int = 0,
     ):
         super().__init__()
@@ -95,18 +97,10 @@ class MoEISR(nn.Module):
         self.encoder = build_encoder(encoder, in_channels)
         family = {} if hidden_dim is None else {'hidden_dim': hidden_dim}
         self.decoder = MoEDecoder(
-            self.encoder.num_feat,
-            out_channels,
-            decoder,
-            experts,
-            mapper,
-            tau=tau,
-            expert_grad=expert_grad,
-            sample_rate=sample_rate,
-            zero_init_last=skip == 'bicubic' if zero_init_last is None else zero_init_last,
-            shared_layers=shared_layers,
-            **family,
+            self.encoder.num_feat, out_channels, decoder, experts, mapper, shared_layers=shared_layers, **family
         )
+        if skip == 'bicubic':
+            self.decoder.pool.zero_output()
 
     @property
     def num_experts(self) -> int:
@@ -120,7 +114,7 @@ class MoEISR(nn.Module):
 
     @property
     def expert_costs(self) -> Tensor:
-        """(J,) each expert's multiply-adds over the heaviest's."""
+        """(J,) each expert's multiply-adds over those of the most expensive one."""
         return self.decoder.expert_costs
 
     def encode(self, lq: Tensor) -> Tensor:
@@ -128,41 +122,32 @@ class MoEISR(nn.Module):
         return self.encoder(lq * 2 - 1)  # LIIF feeds its encoder [-1, 1]
 
     def forward(
-        self,
-        lq: Tensor,
-        coord: Tensor | None = None,
-        cell: Tensor | None = None,
-        noise: Tensor | None = None,
-        tau: float | None = None,
-        keep: Tensor | None = None,
-        with_routing: bool = False,
-    ) -> Tensor | Decoded:
+        self, lq: Tensor, coord: Tensor | None = None, cell: Tensor | None = None, draw: Draw | None = None
+    ) -> Tensor | Predictions:
         """Upscale by the network's own `scale`, or answer queries.
 
         Args:
             lq: (B, C_in, H, W) in [0, 1].
             coord: (B, Q, 2) in [-1, 1], rows first; None for a whole image at `scale`.
             cell: (B, Q, 2), 2 / output size; shown to the decoder as `cell_scale_max` allows.
-            noise: Gumbel noise (B, Q, J) for training; drawn from torch's generator where not given.
-            tau: Gumbel temperature; the constructor's where not given.
-            keep: (B, Q, J) bool for expert_grad 'sampled': unchosen experts to run; drawn where not given.
-            with_routing: Return `Decoded`, with the routing beside the answers.
+            draw: A training step's noise and temperature, for an objective that needs more than the mixture.
 
         Returns:
-            (B, C_out, R, S) without coordinates; (B, Q, C_out), or `Decoded`, with them.
+            (B, C_out, R, S) without coordinates; (B, Q, C_out) with them; every expert's predictions with a draw.
         """
         if coord is None:
             return self.upscale(lq)
-        shown = self.shown_cell(cell, tuple(lq.shape[-2:]))
-        output, routing, answers = self.decoder(self.encode(lq), coord, shown, noise, tau, keep)
+        feat, shown = self.encode(lq), self.shown_cell(cell, tuple(lq.shape[-2:]))
         base = lq.new_tensor(0.5) if self.skip == 'none' else skip_at(lq, coord, self.skip)
         # The decoder works in [-1, 1], the image lies in [0, 1]; under autocast the image keeps the input's precision.
-        output = output.to(lq.dtype) * 0.5 + base
-        if not with_routing:
-            return output
-        if answers is not None:
-            answers = answers.to(lq.dtype) * 0.5 + (base if base.dim() == 0 else base.unsqueeze(2))
-        return Decoded(output, routing, answers)
+        if draw is None:
+            return self.decoder(feat, coord, shown).prediction.to(lq.dtype) * 0.5 + base
+        experts, routing = self.decoder.predict(feat, coord, shown, draw)
+        return Predictions(experts.to(lq.dtype) * 0.5 + (base.unsqueeze(2) if base.dim() else base), routing)
+
+    def logits(self, lq: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
+        """The mapper's logits, (B, Q, J); arguments as for `forward`."""
+        return self.decoder.logits(self.encode(lq), coord, self.shown_cell(cell, tuple(lq.shape[-2:])))
 
     def upscale(self, lq: Tensor) -> Tensor:
         """The whole image at the network's `scale`, with gradients in training: (B, C_out, R, S)."""
@@ -170,22 +155,21 @@ class MoEISR(nn.Module):
             raise ValueError('net(lq) without coordinates needs `scale` in network_g.')
         size = output_size(tuple(lq.shape[-2:]), self.scale)
         if not self.training:
-            return self.render(lq, self.encode(lq), size).output
+            return self.decode_image(lq, self.encode(lq), size).output
         batch = lq.shape[0]
         coord = make_coord(size, lq.device).expand(batch, -1, -1)  # (B, R * S, 2)
         cell = make_cell(size, lq.device).expand(batch, coord.shape[1], -1)
         return self.forward(lq, coord, cell).transpose(1, 2).unflatten(-1, size)
 
-    def render(self, lq: Tensor, feat: Tensor, size: tuple[int, int], **options) -> Rendered:
+    def decode_image(self, lq: Tensor, feat: Tensor, size: tuple[int, int]) -> Rendered:
         """The whole image at any size, without gradients.
 
         Args:
             lq: (B, C_in, H, W) in [0, 1].
             feat: `encode(lq)`.
             size: (R, S).
-            **options: Of `core.render` (control, backend, tile).
         """
-        rendered = render(self.decoder, feat, size, self.test_cell(tuple(lq.shape[-2:]), size), **options)
+        rendered = render_image(self.decoder, feat, size, self.test_cell(tuple(lq.shape[-2:]), size))
         return rendered._replace(output=self.add_skip(rendered.output, lq, size))
 
     def add_skip(self, output: Tensor, lq: Tensor, size: tuple[int, int], rows: slice = slice(None)) -> Tensor:
@@ -218,7 +202,6 @@ class LIIF(MoEISR):
         in_channels: int = 3,
         out_channels: int = 3,
         scale: float | Sequence[float] | None = None,
-        zero_init_last: bool | None = None,
         cell_scale_max: float | None = None,
     ):
         super().__init__(
@@ -229,7 +212,6 @@ class LIIF(MoEISR):
             in_channels=in_channels,
             out_channels=out_channels,
             scale=scale,
-            zero_init_last=zero_init_last,
             cell_scale_max=cell_scale_max,
         )
 
@@ -247,7 +229,6 @@ class LTE(MoEISR):
         in_channels: int = 3,
         out_channels: int = 3,
         scale: float | Sequence[float] | None = None,
-        zero_init_last: bool | None = None,
         cell_scale_max: float | None = None,
     ):
         super().__init__(
@@ -259,6 +240,5 @@ class LTE(MoEISR):
             out_channels=out_channels,
             scale=scale,
             hidden_dim=hidden_dim,
-            zero_init_last=zero_init_last,
             cell_scale_max=cell_scale_max,
         )

@@ -1,10 +1,10 @@
 """Cost control at test time: a weight on cost, or a budget that is met (design after PCSR's test-time control).
 
 Scores are l_j - kappa c_j; softmax only adds a constant per query, so the logits serve as log-probabilities. As kappa
-grows from minus to plus infinity a query moves along the upper envelope of these lines from the heaviest to the
+grows from minus to plus infinity a query moves along the upper envelope of these lines from the most expensive to the
 cheapest expert and never back.
 
-A budget is a fraction of the cost of sending every query to the heaviest expert. Queries are seen twice in the same
+A budget is a fraction of the cost of sending every query to the most expensive expert. Queries are seen twice in the same
 order: once to collect the kappas at which they change their expert, in a histogram of fixed size; once to route.
 
 Shapes: N queries in pixel order, J experts.
@@ -24,7 +24,7 @@ KAPPA_SCALE = 4.0  # logits differ by a few units, relative costs by less than o
 def route_by_cost(logits: Tensor, costs: Tensor, cost_weight: float) -> Tensor:
     """argmax_j (l_j - kappa c_j): (..., J) -> (...) int64; ties go to the first expert.
 
-    kappa = 0 is the trained routing. In float64, so that rounding cannot make a query dearer as kappa grows.
+    kappa = 0 is the trained routing. In float64, so that rounding cannot make a query more expensive as kappa grows.
     """
     if cost_weight == 0:
         return logits.argmax(dim=-1)
@@ -35,9 +35,9 @@ def route_by_cost(logits: Tensor, costs: Tensor, cost_weight: float) -> Tensor:
 
 
 def route_below(logits: Tensor, costs: Tensor, cost_weight: float) -> Tensor:
-    """`route_by_cost` just below a kappa: ties go to the dearest expert, from which a query has not moved yet."""
-    dearest_first = costs.argsort(descending=True)
-    return dearest_first[route_by_cost(logits[..., dearest_first], costs[dearest_first], cost_weight)]
+    """`route_by_cost` just below a kappa: ties go to the most expensive expert, from which a query has not moved yet."""
+    expensive_first = costs.argsort(descending=True)
+    return expensive_first[route_by_cost(logits[..., expensive_first], costs[expensive_first], cost_weight)]
 
 
 class CostWeight:
@@ -59,13 +59,13 @@ class CostWeight:
 
 
 class Budget:
-    """Routing that spends a given fraction of the all-heaviest cost: `observe` everything, then `route` everything.
+    """Routing that spends a given fraction of what the most expensive expert everywhere costs: `observe` everything, then `route` everything.
 
     The mean cost misses the budget by at most one query's cost.
 
     Args:
         budget: Fraction, from the cheapest expert's relative cost to 1.
-        costs: (J,) relative costs, the heaviest 1.
+        costs: (J,) relative costs, the most expensive 1.
 
     Raises:
         ValueError: The budget is out of this range.
@@ -77,7 +77,7 @@ class Budget:
             allowed = math.ceil((least - 1e-6) * 1e4) / 1e4
             raise ValueError(
                 f'budget must lie between {allowed:.4f} (all pixels to the cheapest expert) and 1 (all to '
-                f'the heaviest); got {budget}.'
+                f'the most expensive); got {budget}.'
             )
         self.budget = float(budget)
         self.costs = where_float64_is(costs).double()
@@ -95,7 +95,7 @@ class Budget:
 
     def _observe(self, logits: Tensor) -> None:
         costs = self.costs.to(logits.device)
-        current = route_by_cost(logits, costs, -math.inf)  # walk each query's envelope from the heaviest expert down
+        current = route_by_cost(logits, costs, -math.inf)  # walk each query's envelope from the most expensive expert down
         saved = torch.zeros(BINS, dtype=torch.float64, device=logits.device)
         for _ in range(len(costs) - 1):
             here = logits.gather(1, current[:, None])
@@ -133,15 +133,15 @@ class Budget:
 
     def _route(self, logits: Tensor, costs: Tensor) -> Tensor:
         lower, upper = self.solve()
-        cheap = route_below(logits, costs, upper)  # a kappa at an edge counts for the bin above it
+        below = route_below(logits, costs, upper)  # a kappa at an edge counts for the bin above it
         if lower == upper:
-            return cheap
-        dear = route_below(logits, costs, lower)
-        extra = self.costs.to(logits.device)[dear] - self.costs.to(logits.device)[cheap]
+            return below
+        above = route_below(logits, costs, lower)
+        extra = self.costs.to(logits.device)[above] - self.costs.to(logits.device)[below]
         spent = extra.cumsum(0)
         granted = spent <= self.spare * (1 + 1e-12)
         self.spare -= float(torch.where(granted, extra, 0).sum())
-        return torch.where(granted, dear, cheap)
+        return torch.where(granted, above, below)
 
 
 class Shuffle:

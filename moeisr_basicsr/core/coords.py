@@ -1,10 +1,11 @@
-"""Coordinates of output pixels and of the latent codes around them, in LIIF's convention.
+"""Queries: output positions, the LR pixel under each and the latent codes around it, in LIIF's convention.
 
 An image spans [-1, 1] on both axes, row before column, rows grow downwards; positions are pixel centres. Every
 formula below uses the official code's fp32 operations in the official order: the relative coordinates and the areas
 at the image border are differences of nearly equal numbers, so another order of operations is another result.
 
-Shapes: B images, Q queries, N positions on one axis, (H, W) LR size.
+Shapes: B images, Q queries, N positions on one axis or queries of one image, (H, W) LR size, T = H * W latent codes,
+D width of a table or of an activation.
 """
 
 import math
@@ -21,14 +22,21 @@ class GridAxis(NamedTuple):
     """One axis of a regular output grid, for the corner shifts -1 and +1."""
 
     index: Tensor  # (2, N) int64, nearest latent code on this axis
-    rel: Tensor  # (2, N) fp32, distance to that code in units of LR cells
+    rel: Tensor  # (2, N) fp32, distance to that code in units of LR pixels
+
+
+class Near(NamedTuple):
+    """The LR pixel under each position of one axis, or of each query."""
+
+    index: Tensor  # (N,) int64; of queries (B, Q), row * W + column
+    rel: Tensor  # (N,) fp32, distance to its centre in units of LR pixels; of queries (B, Q, 2)
 
 
 class Corners(NamedTuple):
     """The four latent codes around each query, in the order (-1, -1), (-1, 1), (1, -1), (1, 1)."""
 
     index: Tensor  # (4, B, Q) int64, row * W + column
-    rel: Tensor  # (4, B, Q, 2) fp32, distance to the code in units of LR cells
+    rel: Tensor  # (4, B, Q, 2) fp32, distance to the code in units of LR pixels
     weight: Tensor  # (4, B, Q) fp32, local-ensemble weight; the four add up to 1
 
 
@@ -66,19 +74,38 @@ def output_size(size: tuple[int, int], scale: float | tuple[float, float]) -> tu
 
 
 def nearest_index(coord: Tensor, n: int) -> Tensor:
-    """Index of the LR cell that contains `coord`, on an axis of `n` cells; int64, same shape.
+    """Index of the LR pixel that contains `coord`, on an axis of `n` pixels; int64, same shape.
 
-    Same cell as `F.grid_sample(mode='nearest', align_corners=False)` picks.
+    The same as `F.grid_sample(mode='nearest', align_corners=False)` picks.
     """
     return torch.round(((coord + 1) * n - 1) / 2).long().clamp_(0, n - 1)
 
 
+def near_axis(coord: Tensor, n: int) -> Near:
+    """The LR pixel under each position (...) of an axis of `n` pixels."""
+    index = nearest_index(coord, n)
+    return Near(index, (coord - pixel_centres(n, coord.device)[index]) * n)
+
+
+def make_near(coord: Tensor, lr_size: tuple[int, int]) -> Near:
+    """The LR pixels under scattered queries (B, Q, 2)."""
+    rows, cols = (near_axis(axis, n) for axis, n in zip(coord.unbind(-1), lr_size))
+    return Near(rows.index * lr_size[1] + cols.index, torch.stack([rows.rel, cols.rel], dim=-1))
+
+
+def grid_near(rows: Near, cols: Near, width: int) -> Near:
+    """The LR pixels under every pixel of a grid in row-major order, B = 1; `width` is that of the table at hand."""
+    index = rows.index[:, None] * width + cols.index  # (R, C)
+    rel = torch.stack(torch.broadcast_tensors(rows.rel[:, None], cols.rel), dim=-1)  # (R, C, 2)
+    return Near(index.reshape(1, -1), rel.reshape(1, -1, 2))
+
+
 def corner_axis(coord: Tensor, n: int) -> GridAxis:
-    """Nearest codes on one axis after a shift by half a cell down and up (LIIF, `query_rgb`).
+    """Nearest codes on one axis after a shift by half an LR pixel down and up (LIIF, `query_rgb`).
 
     Args:
         coord: Positions on this axis, (...) fp32.
-        n: Number of LR cells on this axis.
+        n: Number of LR pixels on this axis.
 
     Returns:
         `index` and `rel`, both (2, ...): first the shift -1, then the shift +1.
@@ -143,3 +170,48 @@ def grid_corners(rows: GridAxis, cols: GridAxis, width: int) -> Corners:
     rel = torch.stack(torch.broadcast_tensors(rows.rel[:, None, :, None], cols.rel[None, :, None, :]), dim=-1)
     weight = ensemble_weight(rows.rel[:, :, None], cols.rel[:, None, :])  # (4, R, C)
     return Corners(index.reshape(4, 1, -1), rel.reshape(4, 1, -1, 2), weight.reshape(4, 1, -1))
+
+
+class Queries(NamedTuple):
+    """N queries of one image with everything that an expert needs to answer them.
+
+    The four corners of one query lie side by side: an expert sees 4 N rows, and blending them is one small product per
+    query.
+    """
+
+    index: Tensor  # (N, 4) int64, rows of the LR table
+    rel: Tensor  # (N, 4, 2) relative coordinate in units of LR pixels
+    weight: Tensor  # (N, 4) local-ensemble weight
+    cell_lr: Tensor  # (N, 2), or (1, 2) where one cell serves all, size of the output pixel in units of LR pixels
+
+    def select(self, which: Tensor | slice) -> 'Queries':
+        """The queries at the positions `which`, in that order."""
+        cell_lr = self.cell_lr if self.cell_lr.shape[0] == 1 else self.cell_lr[which]
+        return Queries(self.index[which], self.rel[which], self.weight[which], cell_lr)
+
+    def split(self, size: int) -> list['Queries']:
+        """Consecutive pieces of at most `size` queries."""
+        return [self.select(slice(at, at + size)) for at in range(0, max(self.index.shape[0], 1), size)]
+
+    def gather(self, table: Tensor) -> Tensor:
+        """Rows of an LR table (T, D) for every corner: (4 N, D)."""
+        return table.index_select(0, self.index.flatten())
+
+    def local(self) -> Tensor:
+        """What an expert reads beside the features, relative coordinate and cell: (4 N, 4)."""
+        cell_lr = self.cell_lr.unsqueeze(1).expand(self.rel.shape[0], 4, 2)
+        return torch.cat([self.rel, cell_lr], dim=-1).flatten(0, 1)
+
+    def blend(self, x: Tensor) -> Tensor:
+        """Local ensemble of the corners' vectors: (4 N, D) -> (N, D)."""
+        return torch.bmm(self.weight.unsqueeze(1).to(x), x.unflatten(0, (-1, 4))).squeeze(1)
+
+
+def make_queries(corners: Corners, cell_lr: Tensor, image: int = 0) -> Queries:
+    """The queries of one image of a batch; `cell_lr` is (N, 2) or (1, 2)."""
+    return Queries(
+        corners.index[:, image].t().contiguous(),
+        corners.rel[:, image].transpose(0, 1).contiguous(),
+        corners.weight[:, image].t().contiguous(),
+        cell_lr,
+    )

@@ -1,36 +1,49 @@
 """The decoder of MoEISR: mapper, routing, experts. It knows nothing of images: feed it any feature map.
 
-forward() reads like the paper's table: map, route, decode.
+Reads like the paper's table: map, route, decode. `reference.py` has the same without folding and dispatch.
 
-Shapes: B images, C feature channels, (H, W) LR size, Q queries, J experts, C_out output channels.
+Shapes: B images, C feature channels, (H, W) LR size, Q queries (N of one image), J experts, C_out output channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch
-from .coords import make_corners
-from .experts import check_experts
-from .liif import LIIFExperts
+from .coords import Queries, make_corners, make_near, make_queries
+from .liif import ExpertPool, LIIFExperts
 from .lte import LTEExperts
-from .mapper import Mapper
-from .queries import Queries, make_queries
-from .routing import SMALLEST, Routing, route_fitted, route_gumbel
+from .mapper import Draw, Mapper, Routing, route_gumbel
 
-FAMILIES = {'liif': LIIFExperts, 'lte': LTEExperts}
-EXPERT_GRADS = ('exact', 'naive', 'sampled')
+FAMILIES: dict[str, type[ExpertPool]] = {'liif': LIIFExperts, 'lte': LTEExperts}
+Predict = Callable[[int, Queries], Tensor]  # expert j's predictions for N queries, (N, C_out)
+
+
+class Predictions(NamedTuple):
+    """What a training objective needs: every expert's predictions, and which one was chosen."""
+
+    experts: Tensor  # (B, Q, J, C_out); where every_expert was not drawn, only the chosen one's have a gradient
+    routing: Routing
+
+    def mixture(self) -> Tensor:
+        """s = sum_j g_j f_j, (B, Q, C_out): the chosen prediction forward, the straight-through gradient backward."""
+        if self.routing.gate is None:
+            return self.experts.squeeze(2)
+        return mix(self.experts, self.routing.gate)
 
 
 class Decoded(NamedTuple):
-    """Answers and the routing that produced them."""
+    """Predictions of the chosen experts and the routing behind them."""
 
-    output: Tensor  # (B, Q, C_out)
+    prediction: Tensor  # (B, Q, C_out)
     routing: Routing
-    answers: Tensor | None = None  # (B, Q, J, C_out) of every expert, where training ran them all under autograd
+
+
+def mix(predictions: Tensor, gate: Tensor) -> Tensor:
+    """sum_j g_j f_j: predictions (B, Q, J, C_out) and gates (B, Q, J) -> (B, Q, C_out)."""
+    return (gate.unsqueeze(-1) * predictions).sum(dim=2)
 
 
 class MoEDecoder(nn.Module):
@@ -42,17 +55,7 @@ class MoEDecoder(nn.Module):
         family: 'liif' or 'lte'.
         experts: Hidden widths of each expert, for example [[256], [256, 256]].
         mapper: Options of `Mapper` (num_layers, num_feat, hidden, granularity); ignored with one expert.
-        tau: Gumbel temperature where `forward` is given none.
-        expert_grad: 'exact' runs unchosen experts without autograd, 'naive' is the plain sum, 'sampled' the unbiased
-            estimate at `sample_rate`. Where the experts share all hidden layers the plain sum costs one pass through
-            the deepest, and 'exact' is the same as 'naive'.
-        sample_rate: rho of 'sampled'.
-        zero_init_last: See `Expert`.
         **family_options: Options of the family (both: shared_layers; lte: hidden_dim).
-
-    Attributes:
-        scores_are_fitted: Whether a loss fits the mapper's scores to the experts' losses. Training then routes as the
-            test does, and the gates' gradient ends at the mapper's offsets.
     """
 
     def __init__(
@@ -62,31 +65,15 @@ class MoEDecoder(nn.Module):
         family: str = 'liif',
         experts: Sequence[Sequence[int]] = ((256,), (256,) * 2, (256,) * 3, (256,) * 4),
         mapper: dict | None = None,
-        tau: float = 1.0,
-        expert_grad: str = 'exact',
-        sample_rate: float = 0.125,
-        zero_init_last: bool = False,
         **family_options,
     ):
         super().__init__()
         if family not in FAMILIES:
             raise ValueError(f'decoder must be one of {sorted(FAMILIES)}; got {family!r}.')
-        if expert_grad not in EXPERT_GRADS:
-            raise ValueError(f'expert_grad must be one of {EXPERT_GRADS}; got {expert_grad!r}.')
-        if tau <= 0:
-            raise ValueError(f'tau must be above 0; got {tau}.')
-        if not 0 < sample_rate <= 1:
-            raise ValueError(f'sample_rate must be above 0 and at most 1; got {sample_rate}.')
         experts = check_experts(experts)
         self.family = family
         self.out_channels = out_channels
-        self.tau = tau
-        self.expert_grad = expert_grad
-        self.sample_rate = sample_rate
-        self.scores_are_fitted = False
-        self.pool = FAMILIES[family](
-            in_channels, out_channels, experts, zero_init_last=zero_init_last, **family_options
-        )
+        self.pool = FAMILIES[family](in_channels, out_channels, experts, **family_options)
         self.mapper = Mapper(in_channels, len(experts), **(mapper or {})) if len(experts) > 1 else None
 
     @property
@@ -106,96 +93,126 @@ class MoEDecoder(nn.Module):
 
     @property
     def expert_costs(self) -> Tensor:
-        """(J,) fp32: each expert's multiply-adds over the heaviest's."""
+        """(J,) fp32: each expert's multiply-adds over those of the most expensive one."""
         macs = torch.tensor(self.expert_macs, dtype=torch.float32)
         return macs / macs.max()
 
-    def forward(
-        self,
-        feat: Tensor,
-        coord: Tensor,
-        cell: Tensor,
-        noise: Tensor | None = None,
-        tau: float | None = None,
-        keep: Tensor | None = None,
-    ) -> Decoded:
-        """Answer queries at any positions.
+    def forward(self, feat: Tensor, coord: Tensor, cell: Tensor) -> Decoded:
+        """Answer queries at any positions; in training with gradients, the noise from torch's generator.
 
         Args:
             feat: The implicit representation z, (B, C, H, W).
             coord: (B, Q, 2) in [-1, 1], rows first.
             cell: (B, Q, 2), 2 / output size.
-            noise: Gumbel noise (B, Q, J); in training drawn from torch's generator where it is not given.
-            tau: Gumbel temperature; the constructor's where it is not given.
-            keep: (B, Q, J) bool, the unchosen experts that 'sampled' runs; drawn where it is not given.
+        """
+        if self.training:
+            predictions = self.predict(feat, coord, cell)
+            return Decoded(predictions.mixture(), predictions.routing)
+        routing = self.route(feat, coord, cell)  # map, route
+        decoded = [
+            dispatch(partial(self.pool.predict, tables=tables), queries, expert, self.num_experts)
+            for (queries, tables), expert in zip(self.images(feat, coord, cell), routing.expert)
+        ]
+        return Decoded(torch.stack(decoded), routing)
+
+    def predict(self, feat: Tensor, coord: Tensor, cell: Tensor, draw: Draw | None = None) -> Predictions:
+        """Every expert's predictions, in training; arguments as for `forward`.
+
+        The gates are one-hot, so only the chosen expert's weights and features receive a gradient from the mixture; the
+        mapper's gradient needs the values of the others, which run without autograd. That is exact, at about a third
+        of the cost of all under autograd. Experts that share all hidden layers are one pass anyway.
+
+        Args:
+            draw: Noise, temperature and which experts learn; made with torch's generator where it is not given.
+        """
+        routing = self.route(feat, coord, cell, draw or Draw())
+        every_expert = self.num_experts == 1 or self.pool.is_nested or (draw is not None and draw.every_expert)
+        predictions = [
+            self.pool.predict_all(queries, tables)
+            if every_expert
+            else predict_chosen(partial(self.pool.predict, tables=tables), queries, expert, self.num_experts)
+            for (queries, tables), expert in zip(self.images(feat, coord, cell), routing.expert)
+        ]
+        return Predictions(torch.stack(predictions), routing)
+
+    def logits(self, feat: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
+        """The mapper's logits, (B, Q, J); arguments as for `forward`."""
+        lr_size = feat.shape[-2:]
+        return self.mapper(self.mapper.table(feat), make_near(coord, lr_size), cell * cell.new_tensor(lr_size))
+
+    def route(self, feat: Tensor, coord: Tensor, cell: Tensor, draw: Draw | None = None) -> Routing:
+        """Gumbel routing with a draw, argmax without, the only expert where there is one; arguments as for `forward`."""
+        if self.mapper is None:
+            return Routing(torch.zeros(coord.shape[:2], dtype=torch.long, device=coord.device), None)
+        logits = self.logits(feat, coord, cell)
+        return Routing(logits.argmax(dim=-1), None) if draw is None else route_gumbel(logits, draw)
+
+    def images(self, feat: Tensor, coord: Tensor, cell: Tensor) -> Iterator[tuple[Queries, list[Tensor]]]:
+        """Queries and LR tables of each image.
+
+        Image by image: a batch's activations would fall out of the cache, and above 32 MiB each temporary is mapped
+        anew by the C library.
         """
         lr_size = feat.shape[-2:]
-        logits = self.logits(feat, coord, cell)  # map
-        routing = self.route(logits, coord.shape[:2], coord.device, noise, tau)  # route
-        corners = make_corners(coord, lr_size)
-        cell = cell * cell.new_tensor(lr_size)  # in units of LR cells
-        tables = zip(*(table.unbind() for table in self.pool.tables(feat)))
-        # Image by image: a batch's activations would fall out of the cache, and above 32 MiB each temporary is mapped
-        # anew by the C library.
-        outputs, answers = zip(
-            *(
-                self.decode(make_queries(corners, cell[image], image), list(of_image), routing, image, keep)
-                for image, of_image in enumerate(tables)
-            )
+        corners, cell_lr = make_corners(coord, lr_size), cell * cell.new_tensor(lr_size)
+        for image, tables in enumerate(zip(*(table.unbind() for table in self.pool.tables(feat)))):
+            yield make_queries(corners, cell_lr[image], image), list(tables)
+
+
+def group_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """A stable order that puts the queries of each expert side by side, and the size of each group.
+
+    Args:
+        expert: (N,) int64 or uint8.
+    """
+    order = torch.argsort(expert, stable=True)
+    return order, torch.bincount(expert.long(), minlength=num_experts).tolist()
+
+
+def dispatch(predict: Predict, queries: Queries, expert: Tensor, num_experts: int) -> Tensor:
+    """Each query answered by its own expert only, (N, C_out); `expert` (N,) is the chosen one."""
+    order, counts = group_by_expert(expert, num_experts)
+    blocks = [predict(j, queries.select(which)) for j, which in enumerate(order.split(counts)) if which.numel() > 0]
+    predictions = torch.cat(blocks)
+    return torch.zeros_like(predictions).index_copy(0, order, predictions)
+
+
+def predict_chosen(predict: Predict, queries: Queries, expert: Tensor, num_experts: int) -> Tensor:
+    """Every expert's predictions (N, J, C_out), with autograd in the chosen expert `expert` (N,) only.
+
+    An expert that nobody chose runs on no query, so that its parameters have a gradient (zero) on every rank.
+    """
+    order, counts = group_by_expert(expert, num_experts)
+    predictions = []
+    for j, mine in enumerate(order.split(counts)):
+        chosen = predict(j, queries.select(mine))
+        with torch.no_grad():
+            others = expert.ne(j).nonzero().squeeze(1)
+            values = chosen.new_zeros(expert.shape[0], chosen.shape[1])  # (N, C_out)
+            values[others] = predict(j, queries.select(others)).to(values)
+        predictions.append(values.index_copy(0, mine, chosen))
+    return torch.stack(predictions, dim=1)
+
+
+def check_experts(experts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The hidden widths of every expert as lists of positive integers.
+
+    Raises:
+        ValueError: There is no expert or more than 256, or an entry is not a list of positive integers.
+    """
+
+    def is_list(value: object) -> bool:
+        return isinstance(value, Sequence) and not isinstance(value, str)
+
+    ok = (
+        is_list(experts)
+        and len(experts) > 0
+        and all(is_list(hidden) and all(type(width) is int and width > 0 for width in hidden) for hidden in experts)
+    )
+    if not ok:
+        raise ValueError(
+            f'experts must list the hidden widths of each expert, for example [[256], [256, 256]]; got {experts!r}.'
         )
-        return Decoded(torch.stack(outputs), routing, None if answers[0] is None else torch.stack(answers))
-
-    def logits(self, feat: Tensor, coord: Tensor, cell: Tensor) -> Tensor | None:
-        """The mapper's logits (B, Q, J), arguments as for `forward`; None where there is one expert."""
-        if self.mapper is None:
-            return None
-        lr_size = feat.shape[-2:]
-        return self.mapper(self.mapper.table(feat), coord, cell * cell.new_tensor(lr_size), lr_size)
-
-    def route(
-        self,
-        logits: Tensor | None,
-        shape: tuple[int, int],
-        device: torch.device,
-        noise: Tensor | None = None,
-        tau: float | None = None,
-    ) -> Routing:
-        """Gumbel routing in training, argmax in test, the only expert where there is one; `shape` is (B, Q)."""
-        if logits is None:
-            return Routing(torch.zeros(tuple(shape), dtype=torch.long, device=device), None, None)
-        if not self.training:
-            return Routing(logits.argmax(dim=-1), None, logits)
-        if self.scores_are_fitted:
-            return route_fitted(logits, self.mapper.offset)
-        if noise is None:
-            noise = -torch.empty_like(logits).exponential_().clamp_(min=SMALLEST).log()
-        return route_gumbel(logits, noise.to(logits), self.tau if tau is None else tau)
-
-    def decode(
-        self, queries: Queries, tables: list[Tensor], routing: Routing, image: int, keep: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The queries of one image of the batch: (Q, C_out); and every expert's answers (Q, J, C_out) if all ran."""
-        evaluate = partial(self._evaluate, tables)
-        if self.num_experts == 1:
-            return evaluate(0, queries), None
-        expert = routing.expert[image]
-        if routing.gates is None:
-            return dispatch.dispatch(evaluate, queries, expert, self.num_experts), None
-        gates = routing.gates[image]
-        if self.runs_all_experts:
-            answers = self.pool.evaluate_all(tables, queries)
-            return dispatch.mixture_naive(answers, gates), answers
-        if self.expert_grad == 'exact':
-            return dispatch.mixture_exact(evaluate, queries, gates, expert), None
-        keep = torch.rand_like(gates) < self.sample_rate if keep is None else keep[image]
-        return dispatch.mixture_sampled(evaluate, queries, gates, expert, keep, self.sample_rate), None
-
-    @property
-    def runs_all_experts(self) -> bool:
-        """Whether training runs every expert on every query under autograd, and `forward` gives their answers."""
-        return self.num_experts > 1 and (
-            self.expert_grad == 'naive' or (self.expert_grad == 'exact' and self.pool.is_nested)
-        )
-
-    def _evaluate(self, tables: list[Tensor], j: int, queries: Queries) -> Tensor:
-        return self.pool.evaluate(j, tables, queries)
+    if len(experts) > 256:  # expert maps are bytes
+        raise ValueError(f'there may be 256 experts at most; got {len(experts)}.')
+    return [list(hidden) for hidden in experts]

@@ -14,20 +14,19 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .experts import ExpertPool
-from .queries import Queries
+from .coords import Queries
+from .liif import ExpertPool
 
 
 class LTEExperts(ExpertPool):
-    """A pool of LTE decoders over one feature map. `tables` is a list of two, (T, 2 K): coefficient and frequency.
+    """LTE decoders over one feature map; `tables` are two, (T, 2 K): coefficient and frequency.
 
     Args:
         in_channels: C.
-        out_channels: Channels of the signal.
+        out_channels: C_out.
         experts: Hidden widths of each expert; an empty list is one linear layer on the Fourier basis.
         hidden_dim: 2 K, width of the Fourier basis; even.
         shared_layers: See `ExpertPool`; convolutions and phase are always shared.
-        zero_init_last: See `Expert`.
     """
 
     def __init__(
@@ -37,11 +36,10 @@ class LTEExperts(ExpertPool):
         experts: Sequence[Sequence[int]],
         hidden_dim: int = 256,
         shared_layers: int = 0,
-        zero_init_last: bool = False,
     ):
         if hidden_dim < 2 or hidden_dim % 2:
             raise ValueError(f'hidden_dim must be a positive even number; got {hidden_dim}.')
-        super().__init__(hidden_dim, out_channels, experts, shared_layers, zero_init_last)
+        super().__init__(hidden_dim, out_channels, experts, shared_layers)
         self.in_channels = in_channels
         self.hidden_dim = hidden_dim
         self.coef = nn.Conv2d(in_channels, hidden_dim, 3, padding=1)
@@ -65,13 +63,13 @@ class LTEExperts(ExpertPool):
         """What the MLPs read: (4 N, 2 K). LTE, equations 4 and 5."""
         coef, freq = (queries.gather(table) for table in tables)  # (4 N, 2 K)
         rel = queries.rel.flatten(0, 1).to(freq)  # (4 N, 2)
-        phase = self.phase(queries.cell)  # (N, K) or (1, K)
+        phase = self.phase(queries.cell_lr)  # (N, K) or (1, K)
         freq = freq.unflatten(-1, (-1, 2))  # (4 N, K, 2), row part and column part of each frequency
         angle = freq[..., 0] * rel[:, :1] + freq[..., 1] * rel[:, 1:]  # (4 N, K)
         angle = math.pi * (angle.unflatten(0, (-1, 4)) + phase.unsqueeze(1)).flatten(0, 1)
         return coef * torch.cat([angle.cos(), angle.sin()], dim=-1)
 
-    def enter(self, tables: list[Tensor], queries: Queries) -> tuple[int, Tensor]:
+    def enter(self, j: int, tables: list[Tensor], queries: Queries) -> tuple[int, Tensor]:
         """The Fourier basis, before any layer: 0, (4 N, 2 K)."""
         return 0, self.basis(tables, queries)
 
@@ -82,5 +80,5 @@ class LTEExperts(ExpertPool):
         return 4 * per_corner + linears[-1].weight.numel()
 
     def table_macs(self) -> int:
-        """Multiply-adds of both convolutions for one LR cell."""
+        """Multiply-adds of both convolutions for one LR pixel."""
         return 2 * 9 * self.in_channels * self.hidden_dim

@@ -1,7 +1,7 @@
 """Rendering: a whole output image from a feature map, in tiles of constant memory.
 
-A tile of LR cells gives a tile of output pixels. Per tile: route its pixels, build the LR tables under it, decode.
-Logits, order and LR tables of a whole image are never held.
+A tile of LR pixels gives a tile of output pixels. Per tile: route its pixels, build the LR tables under it, decode.
+Logits, order and LR tables of a whole image are never held. Mapper, routing and experts are those of training.
 
 Shapes: B images, C feature channels, (H, W) LR size, (R, S) rows and columns of an output tile, J experts.
 """
@@ -16,15 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .control import Budget, CostWeight, Shuffle
-from .coords import GridAxis, grid_axis, grid_corners, make_cell, pixel_centres
-from .decoder import MoEDecoder
-from .dispatch import dispatch
-from .mapper import Mapper, nearest_axis
-from .precision import full_fp32
-from .queries import Queries, make_queries
+from .coords import (
+    GridAxis,
+    Near,
+    Queries,
+    grid_axis,
+    grid_corners,
+    grid_near,
+    make_cell,
+    make_queries,
+    near_axis,
+    pixel_centres,
+)
+from .decoder import MoEDecoder, dispatch
+from .mapper import Mapper
 
 LOGITS = 1 << 18  # pixels whose logits are held at once
-MAPPER_CELLS = 1 << 16  # LR cells whose mapper activations are held at once: 8 MiB for 32 channels
+MAPPER_PIXELS = 1 << 16  # LR pixels whose mapper activations are held at once: 8 MiB for 32 channels
 CHUNK = 4096  # queries: four corners of 256 values are 16 MiB, below the size at which malloc maps memory anew
 
 
@@ -45,29 +53,22 @@ class Tile(NamedTuple):
     window: Tensor  # (1, C, h + 2, w + 2) features with a halo of one code per side, zero outside the image
     rows: GridAxis  # of the output rows, indices relative to the window without its halo
     cols: GridAxis
-    cell: Tensor  # (2,) size of an output pixel in units of LR cells
+    cell_lr: Tensor  # (2,) size of an output pixel in units of LR pixels
     expert_map: Tensor | None  # (R, S) uint8
-
-
-class Near(NamedTuple):
-    """The LR cell under each output position of one axis."""
-
-    index: Tensor  # (R,) int64
-    rel: Tensor  # (R,) fp32, distance to the cell's centre in units of LR cells
 
 
 class Backend(Protocol):
     """Computes tiles: the torch code below, or fused kernels with the same results to rounding."""
 
-    tile: int  # LR cells per side of a tile that suit it
+    tile: int  # LR pixels per side of a tile that suit it
 
     def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
         """The tile's pixels, each from its expert: (C_out, R, S) fp32."""
 
-    def logits(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
-        """The mapper's logits on a grid, (R, S, J) fp32; `table` (h, w, D) from `Mapper.table`, `cell` (2,)."""
+    def logits(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell_lr: Tensor) -> Tensor:
+        """The mapper's logits on a grid, (R, S, J) fp32; `table` (h, w, D) from `Mapper.table`, `cell_lr` (2,)."""
 
-    def route(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
+    def route(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell_lr: Tensor) -> Tensor:
         """The expert with the largest logit, (R, S) uint8; arguments as for `logits`."""
 
 
@@ -80,32 +81,26 @@ class TorchBackend:
         """LR tables of the window, then each pixel to its expert, in chunks."""
         tables = [table[0] for table in decoder.pool.tables(tile.window, padding=0)]
         width = tile.window.shape[-1] - 2
-        queries = make_queries(grid_corners(tile.rows, tile.cols, width), tile.cell[None])
+        queries = make_queries(grid_corners(tile.rows, tile.cols, width), tile.cell_lr[None])
 
-        def evaluate(j: int, group: Queries) -> Tensor:
-            return torch.cat([decoder.pool.evaluate(j, tables, chunk) for chunk in group.split(CHUNK)])
+        def predict(j: int, group: Queries) -> Tensor:
+            return torch.cat([decoder.pool.predict(j, chunk, tables) for chunk in group.split(CHUNK)])
 
         if tile.expert_map is None:
-            answers = evaluate(0, queries)
+            prediction = predict(0, queries)
         else:
-            answers = dispatch(evaluate, queries, tile.expert_map.flatten(), decoder.num_experts)
+            prediction = dispatch(predict, queries, tile.expert_map.flatten(), decoder.num_experts)
         size = tile.rows.rel.shape[1], tile.cols.rel.shape[1]
-        return answers.t().reshape(-1, *size).float()  # (C_out, R, S)
+        return prediction.t().reshape(-1, *size).float()  # (C_out, R, S)
 
-    def logits(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
-        """The same numbers as `Mapper.forward` gives for these positions."""
-        w_rel, w_cell = mapper.split_query_in()
-        with full_fp32(table.device):
-            x = table[rows.index[:, None], cols.index] + cell[None] @ w_cell.t()  # (R, S, D)
-            if mapper.granularity == 'pixel':
-                size = rows.rel.shape[0], cols.rel.shape[0]
-                rel = torch.stack([rows.rel[:, None].expand(size), cols.rel[None].expand(size)], dim=-1)  # (R, S, 2)
-                x = x + rel @ w_rel.t()
-            return mapper.query_out(F.relu(x))
+    def logits(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell_lr: Tensor) -> Tensor:
+        """The mapper's own on the pixels of the grid."""
+        logits = mapper(table.flatten(0, 1)[None], grid_near(rows, cols, table.shape[1]), cell_lr)
+        return logits.view(rows.rel.shape[0], cols.rel.shape[0], -1)
 
-    def route(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
+    def route(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell_lr: Tensor) -> Tensor:
         """argmax of `logits`."""
-        return self.logits(mapper, table, rows, cols, cell).argmax(dim=-1).to(torch.uint8)
+        return self.logits(mapper, table, rows, cols, cell_lr).argmax(dim=-1).to(torch.uint8)
 
 
 def spans(start: int, stop: int, count: int) -> list[tuple[int, int]]:
@@ -136,7 +131,7 @@ class Renderer:
         cell: (2,) 2 / size, or what the network was trained to see in its place.
         control: Routes a strip's logits; the trained routing where it is None.
         backend: Computes routing and tiles.
-        tile: LR cells per side of a tile; the backend's choice where it is None.
+        tile: LR pixels per side of a tile; the backend's choice where it is None.
         device: Device of the features.
         shuffle: Deals the routed experts out to other pixels; None leaves them where they are.
         clock: Told of the stages 'map' and 'decode'.
@@ -161,10 +156,10 @@ class Renderer:
         self.backend = backend
         self.shuffle, self.clock = shuffle, clock
         cell = make_cell(size) if cell is None else cell
-        self.cell = (cell * torch.tensor(lr_size, dtype=torch.float32)).to(device)  # in units of LR cells
+        self.cell_lr = (cell * torch.tensor(lr_size, dtype=torch.float32)).to(device)  # in units of LR pixels
         self.rows, self.cols = (grid_axis(n_out, n_lr, device=device) for n_out, n_lr in zip(size, lr_size))
         self.near_rows, self.near_cols = (
-            Near(*nearest_axis(pixel_centres(n_out, device), n_lr)) for n_out, n_lr in zip(size, lr_size)
+            near_axis(pixel_centres(n_out, device), n_lr) for n_out, n_lr in zip(size, lr_size)
         )
         self.costs = decoder.expert_costs.to(device)
 
@@ -185,7 +180,7 @@ class Renderer:
         """The mapper's LR table of a window: (h, w, D). Its convolutions see bands of rows, with the halo they need."""
         mapper = self.decoder.mapper
         height, width = window.feat.shape[-2:]
-        bands = spans(0, height, math.ceil(height * width / MAPPER_CELLS))
+        bands = spans(0, height, math.ceil(height * width / MAPPER_PIXELS))
         weight = mapper.query_in.weight
         table = weight.new_empty(height, width, weight.shape[0])
         for top, bottom in bands:
@@ -195,7 +190,7 @@ class Renderer:
         return table
 
     def near(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]) -> tuple[Near, Near]:
-        """The LR cells under an output region, relative to the window."""
+        """The LR pixels under an output region, relative to the window."""
         return tuple(
             Near(near.index[start:stop] - origin, near.rel[start:stop])
             for near, (start, stop), origin in ((self.near_rows, rows, window.top), (self.near_cols, cols, window.left))
@@ -231,7 +226,7 @@ class Renderer:
     def route(self, window: FeatureWindow, table: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
         """The expert map of an output region: (r, s) uint8."""
         if isinstance(self.control, CostWeight) and self.control.cost_weight == 0:
-            return self.backend.route(self.decoder.mapper, table, *self.near(window, rows, cols), self.cell)
+            return self.backend.route(self.decoder.mapper, table, *self.near(window, rows, cols), self.cell_lr)
         return torch.cat(
             [
                 self.control.route(logits, self.costs).to(torch.uint8)
@@ -245,7 +240,7 @@ class Renderer:
         """The mapper's logits of an output region in pixel order, in blocks of rows of about `LOGITS` pixels."""
         count = math.ceil((rows[1] - rows[0]) * (cols[1] - cols[0]) / LOGITS)
         for block in spans(*rows, count):
-            yield self.backend.logits(self.decoder.mapper, table, *self.near(window, block, cols), self.cell)
+            yield self.backend.logits(self.decoder.mapper, table, *self.near(window, block, cols), self.cell_lr)
 
     def previews(self) -> list[Callable[[FeatureWindow, tuple[int, int], tuple[int, int]], None]]:
         """What must see every region of the image before anything is rendered, one after the other."""
@@ -262,7 +257,7 @@ class Renderer:
         for _, _, expert_map in self.routed_strips(window, rows, cols):
             self.shuffle.count(expert_map)
 
-    def render(
+    def render_region(
         self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]
     ) -> Iterator[tuple[int, int, Rendered]]:
         """An output region, strip by strip from top to bottom.
@@ -282,7 +277,7 @@ class Renderer:
                 with self.clock('decode'):
                     crop, tile_rows, tile_cols = crop_window(window.feat, tile_rows, tile_cols)
                     output[0, :, :, left - cols[0] : right - cols[0]] = self.backend.decode(
-                        self.decoder, Tile(crop, tile_rows, tile_cols, self.cell, piece)
+                        self.decoder, Tile(crop, tile_rows, tile_cols, self.cell_lr, piece)
                     )
             yield top, bottom, Rendered(output, None if expert_map is None else expert_map[None])
             del output  # before the next one is made
@@ -306,7 +301,7 @@ def crop_window(feat: Tensor, rows: GridAxis, cols: GridAxis) -> tuple[Tensor, G
 
 
 @torch.no_grad()
-def render(
+def render_image(
     decoder: MoEDecoder,
     feat: Tensor,
     size: tuple[int, int],
@@ -328,7 +323,7 @@ def render(
     if decoder.num_experts > 1:
         expert_map = torch.empty(feat.shape[0], *size, dtype=torch.uint8, device=feat.device)
     for image, window in enumerate(windows):
-        for top, bottom, strip in renderer.render(window, *everything):
+        for top, bottom, strip in renderer.render_region(window, *everything):
             output[image, :, top:bottom] = strip.output[0]
             if expert_map is not None:
                 expert_map[image, top:bottom] = strip.expert_map[0]

@@ -52,7 +52,7 @@ NO_MEMORY = 3  # csrc/decode.h, enum Error
 
 
 class LteTables(NamedTuple):
-    """What LTE's experts share, per LR cell; fp32 (a bf16 frequency would be off by whole turns)."""
+    """What LTE's experts share, per LR pixel; fp32 (a bf16 frequency would be off by whole turns)."""
 
     coef: Tensor  # (Ht, Wt, 2K) coefficients of the K cosines, then of the K sines
     freq: Tensor  # (Ht, Wt, 2K) K row frequencies, then K column frequencies: the official channels 0::2, then 1::2
@@ -124,7 +124,7 @@ def decode(
 def needed_cells(
     rows: GridAxis, cols: GridAxis, expert_map: Tensor, size: tuple[int, int], num_experts: int
 ) -> list[Tensor]:
-    """The LR cells that each expert's pixels read, as ascending row-major numbers: one (N,) int64 per expert.
+    """The LR pixels that each expert's pixels read, as ascending row-major numbers: one (N,) int64 per expert.
 
     Args:
         rows, cols, expert_map: As for `decode`.
@@ -182,7 +182,7 @@ def _check_axis(name: str, axis: GridAxis, shape: tuple[int, ...], cells: int) -
 
 
 def _cell_stride(table: Tensor, name: str) -> int:
-    """Distance between LR cells in a (Ht, Wt, D) table."""
+    """Distance between LR pixels in a (Ht, Wt, D) table."""
     height, width, channels = table.shape
     stride = table.stride(1) if width > 1 else table.stride(0)
     if (channels > 1 and table.stride(2) != 1) or (height > 1 and table.stride(0) != width * stride):
@@ -249,7 +249,7 @@ def route(
     """The mapper's per-pixel layers in fp32: logits = w_out relu(table[cell] + rel . w_rel) + b_out, then argmax.
 
     Args:
-        table: (Ht, Wt, D) fp32, channels-last: the hidden layer's part that depends on the LR cell, bias and cell term
+        table: (Ht, Wt, D) fp32, channels-last: the hidden layer's part that depends on the LR pixel, bias and cell term
             included.
         rows: `index` (h) int64 nearest LR row, `rel` (h) fp32 relative row.
         cols: The same for the w columns.

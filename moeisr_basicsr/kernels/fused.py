@@ -6,10 +6,10 @@ Shapes: as in `core.render`; D first hidden width, K frequencies of LTE.
 import torch
 from torch import Tensor
 
-from moeisr_basicsr.core.coords import GridAxis
+from moeisr_basicsr.core.coords import GridAxis, Near
 from moeisr_basicsr.core.decoder import MoEDecoder
 from moeisr_basicsr.core.mapper import Mapper
-from moeisr_basicsr.core.render import Near, Tile
+from moeisr_basicsr.core.render import Tile
 
 from . import cpu
 
@@ -64,7 +64,7 @@ class FusedCPUBackend:
         window = tile.window.contiguous(memory_format=torch.channels_last)[0]
 
         def table(j: int, needed: Tensor | None) -> Tensor:
-            bias = pool.linears(j)[0].bias + self.w_local[j][:, 2:] @ tile.cell
+            bias = pool.linears(j)[0].bias + self.w_local[j][:, 2:] @ tile.cell_lr
             return self.convs[j](window, bias, needed)
 
         if pool.num_tables == 1:
@@ -79,27 +79,27 @@ class FusedCPUBackend:
         height, width = (n - 2 for n in tile.window.shape[-2:])
         coef, freq = (table[0].unflatten(0, (height, width)) for table in pool.tables(tile.window.float(), padding=0))
         freq = freq.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).contiguous()
-        return cpu.LteTables(coef.contiguous(), freq, pool.phase(tile.cell))
+        return cpu.LteTables(coef.contiguous(), freq, pool.phase(tile.cell_lr))
 
-    def logits(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
+    def logits(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell_lr: Tensor) -> Tensor:
         """(R, S, J) fp32."""
         logits = torch.empty(rows.rel.shape[0], cols.rel.shape[0], mapper.query_out.out_features)
-        self._map(mapper, table, rows, cols, cell, logits)
+        self._map(mapper, table, rows, cols, cell_lr, logits)
         return logits
 
-    def route(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
+    def route(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell_lr: Tensor) -> Tensor:
         """(R, S) uint8."""
-        return self._map(mapper, table, rows, cols, cell, None)
+        return self._map(mapper, table, rows, cols, cell_lr, None)
 
     def _map(
-        self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor, logits: Tensor | None
+        self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell_lr: Tensor, logits: Tensor | None
     ) -> Tensor:
         w_rel, w_cell = mapper.split_query_in()
-        w_rel = w_rel.t() if mapper.granularity == 'pixel' else torch.zeros_like(w_rel).t()
+        w_rel = w_rel.t() if mapper.granularity == 'output_pixel' else torch.zeros_like(w_rel).t()
         experts = torch.empty(rows.rel.shape[0], cols.rel.shape[0], dtype=torch.uint8)
         first, last = int(rows.index[0]), int(rows.index[-1])
         with torch.autocast('cpu', enabled=False):
-            table = (table[first : last + 1] + w_cell @ cell).contiguous()
+            table = (table[first : last + 1] + w_cell @ cell_lr).contiguous()
         cpu.route(
             table,
             GridAxis(rows.index - first, rows.rel),

@@ -81,10 +81,10 @@ def _try_out(backend: Backend, decoder: MoEDecoder) -> None:
         window = FeatureWindow(feat, 0, 0, (1, 1))
         near = renderer.near(window, (0, size[0]), (0, size[1]))
         for kernel in (backend.route, backend.logits):
-            kernel(decoder.mapper, renderer.mapper_table(window), *near, renderer.cell)
+            kernel(decoder.mapper, renderer.mapper_table(window), *near, renderer.cell_lr)
         expert_map = torch.arange(size[1], dtype=torch.uint8, device=device)[None]
     window, rows, cols = crop_window(feat, renderer.rows, renderer.cols)
-    backend.decode(decoder, Tile(window, rows, cols, renderer.cell, expert_map)).cpu()  # waits for all of them
+    backend.decode(decoder, Tile(window, rows, cols, renderer.cell_lr, expert_map)).cpu()  # waits for all of them
 
 
 @cache

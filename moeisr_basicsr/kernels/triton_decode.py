@@ -22,14 +22,13 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from moeisr_basicsr.core.coords import EPS_AREA
-from moeisr_basicsr.core.decoder import MoEDecoder
-from moeisr_basicsr.core.dispatch import group_by_expert
+from moeisr_basicsr.core.coords import EPS_AREA, Near
+from moeisr_basicsr.core.decoder import MoEDecoder, group_by_expert
 from moeisr_basicsr.core.liif import LIIFExperts
 from moeisr_basicsr.core.lte import LTEExperts
 from moeisr_basicsr.core.mapper import Mapper
 from moeisr_basicsr.core.precision import full_fp32
-from moeisr_basicsr.core.render import Near, Tile, TorchBackend
+from moeisr_basicsr.core.render import Tile, TorchBackend
 from moeisr_basicsr.kernels.triton_kernel import decode_kernel, interpreted, route_kernel
 
 MIN_WIDTH = 16  # the least inner size of a tensor core product
@@ -111,9 +110,9 @@ class PackedExpert(NamedTuple):
     layers: int
     relu_first: bool
 
-    def coordinate_part(self, cell: Tensor) -> Tensor:
-        """What the kernel reads as `w_coord`, for the cell (2,) in units of LR cells."""
-        constant = (self.w_cell * cell).sum(dim=1)
+    def coordinate_part(self, cell_lr: Tensor) -> Tensor:
+        """What the kernel reads as `w_coord`, for the cell (2,) in units of LR pixels."""
+        constant = (self.w_cell * cell_lr).sum(dim=1)
         return constant if self.w_rel is None else torch.cat([self.w_rel, (constant + self.bias)[None]])
 
 
@@ -259,7 +258,7 @@ class TritonBackend(TorchBackend):
             *axes,
             table[:, first:],
             table[:, expert.d_in :] if self.lte else table,
-            expert.coordinate_part(tile.cell.float()),
+            expert.coordinate_part(tile.cell_lr.float()),
             expert.weights,
             expert.biases,
             which.numel(),
@@ -300,26 +299,26 @@ class TritonBackend(TorchBackend):
             self._accepted[j] = position
             return
 
-    def logits(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
+    def logits(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell_lr: Tensor) -> Tensor:
         """(R, S, J) fp32."""
         if mapper.query_out.out_features > MAX_ROUTED:
-            return super().logits(mapper, table, rows, cols, cell)
-        return _launch_route(mapper, table, rows, cols, cell, want_logits=True)
+            return super().logits(mapper, table, rows, cols, cell_lr)
+        return _launch_route(mapper, table, rows, cols, cell_lr, want_logits=True)
 
-    def route(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor) -> Tensor:
+    def route(self, mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell_lr: Tensor) -> Tensor:
         """(R, S) uint8."""
         if mapper.query_out.out_features > MAX_ROUTED:
-            return super().route(mapper, table, rows, cols, cell)
-        return _launch_route(mapper, table, rows, cols, cell, want_logits=False)
+            return super().route(mapper, table, rows, cols, cell_lr)
+        return _launch_route(mapper, table, rows, cols, cell_lr, want_logits=False)
 
 
 @torch.no_grad()
-def _launch_route(mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell: Tensor, want_logits: bool) -> Tensor:
+def _launch_route(mapper: Mapper, table: Tensor, rows: Near, cols: Near, cell_lr: Tensor, want_logits: bool) -> Tensor:
     """Logits (R, S, J), or the expert map (R, S)."""
     size, num_experts = (rows.rel.shape[0], cols.rel.shape[0]), mapper.query_out.out_features
     w_rel, w_cell = mapper.split_query_in()
-    w_rel = w_rel.t().contiguous() if mapper.granularity == 'pixel' else torch.zeros_like(w_rel.t()).contiguous()
-    table = (table + (w_cell * cell).sum(dim=1)).contiguous()  # (h, w, WIDTH)
+    w_rel = w_rel.t().contiguous() if mapper.granularity == 'output_pixel' else torch.zeros_like(w_rel.t()).contiguous()
+    table = (table + (w_cell * cell_lr).sum(dim=1)).contiguous()  # (h, w, WIDTH)
     out = (
         torch.empty(*size, num_experts, device=table.device)
         if want_logits

@@ -26,7 +26,7 @@ from .evaluation import Evaluated
 from .image_evaluation import ImageEvaluator
 from .non_finite import NonFiniteGuard
 from .optimizers import build_optimizer, build_scheduler, step_schedulers
-from .parts import check_parts, copy_parts, keep_trainable
+from .parts import keep_trainable
 from .precision import Precision, compile_network
 from .validator import report, run_validation
 from .weights import bare_weights, load_weights
@@ -37,8 +37,8 @@ class ArbitraryScaleModel(SRModel):
     """SRModel for networks that answer queries at any position.
 
     Training items with `coord` and `cell` go through `net(lq, coord, cell)`, items without through `net(lq)`.
-    Beyond SRModel it reads from `train`: trainable, restart, amp, tf32, channels_last, compile, accumulate, grad_clip,
-    non_finite, non_finite_limit, every torch.optim class and scheduler; from `val`: bicubic_baseline, protocols per
+    Beyond SRModel it reads from `train`: trainable, amp, tf32, channels_last, compile, accumulate, grad_clip,
+    non_finite, every torch.optim class and scheduler; from `val`: bicubic_baseline, protocols per
     metric.
     """
 
@@ -79,22 +79,13 @@ class ArbitraryScaleModel(SRModel):
     def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'):
         """Load weights (.pth or .safetensors) without running code from the file."""
         get_root_logger().info(f'Loading {net.__class__.__name__} from {load_path}, parameters [{param_key}].')
-        self.pretrained = load_weights(self.get_bare_model(net), load_path, strict, param_key, leave_out=self.restarted)
-
-    @property
-    def restarted(self) -> list[str]:
-        """Parts that keep their first weights where a run starts from pretrained ones; none in a resumed run."""
-        if not self.is_train or self.opt['path'].get('resume_state'):
-            return []
-        return self.opt['train'].get('restart') or []
+        self.pretrained = load_weights(self.get_bare_model(net), load_path, strict, param_key)
 
     def init_training_settings(self) -> None:
         """EMA, losses, optimizer and scheduler, as SRModel; then what is ours."""
         train_opt = self.opt['train']
         super().init_training_settings()
-        check_parts(self.get_bare_model(self.net_g), self.restarted, 'train: restart')
         if self.ema_decay > 0:
-            copy_parts(self.get_bare_model(self.net_g), self.net_g_ema, self.restarted)
             self.net_g_ema.requires_grad_(False)  # fp32, like the trained weights: AMP only changes the forward
         self.accumulate = int(train_opt.get('accumulate', 1))
         if self.accumulate < 1:

@@ -1,4 +1,4 @@
-"""Parts of a network by name: which of them train, which start anew."""
+"""Parts of a network by name: which of them train."""
 
 from collections.abc import Sequence
 
@@ -38,10 +38,3 @@ def keep_trainable(net: nn.Module, parts: Sequence[str]) -> None:
         parameter.requires_grad_(is_in(name, parts))
     trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
     get_root_logger().info(f'Only {", ".join(parts)} will train: {trained:,} parameters.')
-
-
-def copy_parts(source: nn.Module, target: nn.Module, parts: Sequence[str]) -> None:
-    """Give `target` the weights that `parts` have in `source`, a network of the same architecture."""
-    target.load_state_dict(
-        {name: value for name, value in source.state_dict().items() if is_in(name, parts)}, strict=False
-    )

@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from moeisr_basicsr.core.decoder import EXPERT_GRADS, FAMILIES
+from moeisr_basicsr.core.decoder import FAMILIES
 from moeisr_basicsr.core.mapper import GRANULARITIES, Mapper
 from moeisr_basicsr.core.skip import SKIPS
 
@@ -72,7 +72,6 @@ LIMITS: dict[str, Kind] = {
     'encoder': Typed('encoder'),
     'decoder': Choice(tuple(FAMILIES)),
     'skip': Choice(SKIPS),
-    'expert_grad': Choice(EXPERT_GRADS),
     'config': Choice(('A', 'B')),
     'resi_connection': Choice(('1conv', '3conv')),
     'num_layers': Int(1, 5),
