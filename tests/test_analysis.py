@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 from mmengine.analysis import FlopAnalyzer, parameter_count
 from mmengine.analysis.jit_handles import addmm_flop_jit
+from moeisr_basicsr.core.queries import make_queries
 from PIL import ImageColor
 from torch import nn
 
@@ -37,7 +38,6 @@ from moeisr_basicsr.archs.rdn_encoder_arch import RDNEncoder
 from moeisr_basicsr.archs.swinir_encoder_arch import SwinIREncoder
 from moeisr_basicsr.core import MoEDecoder, make_cell
 from moeisr_basicsr.core.coords import make_corners
-from moeisr_basicsr.core.queries import make_queries
 from moeisr_basicsr.errors import UserError
 
 EXPERTS = {

@@ -12,7 +12,7 @@ from torch import nn
 
 import moeisr_basicsr  # noqa: F401  before BasicSR, which needs its shims
 from moeisr_basicsr.convert import official
-from moeisr_basicsr.core import Decoded, make_coord
+from moeisr_basicsr.core import Draw, Predictions, make_coord
 from moeisr_basicsr.core.coords import pixel_centres
 from moeisr_basicsr.core.skip import skip_at, skip_grid
 
@@ -49,6 +49,30 @@ def build(name, seed=0, **options):
             net.decoder.mapper.query_out.weight.mul_(8)
             net.decoder.mapper.query_out.bias.zero_()
     return net
+
+
+def random_output(net):
+    """Undo the zero with which a bicubic skip starts."""
+    for expert in net.decoder.pool.experts:
+        expert.layers[-1].reset_parameters()
+    return net
+
+
+@pytest.mark.parametrize('name', ['MoEISR', 'MoEISR-LTE'])
+@pytest.mark.parametrize('skip', ['none', 'bicubic'])
+def test_a_draw_gives_every_expert_in_image_space(name, skip):
+    """What the objective sees: each expert's prediction with the skip, and the mixture of them."""
+    net = random_output(build(name, skip=skip)).train()
+    lq, (coord, cell) = torch.rand(2, 3, 6, 5), grid((9, 11), batch=2)
+    noise = torch.randn(2, 99, net.num_experts)
+    predictions = net(lq, coord, cell, Draw(noise))
+    assert isinstance(predictions, Predictions) and predictions.experts.shape == (2, 99, net.num_experts, 3)
+    for j in range(net.num_experts):  # noise that leaves no choice
+        forced = torch.full_like(noise, -1e6)
+        forced[..., j] = 1e6
+        close(net(lq, coord, cell, Draw(forced)).mixture(), predictions.experts[:, :, j])
+    chosen = predictions.routing.expert[..., None, None].expand(-1, -1, 1, 3)
+    close(predictions.mixture(), predictions.experts.gather(2, chosen).squeeze(2))
 
 
 def count(module):
@@ -99,7 +123,7 @@ def test_dense_equals_the_published_algorithm(name, size, out):
             )[:, :, 0].transpose(1, 2)
         expected = plain * 0.5 + 0.5
         close(net(lq, coord, cell), expected)
-        rendered = net.render(lq, net.encode(lq), out)
+        rendered = net.decode_image(lq, net.encode(lq), out)
     assert rendered.expert_map is None
     close(rendered.output, expected.transpose(1, 2).unflatten(-1, out))
 
@@ -114,7 +138,7 @@ def test_cell_factor_beyond_the_training_scales(name, limit, out):
     if limit:
         cell = cell * torch.tensor([max(out[0] / 5 / limit, 1), max(out[1] / 4 / limit, 1)])
     with torch.no_grad():
-        close(net.render(lq, net.encode(lq), out).output.flatten(2).transpose(1, 2), net(lq, coord, cell))
+        close(net.decode_image(lq, net.encode(lq), out).output.flatten(2).transpose(1, 2), net(lq, coord, cell))
 
 
 def test_cell_scale_max_can_be_set():
@@ -131,7 +155,7 @@ def test_queries_are_shown_the_same_cells_as_whole_images():
         out = net(lq, coord, cell)
         close(out, free(lq, coord, torch.tensor([2 / 10, 2 / 6]).expand_as(cell)))  # rows x3, columns x1.5
         assert not torch.allclose(out, free(lq, coord, cell), atol=1e-4)
-        close(net.render(lq, net.encode(lq), (15, 6)).output.flatten(2).transpose(1, 2), out)
+        close(net.decode_image(lq, net.encode(lq), (15, 6)).output.flatten(2).transpose(1, 2), out)
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -144,13 +168,13 @@ def test_whole_image_equals_its_queries(name, scale):
     coord, cell = grid(size, batch=2)
     with torch.no_grad():
         image = net(lq)
-        decoded = net(lq, coord, cell, with_routing=True)
-        rendered = net.render(lq, net.encode(lq), size)
-    assert isinstance(decoded, Decoded)
-    close(image, decoded.output.transpose(1, 2).unflatten(-1, size))
+        prediction = net(lq, coord, cell)
+        expert = net.decoder.route(net.encode(lq), coord, net.shown_cell(cell, (9, 7))).expert
+        rendered = net.decode_image(lq, net.encode(lq), size)
+    close(image, prediction.transpose(1, 2).unflatten(-1, size))
     if net.num_experts > 1:
-        assert decoded.routing.expert.unique().numel() > 1
-        assert torch.equal(rendered.expert_map.flatten(1).long(), decoded.routing.expert)
+        assert expert.unique().numel() > 1
+        assert torch.equal(rendered.expert_map.flatten(1).long(), expert)
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -179,7 +203,7 @@ def test_whole_image_needs_a_scale():
 @pytest.mark.parametrize('channels', [1, 4])
 @pytest.mark.parametrize('name', SMALL)
 def test_other_channel_counts(name, channels):
-    net = build(name, in_channels=channels, out_channels=channels, skip='bicubic', zero_init_last=False, scale=2).eval()
+    net = build(name, in_channels=channels, out_channels=channels, skip='bicubic', scale=2).eval()
     assert net.encoder.conv_first.in_channels == channels
     with torch.no_grad():
         assert net(torch.rand(2, channels, 5, 4)).shape == (2, channels, 10, 8)
@@ -191,14 +215,14 @@ def test_other_channel_counts(name, channels):
 @pytest.mark.parametrize('name', SMALL)
 @pytest.mark.parametrize('skip', ['none', 'bilinear', 'bicubic'])
 def test_output_is_added_to_the_skip(name, skip):
-    net = build(name, skip=skip, zero_init_last=False).eval()
+    net = random_output(build(name, skip=skip)).eval()
     lq = torch.rand(1, 3, 6, 5)
     coord, cell = grid((13, 12))
     with torch.no_grad():
-        decoded = net.decoder(net.encode(lq), coord, cell).output
+        decoded = net.decoder(net.encode(lq), coord, cell).prediction
         base = 0.5 if skip == 'none' else skip_at(lq, coord, skip)
         close(net(lq, coord, cell), decoded * 0.5 + base)
-        close(net.render(lq, net.encode(lq), (13, 12)).output.flatten(2).transpose(1, 2), decoded * 0.5 + base)
+        close(net.decode_image(lq, net.encode(lq), (13, 12)).output.flatten(2).transpose(1, 2), decoded * 0.5 + base)
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -211,7 +235,7 @@ def test_zero_initialised_network_is_exactly_bicubic(name):
         assert torch.equal(net.eval()(lq), bicubic)
         close(net.train()(lq), bicubic, 2e-6)
         assert torch.equal(net(lq, coord, torch.full_like(coord, 0.1)), skip_at(lq, coord, 'bicubic'))
-        started = build(name, skip='bicubic', scale=3, zero_init_last=False).eval()
+        started = random_output(build(name, skip='bicubic', scale=3)).eval()
         assert not torch.allclose(started(lq), bicubic, atol=1e-4)
 
 
@@ -333,7 +357,6 @@ def test_official_weights_give_the_official_answers(name):
         ({'experts': [[16], 8]}, 'experts must list the hidden widths'),
         ({'tau': -1}, 'tau must be above 0; got -1'),
         ({'mapper': {'num_layers': 0}}, 'num_layers must be 1 to 5; got 0'),
-        ({'expert_grad': 'none'}, "expert_grad must be one of .*'exact', 'naive', 'sampled'"),
         ({'encoder': {**RDN, 'config': 'C'}}, r"config must be one of \['A', 'B'\]; got 'C'"),
         ({'encoder': {**SWINIR, 'num_heads': [5]}}, 'divisible by every num_heads'),
         ({'encoder': {**SWINIR, 'num_heads': [2, 2]}}, 'equally long'),

@@ -4,9 +4,10 @@ import pytest
 import torch
 from reference import FAMILIES, grid, mixture
 
-from moeisr_basicsr.core import MoEDecoder, render
-from moeisr_basicsr.core.experts import apply_linear
-from moeisr_basicsr.core.routing import Routing, gumbel_noise, route_gumbel
+from moeisr_basicsr.core import MoEDecoder, render_image
+from moeisr_basicsr.core import reference as method
+from moeisr_basicsr.core.liif import apply_linear
+from moeisr_basicsr.core.mapper import Draw, Routing, gumbel_noise
 
 EXPERTS = {
     'liif': [[12], [8, 20], [16, 4, 8]],
@@ -62,7 +63,7 @@ def test_folded_equals_unfolded(family, size):
     decoder = make_decoder(family).eval()
     feat = torch.randn(2, 6, *size)
     coord, cell = random_queries()
-    output, routing, _ = decoder(feat, coord, cell)
+    output, routing = decoder(feat, coord, cell)
     one_hot = torch.nn.functional.one_hot(routing.expert, 3).float()
     assert len(routing.expert.unique()) > 1 or size == (1, 1), 'the case must use several experts to prove anything'
     close(output, mixture(decoder, feat, coord, cell, one_hot))
@@ -75,7 +76,7 @@ def test_render_equals_plain_grid(family, factor):
     feat = torch.randn(2, 6, 9, 7)
     size = round(9 * factor[0]), round(7 * factor[1])
     coord, cell = grid(size, batch=2)
-    rendered = render(decoder, feat, size, tile=4)
+    rendered = render_image(decoder, feat, size, tile=4)
     gates = torch.nn.functional.one_hot(rendered.expert_map.long().flatten(1), 3).float()
     expected = mixture(decoder, feat, coord, cell, gates).transpose(1, 2).unflatten(-1, size)
     close(rendered.output, expected)
@@ -88,9 +89,9 @@ def test_render_equals_plain_grid(family, factor):
 def test_tiled_equals_whole(family, experts):
     decoder = make_decoder(family, experts).eval()
     feat = torch.randn(1, 6, 23, 17)
-    whole = render(decoder, feat, (61, 50), tile=64)
+    whole = render_image(decoder, feat, (61, 50), tile=64)
     for tile in (1, 5, 16):
-        tiled = render(decoder, feat, (61, 50), tile=tile)
+        tiled = render_image(decoder, feat, (61, 50), tile=tile)
         close(tiled.output, whole.output, 2e-6)
         if experts is None:
             assert torch.equal(tiled.expert_map, whole.expert_map)
@@ -98,81 +99,66 @@ def test_tiled_equals_whole(family, experts):
             assert tiled.expert_map is None
 
 
-def gradients(decoder, feat, coord, cell, noise, tau, **options):
+def gradients(decoder, feat, answer):
+    """Output, and the gradients of an L1 to a ramp, of `answer(features)`."""
     decoder.zero_grad()
-    feat = feat.clone().requires_grad_()
-    output, routing, _ = decoder(feat, coord, cell, noise, tau, **options)
-    target = torch.linspace(-1, 1, output.numel()).view_as(output)
+    leaf = feat.clone().requires_grad_()
+    output = answer(leaf)
+    target = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
     (output - target).abs().mean().backward()
     grads = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
-    return output.detach(), routing, {**grads, 'feat': feat.grad}
+    return output.detach(), {**grads, 'feat': leaf.grad}
 
 
 @pytest.mark.parametrize('family', KINDS)
 @pytest.mark.parametrize('tau', [0.5, 5.0])
-def test_exact_straight_through_equals_naive_sum(family, tau):
-    """Against the plain twin under autograd: encoder features, every expert, the mapper."""
+@pytest.mark.parametrize('every_expert', [False, True])
+def test_training_equals_the_reference(family, tau, every_expert):
+    """Output and gradients of encoder features, every expert and the mapper; `every_expert` changes neither."""
     decoder = make_decoder(family).double()
     feat = torch.randn(2, 6, 5, 7, dtype=torch.float64)
     coord, cell = (part.double() for part in random_queries())
     noise = gumbel_noise((2, 37, 3), seed=3, iteration=1, slot=0).double()
-    results = {}
     assert decoder.pool.is_nested == family.startswith('nested')
-    for form in ('exact', 'naive'):
-        decoder.expert_grad = form
-        results[form] = gradients(decoder, feat, coord, cell, noise, tau)
-    output, routing, exact = results['exact']
-    assert routing.expert.unique().numel() == 3
-    close(output, results['naive'][0], 1e-12)
-
-    decoder.zero_grad()
-    leaf = feat.clone().requires_grad_()
-    logits = decoder.mapper(decoder.mapper.table(leaf), coord, cell * cell.new_tensor((5, 7)), (5, 7))
-    plain = mixture(decoder, leaf, coord, cell, route_gumbel(logits, noise, tau).gates)
-    close(output, plain.detach(), 1e-9)
-    target = torch.linspace(-1, 1, plain.numel(), dtype=torch.float64).view_as(plain)
-    (plain - target).abs().mean().backward()
-    for name, parameter in [*decoder.named_parameters(), ('feat', leaf)]:
-        assert parameter.grad.abs().max() > 0, name
-        close(exact[name], parameter.grad, 2e-6 * float(parameter.grad.abs().max()))
-        close(exact[name], results['naive'][2][name], 2e-6 * float(parameter.grad.abs().max()))
+    chosen = decoder.predict(feat, coord, cell, Draw(noise, tau)).routing.expert
+    assert chosen.unique().numel() == 3
+    draw = Draw(noise, tau, every_expert)
+    output, fast = gradients(decoder, feat, lambda z: decoder.predict(z, coord, cell, draw).mixture())
+    expected, plain = gradients(decoder, feat, lambda z: method.decode(decoder, z, coord, cell, noise, tau)[0])
+    close(output, expected, 1e-9)
+    for name, grad in plain.items():
+        assert grad.abs().max() > 0, name
+        close(fast[name], grad, 2e-6 * float(grad.abs().max()))
 
 
-@pytest.mark.parametrize('family', ['liif', 'shared'])
-def test_sampled_is_unbiased_and_exact_at_rate_one(family):
-    decoder = make_decoder(family).double()
-    feat = torch.randn(1, 6, 5, 7, dtype=torch.float64)
-    coord, cell = (part.double() for part in random_queries(batch=1, count=64))
-    noise = gumbel_noise((1, 64, 3), seed=3, iteration=1, slot=0).double()
-    decoder.expert_grad = 'exact'
-    output, _, exact = gradients(decoder, feat, coord, cell, noise, 1.0)
-
-    decoder.expert_grad, decoder.sample_rate = 'sampled', 1.0
-    everything = torch.ones(1, 64, 3, dtype=torch.bool)
-    same_output, _, same = gradients(decoder, feat, coord, cell, noise, 1.0, keep=everything)
-    close(same_output, output, 1e-12)
-    for name, grad in exact.items():
-        close(same[name], grad, 1e-6 * float(grad.abs().max()))
-
-    decoder.sample_rate = 0.25  # averaged over draws that cover each pair equally often: exactly the full gradient
-    draws = [torch.zeros(1, 64, 3, dtype=torch.bool) for _ in range(4)]
-    for part, keep in enumerate(draws):
-        keep.view(-1)[part::4] = True
-    sampled = [gradients(decoder, feat, coord, cell, noise, 1.0, keep=keep)[2] for keep in draws]
-    assert any(not torch.allclose(sampled[0][name], exact[name]) for name in exact)
-    for name, grad in exact.items():
-        close(sum(draw[name] for draw in sampled) / 4, grad, 1e-6 * float(grad.abs().max()))
+@pytest.mark.parametrize('family', KINDS)
+def test_test_equals_the_reference(family):
+    decoder = make_decoder(family).eval()
+    feat = torch.randn(2, 6, 5, 7)
+    coord, cell = random_queries()
+    decoded = decoder(feat, coord, cell)
+    expected, gate = method.decode(decoder, feat, coord, cell)
+    assert torch.equal(decoded.routing.expert, gate.argmax(dim=-1)) and decoded.routing.gate is None
+    close(decoded.prediction, expected)
 
 
-@pytest.mark.parametrize('form', ['exact', 'sampled'])
-def test_idle_expert_gets_a_zero_gradient(form):
-    decoder = make_decoder(expert_grad=form)
+def test_without_a_draw_torch_draws():
+    decoder = make_decoder()
+    feat, (coord, cell) = torch.randn(2, 6, 5, 7), random_queries()
+    first, again, other = (
+        (torch.manual_seed(seed), decoder(feat, coord, cell).routing.expert)[1] for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_idle_expert_gets_a_zero_gradient():
+    decoder = make_decoder()
     with torch.no_grad():
         decoder.mapper.query_out.bias.copy_(torch.tensor([0.0, 0.0, -1e4]))
     coord, cell = random_queries()
-    feat = torch.randn(2, 6, 5, 7)
-    _, routing, grads = gradients(decoder, feat, coord, cell, torch.zeros(2, 37, 3), 1.0)
-    assert not (routing.expert == 2).any()
+    feat, draw = torch.randn(2, 6, 5, 7), Draw(torch.zeros(2, 37, 3))
+    assert not (decoder.predict(feat, coord, cell, draw).routing.expert == 2).any()
+    _, grads = gradients(decoder, feat, lambda z: decoder.predict(z, coord, cell, draw).mixture())
     idle = [grad for name, grad in grads.items() if 'experts.2.' in name]
     assert idle and all(torch.count_nonzero(grad) == 0 for grad in idle)
     busy = [grad for name, grad in grads.items() if 'experts.0.' in name]
@@ -184,7 +170,7 @@ def test_one_query(family):
     decoder = make_decoder(family).eval()
     feat = torch.randn(1, 6, 4, 4)
     coord, cell = random_queries(batch=1, count=1)
-    output, routing, _ = decoder(feat, coord, cell)
+    output, routing = decoder(feat, coord, cell)
     assert output.shape == (1, 1, 3)
     close(output, FAMILIES[family](decoder.pool, int(routing.expert), feat, coord, cell))
 
@@ -196,15 +182,14 @@ def test_one_expert_is_the_dense_decoder(family):
     assert decoder.mapper is None
     coord, cell = random_queries()
     feat = torch.randn(2, 6, 5, 7)
-    output, routing, grads = gradients(decoder, feat, coord, cell, None, None)
-    assert routing.gates is None and not routing.expert.any()
-    leaf = feat.clone().requires_grad_()
-    plain = FAMILIES[family](decoder.pool, 0, leaf, coord, cell)
-    close(output, plain.detach())
-    target = torch.linspace(-1, 1, plain.numel()).view_as(plain)
-    (plain - target).abs().mean().backward()
-    close(grads['feat'], leaf.grad, 1e-6)
-    assert isinstance(routing, Routing)
+    decoded = decoder(feat, coord, cell)
+    assert isinstance(decoded.routing, Routing) and decoded.routing.gate is None and not decoded.routing.expert.any()
+    output, fast = gradients(decoder, feat, lambda z: decoder(z, coord, cell).prediction)
+    expected, plain = gradients(decoder, feat, lambda z: FAMILIES[family](decoder.pool, 0, z, coord, cell))
+    close(output, expected)
+    close(decoder.eval()(feat, coord, cell).prediction, expected)
+    for name, grad in plain.items():
+        close(fast[name], grad, 1e-6)
 
 
 def test_queries_are_independent_of_their_company():
@@ -214,7 +199,7 @@ def test_queries_are_independent_of_their_company():
     coord, cell = random_queries(batch=1, count=40)
     whole = decoder(feat, coord, cell)
     parts = [decoder(feat, coord[:, at : at + 7], cell[:, at : at + 7]) for at in range(0, 40, 7)]
-    close(torch.cat([part.output for part in parts], dim=1), whole.output, 1e-6)
+    close(torch.cat([part.prediction for part in parts], dim=1), whole.prediction, 1e-6)
     assert torch.equal(torch.cat([part.routing.expert for part in parts], dim=1), whole.routing.expert)
 
 
@@ -258,21 +243,22 @@ def test_nested_experts_have_only_output_layers_of_their_own():
 
 
 @pytest.mark.parametrize('family', KINDS)
-def test_all_answers_are_those_of_each_expert(family):
+def test_every_expert_predicts_as_it_would_alone(family):
     """One pass through what is shared against each expert by itself, in the plain way; gradients too."""
-    decoder = make_decoder(family, expert_grad='naive').double()
+    decoder = make_decoder(family).double()
     feat = torch.randn(2, 6, 5, 7, dtype=torch.float64)
     coord, cell = (part.double() for part in random_queries())
-    weight = torch.randn(2, 37, 3, 3, dtype=torch.float64)  # of every expert's every answer
+    weight = torch.randn(2, 37, 3, 3, dtype=torch.float64)  # of every expert's every prediction
     found = []
-    for answer in (
-        lambda: decoder(feat, coord, cell).answers,
+    for predict in (
+        lambda: decoder.predict(feat, coord, cell, Draw(every_expert=True)).experts,
         lambda: torch.stack([FAMILIES[decoder.family](decoder.pool, j, feat, coord, cell) for j in range(3)], dim=2),
     ):
         decoder.zero_grad()
-        answers = answer()
-        (answers * weight).sum().backward()
-        found.append((answers.detach(), {name: value.grad.clone() for name, value in decoder.pool.named_parameters()}))
+        predictions = predict()
+        (predictions * weight).sum().backward()
+        grads = {name: value.grad.clone() for name, value in decoder.pool.named_parameters()}
+        found.append((predictions.detach(), grads))
     (fast, fast_grads), (plain, plain_grads) = found
     close(fast, plain, 1e-9)
     for name, grad in plain_grads.items():
@@ -316,10 +302,7 @@ def test_shared_layers_need_equal_widths(family, experts, count, message):
         ({'experts': []}, 'experts must list'),
         ({'experts': [256]}, 'experts must list'),
         ({'experts': [[0]]}, 'experts must list'),
-        ({'tau': 0}, 'tau'),
         ({'experts': [[]] * 257}, '256 experts at most; got 257'),
-        ({'expert_grad': 'fast'}, 'expert_grad'),
-        ({'sample_rate': 0}, 'sample_rate'),
         ({'family': 'lte', 'hidden_dim': 7}, 'hidden_dim'),
         ({'mapper': {'num_layers': 6}}, 'num_layers'),
         ({'mapper': {'granularity': 'image'}}, 'granularity'),

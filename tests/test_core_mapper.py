@@ -1,20 +1,22 @@
-"""The mapper: folded against unfolded, one decision per cell, grid against scattered, fp32 under autocast."""
+"""The mapper: folded against unfolded, one decision per LR pixel, grid against scattered, fp32 under autocast."""
 
 import subprocess
-import sys  # core.render is also a function's name
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import centres, grid, sample_nearest
+from reference import grid
 
-from moeisr_basicsr.core import MoEDecoder, render
-from moeisr_basicsr.core.coords import pixel_centres
-from moeisr_basicsr.core.mapper import Mapper, nearest_axis
+from moeisr_basicsr.core import MoEDecoder, render_image
+from moeisr_basicsr.core import reference as method
+from moeisr_basicsr.core.coords import Near, make_near, near_axis, pixel_centres
+from moeisr_basicsr.core.mapper import Mapper
 from moeisr_basicsr.core.precision import full_fp32
-from moeisr_basicsr.core.render import TORCH, FeatureWindow, Near, Renderer
+from moeisr_basicsr.core.render import TORCH, FeatureWindow, Renderer
 
 
-def make_mapper(granularity='pixel', num_layers=3):
+def make_mapper(granularity='output_pixel', num_layers=3):
     torch.manual_seed(0)
     mapper = Mapper(6, 4, num_layers=num_layers, num_feat=10, hidden=12, granularity=granularity)
     with torch.no_grad():
@@ -23,24 +25,19 @@ def make_mapper(granularity='pixel', num_layers=3):
 
 
 def unfolded(mapper, feat, coord, cell):
-    """Per query: its LR cell's features, relative coordinate and cell side by side, then the two linear layers."""
-    size = feat.shape[-2:]
-    x = mapper.convs(feat)
-    at = coord.clamp(-1 + 1e-6, 1 - 1e-6)
-    positions = centres(size).permute(2, 0, 1).expand(feat.shape[0], -1, -1, -1).to(feat)
-    rel = (coord - sample_nearest(positions, at)) * coord.new_tensor(size)
-    if mapper.granularity == 'cell':
-        rel = torch.zeros_like(rel)
-    rel_cell = cell * cell.new_tensor(size)
-    x = torch.cat([sample_nearest(x, at), rel, rel_cell], dim=-1)  # (B, Q, num_feat + 4)
-    return mapper.query_out(mapper.query_in(x).relu())
+    return method.logits(SimpleNamespace(mapper=mapper), feat, coord, cell)
+
+
+def folded(mapper, feat, coord, cell):
+    size = tuple(feat.shape[-2:])
+    return mapper(mapper.table(feat), make_near(coord, size), cell * cell.new_tensor(size))
 
 
 def near_axes(size, lr_size):
-    return [Near(*nearest_axis(pixel_centres(n_out), n)) for n_out, n in zip(size, lr_size)]
+    return [near_axis(pixel_centres(n_out), n) for n_out, n in zip(size, lr_size)]
 
 
-@pytest.mark.parametrize('granularity', ['pixel', 'cell'])
+@pytest.mark.parametrize('granularity', ['output_pixel', 'lr_pixel'])
 @pytest.mark.parametrize('num_layers', [1, 3, 5])
 @pytest.mark.parametrize('size', [(5, 7), (1, 1), (1, 6)])
 def test_folded_equals_unfolded(granularity, num_layers, size):
@@ -49,7 +46,7 @@ def test_folded_equals_unfolded(granularity, num_layers, size):
     feat = torch.randn(2, 6, *size)
     coord = torch.rand(2, 41, 2) * 2 - 1
     cell = torch.rand(2, 41, 2) * 0.3
-    logits = mapper(mapper.table(feat), coord, cell * cell.new_tensor(size), size)
+    logits = folded(mapper, feat, coord, cell)
     assert logits.shape == (2, 41, 4)
     torch.testing.assert_close(logits, unfolded(mapper, feat, coord, cell), rtol=0, atol=2e-6)
     assert float(logits.detach().std(dim=1).min()) > 1e-4, 'logits that do not vary prove nothing'
@@ -62,23 +59,20 @@ def test_gradients_reach_every_parameter():
     cell = torch.rand(2, 30, 2, dtype=torch.float64)
     pull = torch.randn(2, 30, 4, dtype=torch.float64)
     grads = []
-    for logits in (
-        mapper(mapper.table(feat), coord, cell * cell.new_tensor((4, 5)), (4, 5)),
-        unfolded(mapper, feat, coord, cell),
-    ):
+    for logits in (folded(mapper, feat, coord, cell), unfolded(mapper, feat, coord, cell)):
         grads.append(torch.autograd.grad((logits * pull).sum(), list(mapper.parameters())))
-    for (name, _), folded, plain in zip(mapper.named_parameters(), *grads):
+    for (name, _), fast, plain in zip(mapper.named_parameters(), *grads):
         assert plain.abs().max() > 0, name
-        torch.testing.assert_close(folded, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
 
 
-@pytest.mark.parametrize(('granularity', 'constant'), [('cell', True), ('pixel', False)])
+@pytest.mark.parametrize(('granularity', 'constant'), [('lr_pixel', True), ('output_pixel', False)])
 def test_granularity(granularity, constant):
-    """'cell': all pixels of an LR cell share one decision; 'pixel' can tell them apart."""
+    """'lr_pixel': all pixels of an LR pixel share one decision; 'output_pixel' can tell them apart."""
     mapper = make_mapper(granularity)
     feat = torch.randn(1, 6, 4, 3)
     coord, cell = grid((20, 15))
-    logits = mapper(mapper.table(feat), coord, cell * cell.new_tensor((4, 3)), (4, 3))
+    logits = folded(mapper, feat, coord, cell)
     cells = logits.detach().view(4, 5, 3, 5, 4).transpose(1, 2)  # (4, 3, 5, 5, J): LR row, LR column, pixels inside, J
     same = (cells == cells[:, :, :1, :1]).all()
     assert bool(same) is constant
@@ -86,7 +80,7 @@ def test_granularity(granularity, constant):
     assert mapper.macs() == (0 if constant else 2 * 12) + 12 * 4
 
 
-@pytest.mark.parametrize('granularity', ['pixel', 'cell'])
+@pytest.mark.parametrize('granularity', ['output_pixel', 'lr_pixel'])
 @pytest.mark.parametrize('size', [(14, 21), (9, 16), (7, 7)])
 def test_grid_logits_equal_scattered_logits(granularity, size):
     mapper = make_mapper(granularity)
@@ -94,7 +88,7 @@ def test_grid_logits_equal_scattered_logits(granularity, size):
     coord, cell = grid(size)
     unit = torch.tensor([7.0, 5.0])
     table = mapper.table(feat)
-    scattered = mapper(table, coord, cell * unit, (7, 5)).view(*size, 4)
+    scattered = folded(mapper, feat, coord, cell).view(*size, 4)
     rows, cols = near_axes(size, (7, 5))
     on_grid = TORCH.logits(mapper, table[0].view(7, 5, -1), rows, cols, cell[0, 0] * unit)
     torch.testing.assert_close(on_grid, scattered, rtol=0, atol=1e-6)
@@ -113,11 +107,12 @@ def test_fp32_under_autocast():
     mapper = make_mapper()
     feat = torch.randn(1, 6, 7, 5)
     coord, cell = grid((14, 10))
-    plain = mapper(mapper.table(feat), coord, cell * 5, (7, 5))
+    near = make_near(coord, (7, 5))
+    plain = mapper(mapper.table(feat), near, cell * 5)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert torch.nn.functional.linear(coord, torch.ones(2, 2)).dtype == torch.bfloat16, 'autocast must be at work'
         table = mapper.table(feat)
-        mixed = mapper(table, coord, cell * 5, (7, 5))
+        mixed = mapper(table, near, cell * 5)
         on_grid = TORCH.logits(mapper, table[0].view(7, 5, -1), *near_axes((14, 10), (7, 5)), cell[0, 0] * 5)
         from_bf16 = mapper.table(feat.bfloat16())
     assert table.dtype == mixed.dtype == on_grid.dtype == from_bf16.dtype == torch.float32
@@ -135,15 +130,15 @@ def test_render_makes_the_same_map_under_autocast():
         hidden = decoder.mapper.query_in.bias
         decoder.mapper.query_out.bias[1] = (hidden.relu() * difference).sum()
     feat = torch.randn(1, 6, 9, 9)
-    plain = render(decoder, feat, (36, 36)).expert_map
+    plain = render_image(decoder, feat, (36, 36)).expert_map
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        mixed = render(decoder, feat, (36, 36)).expert_map
+        mixed = render_image(decoder, feat, (36, 36)).expert_map
     assert plain.unique().numel() == 2
     assert torch.equal(plain, mixed)
 
 
-@pytest.mark.parametrize('cells', [1, 40, 200])
-def test_the_table_of_a_large_window_is_made_in_bands(cells, monkeypatch):
+@pytest.mark.parametrize('pixels', [1, 40, 200])
+def test_the_table_of_a_large_window_is_made_in_bands(pixels, monkeypatch):
     torch.manual_seed(1)
     decoder = MoEDecoder(6, 3, experts=[[8], [8, 8]], mapper={'num_layers': 3, 'num_feat': 8, 'hidden': 8})
     feat = torch.randn(1, 6, 23, 17)
@@ -151,10 +146,10 @@ def test_the_table_of_a_large_window_is_made_in_bands(cells, monkeypatch):
     whole = decoder.mapper.table(feat).view(23, 17, 8)
     heights = []
     convolve = decoder.mapper.table
-    monkeypatch.setattr(sys.modules[Renderer.__module__], 'MAPPER_CELLS', cells)
+    monkeypatch.setattr(sys.modules[Renderer.__module__], 'MAPPER_PIXELS', pixels)
     monkeypatch.setattr(decoder.mapper, 'table', lambda band: (heights.append(band.shape[-2]), convolve(band))[1])
     torch.testing.assert_close(renderer.mapper_table(FeatureWindow(feat, 0, 0, (23, 17))), whole, rtol=0, atol=1e-6)
-    assert len(heights) > 1 and max(heights) <= cells / 17 + 1 + 2 * 3  # rows of a band and a halo on each side
+    assert len(heights) > 1 and max(heights) <= pixels / 17 + 1 + 2 * 3  # rows of a band and a halo on each side
 
 
 def test_table_macs_by_hand():
@@ -163,19 +158,19 @@ def test_table_macs_by_hand():
     assert mapper.macs() == 2 * 32 + 32 * 4
 
 
-def test_standardise_gives_the_logits_mean_zero_and_the_spread_asked_for():
+def test_standardise_gives_the_logits_mean_zero_and_deviation_one():
     torch.manual_seed(3)
     mapper = Mapper(5, 4, num_layers=2, num_feat=8, hidden=16)
     feat = torch.randn(2, 5, 6, 7)
     coord, cell = torch.rand(2, 200, 2) * 2 - 1, torch.rand(2, 200, 2)
-    before = mapper(mapper.table(feat), coord, cell, (6, 7)).flatten(0, 1)
-    assert (before.std(dim=0) - 1.5).abs().min() > 0.1
-    mapper.standardise(before.mean(dim=0), before.std(dim=0, correction=0), 1.5)
-    after = mapper(mapper.table(feat), coord, cell, (6, 7)).flatten(0, 1)
+    before = folded(mapper, feat, coord, cell).flatten(0, 1)
+    assert (before.std(dim=0) - 1).abs().min() > 0.01
+    mapper.standardise(before.mean(dim=0), before.std(dim=0, correction=0))
+    after = folded(mapper, feat, coord, cell).flatten(0, 1)
     torch.testing.assert_close(after.mean(dim=0), torch.zeros(4), rtol=0, atol=1e-4)
-    torch.testing.assert_close(after.std(dim=0, correction=0), torch.full((4,), 1.5), rtol=1e-3, atol=0)
+    torch.testing.assert_close(after.std(dim=0, correction=0), torch.ones(4), rtol=1e-3, atol=0)
     mapper.standardise(torch.zeros(4), torch.zeros(4))  # a constant logit keeps its scale, without a division by zero
-    assert torch.equal(mapper(mapper.table(feat), coord, cell, (6, 7)).flatten(0, 1), after)
+    assert torch.equal(folded(mapper, feat, coord, cell).flatten(0, 1), after)
 
 
 def test_tf32_is_off_for_the_mapper_and_comes_back():

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from moeisr_basicsr.core import reference as method
 from moeisr_basicsr.core.control import route_by_cost
-from moeisr_basicsr.core.routing import gumbel_noise, route_fitted, route_gumbel
+from moeisr_basicsr.core.mapper import Draw, gumbel_noise, route_gumbel
 
 KEY = {'seed': 7, 'iteration': 11, 'slot': 2}
 
@@ -56,12 +57,12 @@ def logits_and_noise(seed=0, queries=200, experts=4):
 @pytest.mark.parametrize('tau', [0.05, 1.0, 5.0])
 def test_gates_are_exactly_one_hot(tau):
     logits, noise = logits_and_noise()
-    routing = route_gumbel(logits, noise, tau)
-    assert set(routing.gates.unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(routing.gates.sum(dim=-1), torch.ones(2, 200))
-    assert torch.equal(routing.gates.argmax(dim=-1), routing.expert)
+    routing = route_gumbel(logits, Draw(noise, tau))
+    assert set(routing.gate.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(routing.gate.sum(dim=-1), torch.ones(2, 200))
+    assert torch.equal(routing.gate.argmax(dim=-1), routing.expert)
     assert torch.equal(routing.expert, (logits + noise).argmax(dim=-1)), 'tau must not change the choice'
-    assert routing.logits is logits
+    assert torch.equal(routing.gate, method.gates(logits, noise, tau))
 
 
 @pytest.mark.parametrize('tau', [0.5, 1.0, 5.0])
@@ -69,7 +70,7 @@ def test_gate_gradient_is_that_of_softmax(tau):
     logits, noise = (part.double() for part in logits_and_noise())
     pull = torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     hard, soft = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    (route_gumbel(hard, noise, tau).gates * pull).sum().backward()
+    (route_gumbel(hard, Draw(noise, tau)).gate * pull).sum().backward()
     (F.softmax((soft + noise) / tau, dim=-1) * pull).sum().backward()
     assert hard.grad.abs().max() > 1e-3
     torch.testing.assert_close(hard.grad, soft.grad, rtol=1e-12, atol=1e-15)
@@ -77,21 +78,21 @@ def test_gate_gradient_is_that_of_softmax(tau):
 
 def test_extreme_noise_keeps_gates_finite():
     logits = torch.zeros(1, 1, 3, requires_grad=True)
-    routing = route_gumbel(logits, torch.tensor([[[80.0, -4.0, 0.0]]]), 0.05)
-    assert routing.gates.tolist() == [[[1.0, 0.0, 0.0]]]
+    routing = route_gumbel(logits, Draw(torch.tensor([[[80.0, -4.0, 0.0]]]), 0.05))
+    assert routing.gate.tolist() == [[[1.0, 0.0, 0.0]]]
 
 
 @pytest.mark.parametrize('tau', [0, -1.0])
 def test_temperature_must_be_positive(tau):
     with pytest.raises(ValueError, match=f'tau must be above 0; got {tau}'):
-        route_gumbel(*logits_and_noise(), tau)
+        route_gumbel(logits_and_noise()[0], Draw(logits_and_noise()[1], tau))
 
 
 def test_gumbel_max_frequencies_are_softmax():
     logits = torch.tensor([1.0, -0.5, 0.3, 2.0])
     draws = 60000
     noise = gumbel_noise((1, draws, 4), seed=5, iteration=0, slot=0)
-    expert = route_gumbel(logits.expand(1, draws, 4), noise, 3.0).expert
+    expert = route_gumbel(logits.expand(1, draws, 4), Draw(noise, 3.0)).expert
     frequency = expert.flatten().bincount(minlength=4) / draws
     torch.testing.assert_close(frequency, F.softmax(logits, dim=-1), rtol=0, atol=0.01)  # 5 standard errors
 
@@ -121,7 +122,7 @@ def test_limits_of_the_cost_weight():
 
 
 def test_by_hand():
-    """log p = (log .6, log .4); the dear first expert loses as soon as kappa (1 - .5) exceeds log 1.5 = 0.405."""
+    """log p = (log .6, log .4); the expensive first expert loses as soon as kappa (1 - .5) exceeds log 1.5 = 0.405."""
     logits = torch.tensor([0.6, 0.4]).log() + 5  # a common shift changes nothing
     costs = torch.tensor([1.0, 0.5])
     assert int(route_by_cost(logits, costs, 0.80)) == 0
@@ -136,30 +137,15 @@ def test_by_hand():
 )
 @example([[0.0, 0.0, 0.0, 1e-9]], [1.0, 1.0, 1.0, 0.5], [0, 1])
 @example(
-    [[-7.940105438232422, -7.940104961395264, -20.0, -20.0]],  # fp32 ties here, and the dearer comes first
+    [[-7.940105438232422, -7.940104961395264, -20.0, -20.0]],  # fp32 ties here, and the more expensive comes first
     [0.13278253376483917, 0.13278251886367798, 0.9, 0.9],
     [0, 32],
 )
 def test_cost_never_rises_with_kappa(logits, costs, steps):
-    """Near ties included: in fp32, rounding makes some queries dearer."""
+    """Near ties included: in fp32, rounding makes some queries more expensive."""
     logits, costs = torch.tensor(logits), torch.tensor(costs)
     kappas = [-math.inf, *sorted({*steps, 0}), math.inf]
     chosen = [costs[route_by_cost(logits, costs, kappa / 64)] for kappa in kappas]
-    for dearer, cheaper in zip(chosen[:-1], chosen[1:]):
-        assert (cheaper <= dearer).all()
+    for before, after in zip(chosen[:-1], chosen[1:]):
+        assert (after <= before).all()
     assert (chosen[0] == costs.max()).all() and (chosen[-1] == costs.min()).all()
-
-
-def test_a_fitted_routing_teaches_the_offsets_only():
-    """The choice is the test's; the gates' gradient is that of the softmax, and ends at the offsets."""
-    scores = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    offset = torch.tensor([0.3, 0.0, -0.2], requires_grad=True)
-    routing = route_fitted(scores + offset, offset)
-    assert torch.equal(routing.expert, (scores + offset).argmax(dim=-1))
-    torch.testing.assert_close(routing.gates, F.one_hot(routing.expert, 3).float())
-    weight = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(1))
-    (routing.gates * weight).sum().backward()
-    assert scores.grad is None
-    prob = (scores + offset).detach().softmax(dim=-1)
-    by_hand = prob * (weight - (weight * prob).sum(dim=-1, keepdim=True))
-    torch.testing.assert_close(offset.grad, by_hand.sum(dim=(0, 1)))

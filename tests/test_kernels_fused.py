@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
-from moeisr_basicsr.core import MoEDecoder, render
+from moeisr_basicsr.core import MoEDecoder, render_image
 from moeisr_basicsr.core.render import TORCH, FeatureWindow, Renderer
 from moeisr_basicsr.inference import upscale
 from moeisr_basicsr.kernels import cpu, fused_backend
@@ -50,8 +50,8 @@ def test_fused_equals_torch(family, experts, size, precision):
     if decoder.mapper is not None:
         sharpen(decoder.mapper)
     feat = torch.randn(2, 16, 13, 15)
-    plain = render(decoder, feat, size)
-    fused = render(decoder, feat, size, backend=fused_backend(decoder, 'cpu', precision), tile=8)
+    plain = render_image(decoder, feat, size)
+    fused = render_image(decoder, feat, size, backend=fused_backend(decoder, 'cpu', precision), tile=8)
     if plain.expert_map is not None:
         assert plain.expert_map.unique().numel() > 1
         agree = plain.expert_map == fused.expert_map
@@ -74,15 +74,15 @@ def test_routing_and_logits(granularity):
         decoder.mapper.split_query_in()[1].normal_()  # starts at zero, which would hide the cell
     feat = torch.randn(1, 8, 9, 7)
     backend = fused_backend(decoder, 'cpu')
-    expected = render(decoder, feat, (27, 21)).expert_map
+    expected = render_image(decoder, feat, (27, 21)).expert_map
     assert expected.unique().numel() > 1
-    assert torch.equal(render(decoder, feat, (27, 21), backend=backend).expert_map, expected)
+    assert torch.equal(render_image(decoder, feat, (27, 21), backend=backend).expert_map, expected)
 
     renderer = Renderer(decoder, (27, 21), (9, 7))
     window = FeatureWindow(feat, 0, 0, (9, 7))
     for part in (((0, 27), (0, 21)), ((5, 14), (10, 21))):
         with torch.no_grad():
-            inputs = decoder.mapper, renderer.mapper_table(window), *renderer.near(window, *part), renderer.cell
+            inputs = decoder.mapper, renderer.mapper_table(window), *renderer.near(window, *part), renderer.cell_lr
             logits, plain = backend.logits(*inputs), TORCH.logits(*inputs)
         assert plain.std(dim=(0, 1)).min() > 0.1, 'logits that hardly differ would prove nothing'
         torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from reference import grid, mixture
 
-from moeisr_basicsr.core import MoEDecoder, render
+from moeisr_basicsr.core import MoEDecoder, render_image
 from moeisr_basicsr.core.control import Budget, CostWeight
 from moeisr_basicsr.core.coords import grid_axis
 from moeisr_basicsr.core.render import TORCH, Tile, crop_window
@@ -56,7 +56,7 @@ def check(decoder, lr_size=(5, 4), factor=(2, 3.5), precision='fp32', configs=No
     size = round(lr_size[0] * factor[0]), round(lr_size[1] * factor[1])
     backend = TritonBackend(decoder, precision)
     backend.configs = configs or backend.configs
-    rendered = render(decoder, feat, size, backend=backend)
+    rendered = render_image(decoder, feat, size, backend=backend)
     difference = largest_difference(decoder, feat, size, rendered)
     assert difference <= TOLERANCE[precision], (precision, difference)
     return rendered, difference
@@ -142,8 +142,8 @@ def test_tiles_equal_the_whole():
     decoder = make_decoder()
     feat = torch.randn(1, 6, 9, 7, device=DEVICE)
     backend = TritonBackend(decoder, 'fp32')
-    whole = render(decoder, feat, (21, 20), backend=backend, tile=16)
-    tiled = render(decoder, feat, (21, 20), backend=backend, tile=4)
+    whole = render_image(decoder, feat, (21, 20), backend=backend, tile=16)
+    tiled = render_image(decoder, feat, (21, 20), backend=backend, tile=4)
     assert torch.equal(tiled.expert_map, whole.expert_map)
     torch.testing.assert_close(tiled.output, whole.output, rtol=0, atol=2e-6)
 
@@ -156,11 +156,13 @@ def test_routing(granularity, hidden):
     feat = torch.randn(1, 6, 5, 6, device=DEVICE)
     size = (23, 25)  # more than one block, and a last one that is not full
     backend = TritonBackend(decoder, 'bf16')
-    expected, actual = (render(decoder, feat, size, backend=b).expert_map for b in (TORCH, backend))
+    expected, actual = (render_image(decoder, feat, size, backend=b).expert_map for b in (TORCH, backend))
     assert len(expected.unique()) > 1
     assert torch.equal(actual, expected)
 
-    cheaper = [render(decoder, feat, size, control=CostWeight(100.0), backend=b).expert_map for b in (TORCH, backend)]
+    cheaper = [
+        render_image(decoder, feat, size, control=CostWeight(100.0), backend=b).expert_map for b in (TORCH, backend)
+    ]
     assert torch.equal(*cheaper)
     assert not torch.equal(cheaper[1], expected)
 
@@ -172,7 +174,7 @@ def test_routing(granularity, hidden):
             super().observe(logits)
 
     for current, b in enumerate((TORCH, backend)):  # noqa: B007  read by `Watched`
-        render(decoder, feat, size, control=Watched(0.8, decoder.expert_costs), backend=b)
+        render_image(decoder, feat, size, control=Watched(0.8, decoder.expert_costs), backend=b)
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-5)
 
 
@@ -182,7 +184,7 @@ def test_equal_logits_take_the_first_expert():
     for parameter in decoder.mapper.query_out.parameters():
         parameter.zero_()
     feat = torch.randn(1, 6, 3, 3, device=DEVICE)
-    assert render(decoder, feat, (5, 5), backend=TritonBackend(decoder, 'fp32')).expert_map.max() == 0
+    assert render_image(decoder, feat, (5, 5), backend=TritonBackend(decoder, 'fp32')).expert_map.max() == 0
 
 
 @torch.no_grad()
