@@ -355,7 +355,6 @@ def test_official_weights_give_the_official_answers(name):
         ({'encoder': {'type': 'EDSR', 'num_out_ch': 3}}, 'EDSR is no encoder: .* `num_feat`'),
         ({'encoder': {**RDN, 'depth': 3}}, "encoder RDNEncoder cannot be built: .*'depth'"),
         ({'experts': [[16], 8]}, 'experts must list the hidden widths'),
-        ({'tau': -1}, 'tau must be above 0; got -1'),
         ({'mapper': {'num_layers': 0}}, 'num_layers must be 1 to 5; got 0'),
         ({'encoder': {**RDN, 'config': 'C'}}, r"config must be one of \['A', 'B'\]; got 'C'"),
         ({'encoder': {**SWINIR, 'num_heads': [5]}}, 'divisible by every num_heads'),

@@ -63,7 +63,7 @@ def test_fused_equals_torch(family, experts, size, precision):
 
 
 @needs_kernels
-@pytest.mark.parametrize('granularity', ['pixel', 'cell'])
+@pytest.mark.parametrize('granularity', ['output_pixel', 'lr_pixel'])
 def test_routing_and_logits(granularity):
     """What argmax takes, and the logits that budgets and cost weights see; on a part of the image too."""
     torch.manual_seed(1)
@@ -96,7 +96,7 @@ def test_upscale_packs_the_weights_as_they_are_now():
     before = upscale(net, lq, 2).image
     with torch.no_grad():
         for expert in net.decoder.pool.experts:
-            expert.linears[-1].bias.add_(0.5)
+            expert.layers[-1].bias.add_(0.5)
     torch.testing.assert_close(upscale(net, lq, 2).image, before + 0.25, rtol=0, atol=1e-5)
 
 

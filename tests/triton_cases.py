@@ -34,7 +34,7 @@ def make_decoder(family='liif', experts=None, out_channels=3, hidden_dim=12, sha
         with torch.no_grad():
             decoder.mapper.query_in.weight.mul_(8)
             coord, cell = grid((20, 20))
-            logits = decoder.mapper(decoder.mapper.table(torch.randn(1, 6, 7, 8)), coord, cell * 7, (7, 8))
+            logits = decoder.logits(torch.randn(1, 6, 7, 8), coord, cell)
             decoder.mapper.query_out.bias.sub_(logits.mean(dim=(0, 1)))
     return decoder.eval().to(DEVICE)
 
@@ -149,7 +149,7 @@ def test_tiles_equal_the_whole():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('granularity', ['pixel', 'cell'])
+@pytest.mark.parametrize('granularity', ['output_pixel', 'lr_pixel'])
 @pytest.mark.parametrize('hidden', [6, 32])
 def test_routing(granularity, hidden):
     decoder = make_decoder(granularity=granularity, hidden=hidden)
