@@ -121,7 +121,7 @@ def plain_decode(decoder, tile):
     """The torch code on the CPU: on a GPU, cuDNN would round its fp32 convolutions to tf32."""
     axes = [type(axis)(*(part.cpu() for part in axis)) for axis in (tile.rows, tile.cols)]
     expert_map = None if tile.expert_map is None else tile.expert_map.cpu()
-    tile = Tile(tile.window.cpu(), *axes, tile.cell.cpu(), expert_map)
+    tile = Tile(tile.window.cpu(), *axes, tile.cell_lr.cpu(), expert_map)
     return TORCH.decode(copy.deepcopy(decoder).cpu(), tile).to(DEVICE)
 
 
