@@ -107,9 +107,9 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
         ((*UPSCALE, '--scale', '2', '--tile', '3'), '--tile must be 0 (the whole image) or at least 16 pixels; got 3'),
         (
             (*UPSCALE, '--scale', '2', '--device', 'cdua'),
-            '--device cdua cannot be used here: Expected one of cpu, cuda',
+            "--device 'cdua' cannot be used here: Expected one of cpu, cuda",
         ),
-        ((*UPSCALE, '--scale', '2', '--device', 'cuda:99'), '--device cuda:99 cannot be used here'),
+        ((*UPSCALE, '--scale', '2', '--device', 'cuda:99'), "--device 'cuda:99' cannot be used here"),
         ((*UPSCALE, '--scale', '2', '--precision', 'fp8'), "invalid choice: 'fp8'"),
         ((*UPSCALE, '--scale', '2', '--overwrite', '--resume'), 'not allowed with argument'),
         ((*UPSCALE[:-1], 'gone.safetensors', '--scale', '2'), 'there is no model file gone.safetensors'),

@@ -125,7 +125,8 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f'--device {name} cannot be used here: {str(error).strip().splitlines()[0]}') from error
+        cause = str(error).strip().splitlines()[0]
+        raise UserError(f"--device '{name}' cannot be used here: {cause}") from error
     return device
 
 
