@@ -13,8 +13,11 @@ import torch
 from basicsr.archs import build_network
 
 from moeisr_basicsr import __version__
+from moeisr_basicsr.atomic_file import SaveError
 from moeisr_basicsr.checkpoint import save_model
 from moeisr_basicsr.cli import COMMANDS, main
+from moeisr_basicsr.cli import models as models_command
+from moeisr_basicsr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {'type': 'EDSREncoder', 'num_feat': 4, 'num_block': 1}
@@ -76,8 +79,7 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
 @pytest.mark.parametrize(
     ('argv', 'words'),
     [
-        (('trian',), "'trian' is no command; there are train, test, "),
-        (('trian',), "Did you mean 'train'?"),
+        (('trian',), "invalid choice: 'trian' (choose from "),
         (('train',), 'needs an options file: -opt'),
         (('train', '-opt', 'gone.yml'), 'gone.yml: cannot read this options file: No such file'),
         (('train', '-opt', 'broken.yml'), 'broken.yml:3: broken YAML'),
@@ -103,8 +105,11 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
         ((*UPSCALE, '--scale', '2', '--budget', '0.5', '--cost-weight', '1'), 'not allowed with argument'),
         ((*UPSCALE, '--scale', '2', '--cost-weight', 'inf'), "'inf' is not a number"),
         ((*UPSCALE, '--scale', '2', '--tile', '3'), '--tile must be 0 (the whole image) or at least 16 pixels; got 3'),
-        ((*UPSCALE, '--scale', '2', '--device', 'cdua'), '--device must be one of cpu, cuda'),
-        ((*UPSCALE, '--scale', '2', '--device', 'cuda:99'), '--device cuda:99 cannot be used here'),
+        (
+            (*UPSCALE, '--scale', '2', '--device', 'cdua'),
+            "--device 'cdua' cannot be used here: Expected one of cpu, cuda",
+        ),
+        ((*UPSCALE, '--scale', '2', '--device', 'cuda:99'), "--device 'cuda:99' cannot be used here"),
         ((*UPSCALE, '--scale', '2', '--precision', 'fp8'), "invalid choice: 'fp8'"),
         ((*UPSCALE, '--scale', '2', '--overwrite', '--resume'), 'not allowed with argument'),
         ((*UPSCALE[:-1], 'gone.safetensors', '--scale', '2'), 'there is no model file gone.safetensors'),
@@ -120,14 +125,14 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
         (('upscale', 'empty', *UPSCALE[2:], '--scale', '2'), 'empty has no image directly in it'),
         (('upscale', 'images', *UPSCALE[2:], '--scale', '2'), 'out.png is one file, but there are 2 images'),
         (('upscale', 'images/a.png', '-o', 'images/a.png', *UPSCALE[4:], '--scale', '2'), 'would be overwritten'),
-        (('upscale', 'images/a.png', '-o', 'a.gif', *UPSCALE[4:], '--scale', '2'), 'images are written as .jpeg, .jpg'),
+        (('upscale', 'images/a.png', '-o', 'a.gif', *UPSCALE[4:], '--scale', '2'), 'images are written as .png, .jpg'),
         (
             ('upscale', 'images/a.png', '-o', 'moe.safetensors', *UPSCALE[4:], '--scale', '2'),
             'moe.safetensors is a file',
         ),
         (
             ('upscale', 'images/a.png', '-o', 'typo.yml/x.png', *UPSCALE[4:], '--scale', '2'),
-            'typo.yml is a file, not a',
+            'typo.yml is a file, not a folder',
         ),
         (('upscale', 'images', '-o', 'typo.yml/x/y', *UPSCALE[4:], '--scale', '2'), 'typo.yml is a file, not a folder'),
         ((*UPSCALE, '--scale', '2', '--ext', 'jpg'), 'out.png and --ext jpg contradict each other'),
@@ -177,21 +182,42 @@ def test_several_mistakes_in_an_options_file_get_a_line_each(capsys, monkeypatch
     assert run(capsys, 'train', '-opt', 'typo.yml') == (2, '', '')
 
 
-def test_traceback_on_request(capsys):
-    code, _, error = run(capsys, 'train', '-opt', 'gone.yml', '--traceback')
-    assert code == 2 and 'Traceback' in error and error.splitlines()[-1].startswith('basicsr: error: gone.yml')
+@pytest.mark.parametrize(
+    ('error', 'line'),
+    [
+        (UserError('bad\nvalue'), 'bad value'),
+        (PermissionError(13, 'Permission denied', 'a.png'), 'a.png: Permission denied'),
+        (OSError(28, 'No space left on device'), 'No space left on device'),
+        (SaveError(28, 'No space left on device: cannot write a.pth'), 'No space left on device: cannot write a.pth'),
+        (ValueError('too many values to unpack'), None),
+        (KeyError('weight'), None),
+        (ModuleNotFoundError("No module named 'x'"), None),
+        (OSError('a library is unhappy'), None),
+    ],
+    ids=repr,
+)
+def test_only_mistakes_of_the_user_and_the_system_get_one_line(capsys, monkeypatch, error, line):
+    def failing(args):
+        raise error
+
+    monkeypatch.setattr(models_command, 'run', failing)
+    code, _, text = run(capsys, 'models')
+    if line is None:
+        assert code == 1 and text.startswith('Traceback') and str(error) in text
+        assert text.splitlines()[-1].startswith('basicsr: this is a bug')
+    else:
+        assert (code, text) == (2, f'basicsr: error: {line}\n')
 
 
 def test_help(capsys):
-    code, output, _ = run(capsys)
-    assert code == 0 and all(name in output for name in COMMANDS)
-    for argv in ([], *([name] for name in COMMANDS)):
+    for argv in ([], ['--help'], *([name, '--help'] for name in COMMANDS)):
         with pytest.raises(SystemExit) as ended:
-            main([*argv, '--help'])
+            main(argv)
         assert ended.value.code == 0
         output = capsys.readouterr().out
-        assert output.startswith(' '.join(['usage: basicsr', *argv]))
+        assert output.startswith(' '.join(['usage: basicsr', *argv[:-1]]))
         assert all(len(line) <= 120 for line in output.splitlines())
+        assert len(argv) == 2 or all(f'    {name} ' in output for name in COMMANDS)
     with pytest.raises(SystemExit):
         main(['--version'])
     assert __version__ in capsys.readouterr().out

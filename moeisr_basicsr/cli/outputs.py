@@ -13,50 +13,27 @@ from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.errors import UserError
 
 SOFTWARE = 'moeisr_basicsr profile'  # of the pictures; a keyword that PNG itself defines
-HEAD_BYTES = 4096  # of a picture: Pillow writes the text before the pixels
 
 
 def check_output(option: str, name: str, suffix: str, is_earlier: Callable[[bytes], bool]) -> None:
-    """Refuse a file that cannot be written, or that something else wrote.
+    """Reject a file that cannot be written, or that something else wrote.
 
     Args:
-        option: That named the file.
+        option: The option that named the file, for messages.
         name: The file.
-        suffix: What the name must end in.
+        suffix: Its only suffix that is allowed.
         is_earlier: Whether the content of a file is an earlier output of the same kind, which may be replaced.
-
-    Raises:
-        UserError: The ending is another one, the folder is missing, or what lies there is not `is_earlier`.
-        OSError: What lies there cannot be read.
     """
     path = Path(name)
     if path.suffix.lower() != suffix:
         raise UserError(f"{option} {name}: the name must end in '{suffix}'.")
-    check_folder(path.parent)
     if not path.parent.is_dir():
-        raise UserError(f'{name}: the folder {path.parent} does not exist; make it first.')
+        raise UserError(f'{option} {name}: the folder {path.parent} does not exist; make it first.')
     if path.is_dir():
-        raise UserError(f'{name} is a folder; give the name of a file.')
-    if path.exists():
-        content = path.read_bytes()
-        if content and not is_earlier(content):  # an empty file loses nothing
-            raise UserError(
-                f'{option} {name}: this file exists, and it is not an earlier output of this option; give '
-                'another name, or delete it first.'
-            )
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that can neither be there nor be made.
-
-    Raises:
-        UserError: It, or one above it, is a file.
-    """
-    for part in (folder, *folder.parents):
-        if part.exists():
-            if not part.is_dir():
-                raise UserError(f'{part} is a file, not a folder.')
-            return
+        raise UserError(f'{option} {name} is a folder; give the name of a file.')
+    if path.exists() and (content := path.read_bytes()) and not is_earlier(content):  # an empty file loses nothing
+        advice = 'give another name, or delete it first'
+        raise UserError(f'{option} {name}: this file exists, and it is not an earlier output of this option; {advice}.')
 
 
 def is_results_of(command: str, content: bytes) -> bool:
@@ -70,7 +47,7 @@ def is_results_of(command: str, content: bytes) -> bool:
 
 def is_picture(content: bytes) -> bool:
     """Whether `save_picture` wrote this."""
-    return content.startswith(b'\x89PNG\r\n\x1a\n') and f'tEXtSoftware\0{SOFTWARE}'.encode() in content[:HEAD_BYTES]
+    return content.startswith(b'\x89PNG\r\n\x1a\n') and f'tEXtSoftware\0{SOFTWARE}'.encode() in content
 
 
 def save_picture(path: str | PathLike, picture: Image.Image) -> None:
