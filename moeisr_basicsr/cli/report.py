@@ -17,31 +17,13 @@ Pictures appear where the tests ran with
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
-    parser.add_argument(
-        'results', nargs='+', metavar='RESULTS', help='results files, or folders that hold a results.json'
-    )
-    parser.add_argument('-o', '--output', metavar='OUT.html', help='page to write; an earlier page is replaced')
-    parser.add_argument(
-        '--csv',
-        metavar='FILE.csv',
-        help='also write every row of the files, one line each; an earlier such table is replaced',
-    )
-    parser.add_argument(
-        '--baseline',
-        metavar='NAME',
-        help='row that differences and shares of the dense cost refer to (default: the first one)',
-    )
-    parser.add_argument(
-        '--images', type=parse_images, default=6, metavar='N', help='images to show crops of; 0 for none (default 6)'
-    )
+    add = parser.add_argument
+    add('results', nargs='+', metavar='RESULTS', help='results files, or folders that hold a results.json')
+    add('-o', '--output', metavar='OUT.html', help='page to write; an earlier page is replaced')
+    add('--csv', metavar='FILE.csv', help='also write every row of the files; an earlier such table is replaced')
+    add('--baseline', metavar='NAME', help='row that differences and shares of the dense cost refer to (default: first)')
+    add('--images', type=int, default=6, metavar='N', help='images to show crops of; 0 for none (default 6)')
     parser.epilog = EPILOG
-
-
-def parse_images(text: str) -> int:
-    """A whole number, 0 among them."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of images: 0, 1, 2, ...")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,22 +31,20 @@ def run(args: argparse.Namespace) -> int:
     if not args.output and not args.csv:
         raise UserError('nothing to write: give -o OUT.html, --csv FILE.csv, or both.')
     from moeisr_basicsr.atomic_file import write_atomic
-    from moeisr_basicsr.report.collect import collect, read_sources
-    from moeisr_basicsr.report.flat import flat_csv, is_flat_csv
-    from moeisr_basicsr.report.page import is_page, render
+    from moeisr_basicsr.tools.report import collect, page, rows_csv
 
     from .outputs import check_output
 
     if args.output:
-        check_output('-o', args.output, '.html', is_page)
+        check_output('-o', args.output, '.html', page.is_page)
     if args.csv:
-        check_output('--csv', args.csv, '.csv', is_flat_csv)
-    sources = read_sources(args.results)
+        check_output('--csv', args.csv, '.csv', rows_csv.is_rows_csv)
+    sources = collect.read_sources(args.results)
     contents = {}
     if args.output:
-        contents[args.output] = render(collect(sources), args.baseline, args.images)
+        contents[args.output] = page.render(collect.collect(sources), args.baseline, args.images)
     if args.csv:
-        contents[args.csv] = flat_csv(sources)
+        contents[args.csv] = rows_csv.rows_csv(sources)
     for name, content in contents.items():
         write_atomic(name, lambda file, content=content: file.write(content.encode()))
         print(f'{name}: {len(content.encode()) / 2**20:.1f} MiB from {len(sources)} file{"s" * (len(sources) > 1)}')
