@@ -1,6 +1,7 @@
 """`basicsr report`."""
 
 import argparse
+from operator import methodcaller
 
 from moeisr_basicsr.errors import UserError
 
@@ -21,7 +22,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add('results', nargs='+', metavar='RESULTS', help='results files, or folders that hold a results.json')
     add('-o', '--output', metavar='OUT.html', help='page to write; an earlier page is replaced')
     add('--csv', metavar='FILE.csv', help='also write every row of the files; an earlier such table is replaced')
-    add('--baseline', metavar='NAME', help='row that differences and shares of the dense cost refer to (default: first)')
+    add(
+        '--baseline', metavar='NAME', help='row that differences and shares of the dense cost refer to (default: first)'
+    )
     add('--images', type=int, default=6, metavar='N', help='images to show crops of; 0 for none (default 6)')
     parser.epilog = EPILOG
 
@@ -30,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     """Read, then write."""
     if not args.output and not args.csv:
         raise UserError('nothing to write: give -o OUT.html, --csv FILE.csv, or both.')
+    if args.images < 0:
+        raise UserError(f'--images must be 0 or more; got {args.images}.')
     from moeisr_basicsr.atomic_file import write_atomic
     from moeisr_basicsr.tools.report import collect, page, rows_csv
 
@@ -39,13 +44,12 @@ def run(args: argparse.Namespace) -> int:
         check_output('-o', args.output, '.html', page.is_page)
     if args.csv:
         check_output('--csv', args.csv, '.csv', rows_csv.is_rows_csv)
-    sources = collect.read_sources(args.results)
-    contents = {}
+    sources, contents = collect.read_sources(args.results), {}
     if args.output:
         contents[args.output] = page.render(collect.collect(sources), args.baseline, args.images)
     if args.csv:
         contents[args.csv] = rows_csv.rows_csv(sources)
     for name, content in contents.items():
-        write_atomic(name, lambda file, content=content: file.write(content.encode()))
-        print(f'{name}: {len(content.encode()) / 2**20:.1f} MiB from {len(sources)} file{"s" * (len(sources) > 1)}')
+        write_atomic(name, methodcaller('write', content.encode()))
+        print(f'{name}: {len(content.encode()) / 2**20:.1f} MiB')
     return 0

@@ -70,8 +70,8 @@ def series_of(report: Report) -> dict[Entry, Series]:
     found = {}
     runs = [run for one in report.measured for run in one.runs]
     for entry, seeds in group_by(runs, lambda run: run.entry).items():
-        files = {run.source.model.get('file') for run in seeds}
-        identity = entry.name if None in files else tuple(sorted(files))
+        files = {run.source.model.get('file') or '' for run in seeds}
+        identity = entry.name if '' in files else tuple(sorted(files))
         key = identity, entry.network, entry.precision, entry.shuffled
         place, name = len(series), entry._replace(budget=None, cost_weight=None).label()
         new = Series(name, f's{place % COLOURS}', MARKS[place % len(MARKS)])
@@ -84,7 +84,9 @@ def trade_offs(report: Report, series: dict[Entry, Series]) -> list[tuple[Column
     figures = []
     for columns in report.datasets().values():
         metric = main_metric(one for entries in columns.values() for one in entries)
-        for column, entries in columns.items() if metric else ():
+        if metric is None:
+            continue
+        for column, entries in columns.items():
             points = [point for one in entries for point in points_of(one, metric)]
             charts = [
                 chart_of(cost, metric, [point for _, point in pairs], series)

@@ -151,7 +151,7 @@ def metric_means(source: Source, rows: list[dict], notes: list[str]) -> dict[str
 
 def distinct_labels(entries: Iterable[Entry]) -> dict[Entry, str]:
     """A label for each entry, numbered where networks of one name differ; that of bicubic's own row is taken."""
-    labels = {}
+    labels: dict[Entry, str] = {}
     for label, same in group_by(dict.fromkeys(entries), Entry.label).items():
         first = 1 if label == BICUBIC else 0
         labels |= {entry: f'{label} ({place + 1})' if place else label for place, entry in enumerate(same, first)}

@@ -6,6 +6,7 @@ order: the n-th dataset and scale shows its n-th image. No result has a say in e
 
 import base64
 import io
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -70,19 +71,6 @@ class Shot(NamedTuple):
     saved: list[Saved]  # one per entry
 
 
-class Window(NamedTuple):
-    """A part of an image."""
-
-    top: int
-    left: int
-    rows: int
-    cols: int
-
-    def cut(self, image: np.ndarray) -> np.ndarray:
-        """The part of (R, S, 3) that the window shows."""
-        return image[self.top : self.top + self.rows, self.left : self.left + self.cols]
-
-
 class Tile(NamedTuple):
     """A picture above its label."""
 
@@ -111,32 +99,24 @@ def comparisons(report: Report, limit: int, notes: list[str]) -> list[Comparison
 
 def shots_of(report: Report) -> list[list[Shot]]:
     """Every image that a run saved beside its truth, per column."""
-    shots = []
+    shots: list[list[Shot]] = []
     for columns in report.datasets().values():
         metric = main_metric(one for entries in columns.values() for one in entries)
         for column, entries in columns.items():
             saved = [Saved(one, run, row) for one in entries for run in one.runs for row in run.rows]
             saved = [one for one in saved if 'result' in one.row.get('pictures', {})]
-            images = group_by(saved, lambda one: one.row.get('image') or '')
-            shots.append(
-                [
-                    Shot(column, image, metric, list({one.run.entry: one for one in reversed(of_image)}.values())[::-1])
-                    for image, of_image in images.items()
-                    if any('truth' in one.row['pictures'] for one in of_image)
-                ]
-            )
+            shots.append([])
+            for image, of_image in group_by(saved, lambda one: one.row.get('image') or '').items():
+                if any('truth' in one.row['pictures'] for one in of_image):
+                    of_entries = group_by(of_image, lambda one: one.run.entry).values()
+                    shots[-1].append(Shot(column, image, metric, [first for first, *_ in of_entries]))
     return shots
 
 
 def take_turns(columns: list[list[Shot]]) -> list[Shot]:
     """One of each column, then another of each, and so on; column n starts at its image n, so that images differ."""
-    longest = max(map(len, columns), default=0)
-    return [
-        shots[(place + start) % len(shots)]
-        for place in range(longest)
-        for start, shots in enumerate(columns)
-        if place < len(shots)
-    ]
+    turned = [shots[n % len(shots) :] + shots[: n % len(shots)] for n, shots in enumerate(columns) if shots]
+    return [shot for turn in zip_longest(*turned) for shot in turn if shot is not None]
 
 
 def compare(report: Report, shot: Shot, notes: list[str]) -> Comparison | None:
@@ -150,12 +130,17 @@ def compare(report: Report, shot: Shot, notes: list[str]) -> Comparison | None:
     truth = first('truth')
     if truth is None:
         return None
-    window = busiest_window(truth)
-    tiles = [overview(truth, window), tile('truth', window.cut(truth))]
+    top, left = busiest_window(truth)
+
+    def crop(label: str, picture: np.ndarray, figure: str = '') -> Tile:
+        part = np.ascontiguousarray(picture[top : top + SIDE, left : left + SIDE])
+        return Tile(label, figure, embed(Image.fromarray(part), 'png'), (part.shape[1] * ZOOM, part.shape[0] * ZOOM))
+
+    tiles = [overview(truth, top, left), crop('truth', truth)]
     bicubic = first('bicubic', truth.shape)
     if bicubic is not None:
         figures = (one.figure(shot.metric, 'bicubic_') for one in shot.saved)
-        tiles.append(tile('bicubic', window.cut(bicubic), next(filter(None, figures), '')))
+        tiles.append(crop('bicubic', bicubic, next(filter(None, figures), '')))
     maps, legends = [], {}
     for one in shot.saved:
         label = report.labels[one.run.entry]
@@ -164,43 +149,36 @@ def compare(report: Report, shot: Shot, notes: list[str]) -> Comparison | None:
         if own_truth is None or not np.array_equal(own_truth, truth):
             notes.append(f'{label} was measured on another truth of {name}; it is not shown there.')
         elif result is not None:
-            tiles.append(tile(label, window.cut(result), one.figure(shot.metric)))
+            tiles.append(crop(label, result, one.figure(shot.metric)))
             chosen = one.read('expert_map', truth.shape, notes)
             if chosen is not None:
-                maps.append(tile(f'experts of {label}', window.cut(chosen)))
+                maps.append(crop(f'experts of {label}', chosen))
                 legends[one.run.entry.name] = shares(one.measured)
-    place = f'window at row {window.top}, column {window.left}'
+    place = f'window at row {top}, column {left}'
     return Comparison(name, place, shot.metric, tiles, maps, legends)
 
 
-def busiest_window(truth: np.ndarray) -> Window:
-    """The window of the largest gradient energy; see `RULE`.
+def busiest_window(truth: np.ndarray) -> tuple[int, int]:
+    """(top, left) of the window of the largest gradient energy; see `RULE`.
 
     Args:
         truth: (R, S, 3) uint8 RGB.
     """
-    rows, cols = (min(SIDE, size) for size in truth.shape[:2])
     energy = gradient_energy(torch.tensor(truth).permute(2, 0, 1) / 255, window=1)  # (R, S)
-    means = F.avg_pool2d(energy.double()[None, None], (rows, cols), STRIDE)[0, 0]
-    place = int(means.argmax())
-    return Window(place // means.shape[1] * STRIDE, place % means.shape[1] * STRIDE, rows, cols)
+    size = [min(SIDE, side) for side in energy.shape]
+    means = F.avg_pool2d(energy.double()[None, None], size, STRIDE)[0, 0]
+    row, col = np.unravel_index(int(means.argmax()), tuple(means.shape))
+    return int(row) * STRIDE, int(col) * STRIDE
 
 
-def overview(truth: np.ndarray, window: Window) -> Tile:
+def overview(truth: np.ndarray, top: int, left: int) -> Tile:
     """The whole image, as large as the crops, with the window marked."""
     image = Image.fromarray(truth)
     factor = min(1.0, SIDE * ZOOM / max(image.size))
     small = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BOX)
-    right, bottom = window.left + window.cols - 1, window.top + window.rows - 1
-    box = [round(value * factor) for value in (window.left, window.top, right, bottom)]
-    ImageDraw.Draw(small).rectangle(box, outline='#ff0000', width=2)
+    right, bottom = min(left + SIDE, image.width) - 1, min(top + SIDE, image.height) - 1
+    ImageDraw.Draw(small).rectangle([round(value * factor) for value in (left, top, right, bottom)], None, '#f00', 2)
     return Tile('whole image', '', embed(small, 'jpeg', quality=85), small.size)
-
-
-def tile(label: str, crop: np.ndarray, figure: str = '') -> Tile:
-    """A crop with its label."""
-    source = embed(Image.fromarray(np.ascontiguousarray(crop)), 'png')
-    return Tile(label, figure, source, (crop.shape[1] * ZOOM, crop.shape[0] * ZOOM))
 
 
 def embed(image: Image.Image, kind: str, **options: int) -> str:

@@ -38,7 +38,7 @@ def comparability(runs: list[Run]) -> list[str]:
                 notes.append(f'{where} was measured on different LR images or test images: separate columns.')
             for metric in metrics:
                 for alike in columns.values():
-                    values = [run.bicubic[metric] for run in alike if run.bicubic.get(metric) is not None]
+                    values = [value for run in alike if (value := run.bicubic.get(metric)) is not None]
                     if values and max(values) - min(values) > SAME:
                         notes.append(
                             f'{BICUBIC}_{metric.name} on {where} differs between the files, from {min(values):.4f} to '
