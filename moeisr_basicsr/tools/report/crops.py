@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from moeisr_basicsr.analysis.routing_stats import gradient_energy
 
 from .experts import Share, shares
-from .runs import Column, Measured, Metric, Report, Run, group_by, main_metric
+from .runs import Column, Entry, Measured, Metric, Report, Run, group_by, main_metric
 
 SIDE = 96  # of the crop, output pixels
 STRIDE = 8  # between the windows that are compared
@@ -47,7 +47,7 @@ class Saved(NamedTuple):
         else:
             try:
                 picture = np.asarray(Image.open(folder / name).convert('RGB'))
-            except OSError as error:  # Pillow's own are among them
+            except (OSError, SyntaxError) as error:  # both are what Pillow raises
                 problem = 'is not there' if isinstance(error, FileNotFoundError) else 'is damaged'
             else:
                 if size in (None, picture.shape):
@@ -88,7 +88,7 @@ class Comparison(NamedTuple):
     metric: Metric | None
     tiles: list[Tile]
     maps: list[Tile]
-    legends: dict[str, list[Share]]  # network -> colours of its map
+    legends: dict[Entry, list[Share]]  # colours of the maps, once for each network
 
 
 def comparisons(report: Report, limit: int, notes: list[str]) -> list[Comparison]:
@@ -141,7 +141,8 @@ def compare(report: Report, shot: Shot, notes: list[str]) -> Comparison | None:
     if bicubic is not None:
         figures = (one.figure(shot.metric, 'bicubic_') for one in shot.saved)
         tiles.append(crop('bicubic', bicubic, next(filter(None, figures), '')))
-    maps, legends = [], {}
+    maps: list[Tile] = []
+    legends: dict[Entry, list[Share]] = {}
     for one in shot.saved:
         label = report.labels[one.run.entry]
         result = one.read('result', truth.shape, notes)
@@ -153,7 +154,7 @@ def compare(report: Report, shot: Shot, notes: list[str]) -> Comparison | None:
             chosen = one.read('expert_map', truth.shape, notes)
             if chosen is not None:
                 maps.append(crop(f'experts of {label}', chosen))
-                legends[one.run.entry.name] = shares(one.measured)
+                legends[one.run.entry._replace(budget=None, cost_weight=None)] = shares(one.measured)
     place = f'window at row {top}, column {left}'
     return Comparison(name, place, shot.metric, tiles, maps, legends)
 

@@ -1,7 +1,5 @@
 """What a reader must know of the figures: those given twice, and those that must not be compared."""
 
-from moeisr_basicsr.models.evaluation import scale_label
-
 from .runs import BICUBIC, Run, group_by
 
 SAME = 1e-6  # bicubic's figures on the same images differ by rounding at most
@@ -31,9 +29,9 @@ def comparability(runs: list[Run]) -> list[str]:
                 notes.append(
                     f'{name} on {dataset} was measured under {len(protocols)} protocols ({told}): separate tables.'
                 )
-        for scale, of_scale in group_by(of_dataset, lambda run: run.column.scale).items():
+        for label, of_scale in group_by(of_dataset, lambda run: run.column.label).items():
             columns = group_by(of_scale, lambda run: run.column)
-            where = f'{dataset} {scale_label(scale)}'
+            where = f'{dataset} {label}'
             if len(columns) > 1:
                 notes.append(f'{where} was measured on different LR images or test images: separate columns.')
             for metric in metrics:

@@ -175,7 +175,8 @@ class Report(NamedTuple):
         """Networks, each once: seeds and controls share one."""
         held = [(run.entry, run.source) for one in self.measured for run in one.runs]
         held += [(entry, source) for source, entry, _ in self.profiles]
-        return {(entry.name, entry.network): source.model for entry, source in reversed(held) if source.model}
+        groups = group_by(held, lambda pair: (pair[0].name, pair[0].network))
+        return {key: pairs[0][1].model for key, pairs in groups.items() if pairs[0][1].model}
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
