@@ -313,8 +313,9 @@ def test_axis():
 
 
 def test_networks_of_one_name_are_numbered(page_of):
-    page = page_of(results('moe', image_row()), results('moe', image_row(psnr=31.0), network={'type': 'LIIF'}))
-    assert [row[0] for row in page.table('Set: psnr')[2:]] == ['bicubic', 'moe', 'moe (2)']
+    other = results('moe', image_row(psnr=31.0), network={'type': 'LIIF'})
+    page = page_of(results('moe', image_row()), other, results('bicubic', image_row()))
+    assert [row[0] for row in page.table('Set: psnr')[2:]] == ['bicubic', 'moe', 'moe (2)', 'bicubic (2)']
 
 
 def test_times_of_two_machines_do_not_share_a_chart(page_of):
@@ -435,6 +436,9 @@ def test_pictures_that_do_not_fit_are_left_out(tested, tmp_path):
     (folder / 'results.json').write_text(json.dumps(moved))
     shown, notes = tiles(tested / 'dense', folder)
     assert 'moved' not in shown and 'another truth' in notes
+    (folder / 'other.png').write_bytes((folder / 'other.png').read_bytes()[:40])
+    shown, notes = tiles(tested / 'dense', folder)
+    assert 'moved' not in shown and 'the picture other.png is damaged' in notes
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ examples:
   basicsr report results/test_liif_edsr results/test_moeisr_edsr -o report.html
   basicsr report results/*/results.json -o report.html --csv report.csv --baseline test_liif_edsr
 
-RESULTS are folders or files that `basicsr test` wrote, or files of `basicsr profile --json`. The page is one file that
-needs no other. Models whose names differ only in an ending _seed1, _seed2, ... are one row with mean and spread.
-Pictures appear where the tests ran with
+RESULTS are folders or files that `basicsr test` wrote, or files of `basicsr profile --json`. Models whose names differ
+only in _seed1, _seed2, ... are one row with mean and spread. Pictures appear where the tests ran with
   --force_yml val:save_img=true val:save_expert_map=true val:save_references=true"""
 
 
@@ -31,15 +30,15 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, then write."""
-    if not args.output and not args.csv:
-        raise UserError('nothing to write: give -o OUT.html, --csv FILE.csv, or both.')
-    if args.images < 0:
-        raise UserError(f'--images must be 0 or more; got {args.images}.')
     from moeisr_basicsr.atomic_file import write_atomic
     from moeisr_basicsr.tools.report import collect, page, rows_csv
 
     from .outputs import check_output
 
+    if not args.output and not args.csv:
+        raise UserError('nothing to write: give -o OUT.html, --csv FILE.csv, or both.')
+    if args.images < 0:
+        raise UserError(f'--images must be 0 or more; got {args.images}.')
     if args.output:
         check_output('-o', args.output, '.html', page.is_page)
     if args.csv:
