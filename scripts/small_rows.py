@@ -1,9 +1,9 @@
-"""The comparison behind the shipped weights: every row under one recipe, trained and evaluated by name.
+"""The comparison in RESULTS.md: every row under one recipe, trained and evaluated by name.
 
     python scripts/small_rows.py list
-    python scripts/small_rows.py train liif_seed0 moeisr_liif_seed0 moeisr_liif_routed_seed0
-    python scripts/small_rows.py test liif_seed0 moeisr_liif_routed_seed0
-    python scripts/small_rows.py test moeisr_liif_routed_seed0 --cost-weight 2 --sets Set5 B100 --suffix _cost_weight_2
+    python scripts/small_rows.py train liif_seed0 moeisr_liif_seed0 moeisr_j_liif_seed0
+    python scripts/small_rows.py test liif_seed0 moeisr_liif_seed0 moeisr_j_liif_seed0
+    python scripts/small_rows.py test moeisr_j_liif_seed0 --cost-weight 2 --sets Set5 B100 --suffix _cost_weight_2
 
 Run from the folder that holds `datasets` (see options/test_small.yml and scripts/make_training_set.py). A row is an
 options file with a few changes; the main rows share data, iterations and seeds. Each command is printed as the
@@ -27,20 +27,29 @@ from moeisr_basicsr.options import force
 
 OPTIONS = Path(__file__).resolve().parents[1] / 'options'
 TEST_OPTIONS = OPTIONS / 'test_small.yml'
-SEEDS = (0, 1, 2)  # the third of dense LIIF, MoEISR-LIIF and its control of equal cost only
-MAIN_ITERATIONS, ROUTING_ITERATIONS, ENCODER_ITERATIONS, SHARING_ITERATIONS = 6000, 600, 2000, 300
-CONTROL_WIDTHS = (64, 128, 192, 256)  # of two hidden layers; 192 takes the multiply-adds of MoEISR-LIIF
-LTE = ('network_g:decoder=lte', 'network_g:experts=[[], [64], [128, 128], [256, 256, 256]]')  # as small_moeisr_lte.yml
-# Experts of one to four hidden layers as exits of one network.
-NESTED = (
-    'network_g:experts=[[256], [256, 256], [256, 256, 256], [256, 256, 256, 256]]',
-    'network_g:shared_layers=4',
-    'network_g:expert_grad=exact',
-)
-NESTED_SHARES = 'train:balance_opt:target=[[.28, .54, .10, .08], [.34, .45, .12, .09], [.44, .36, .11, .09]]'
-
-RDN = '{type: RDNEncoder, num_feat: 32, num_block: 4, num_conv: 4, growth: 16}'
-SWINIR = '{type: SwinIREncoder, embed_dim: 32, depths: [2, 2], num_heads: [4, 4], window_size: 8, mlp_ratio: 2}'
+SEEDS = (0, 1, 2)
+ITERATIONS, ENCODER_ITERATIONS = 6000, 2000
+MAIN = ('liif', 'moeisr_liif', 'moeisr_j_liif', 'lte', 'moeisr_lte', 'moeisr_j_lte')  # options/small_NAME.yml
+CONTROL_WIDTHS = (64, 128, 192, 256)  # of two hidden layers: dense decoders of less cost
+# Experts of one to four hidden layers, whose hidden layers can be those of one network.
+NESTED = 'network_g:experts=[[256], [256, 256], [256, 256, 256], [256, 256, 256, 256]]'
+ENCODERS = {
+    'rdn': '{type: RDNEncoder, num_feat: 32, num_block: 4, num_conv: 4, growth: 16}',
+    'swinir': '{type: SwinIREncoder, embed_dim: 32, depths: [2, 2], num_heads: [4, 4], window_size: 8, mlp_ratio: 2}',
+}
+ABLATIONS = {  # one change of MoEISR, or of MoEISR-J; seed 0
+    'mapper_1_layer': ('small_moeisr_liif', 'network_g:mapper:num_layers=1'),
+    'lr_pixel': ('small_moeisr_liif', 'network_g:mapper:granularity=lr_pixel'),
+    'balance_0.0005': ('small_moeisr_liif', 'train:balance_opt:loss_weight=0.0005'),
+    'balance_0.05': ('small_moeisr_liif', 'train:balance_opt:loss_weight=0.05'),
+    'tau_5': ('small_moeisr_liif', 'train:tau=5.0'),
+    'tau_annealed': ('small_moeisr_liif', 'train:tau=[5.0, 0.5]'),
+    'j_mapper_1_layer': ('small_moeisr_j_liif', 'network_g:mapper:num_layers=1'),
+    'j_output_pixel': ('small_moeisr_j_liif', 'network_g:mapper:granularity=output_pixel'),
+    'j_shared_all': ('small_moeisr_j_liif', NESTED, 'network_g:shared_layers=4'),
+    'j_shared_first': ('small_moeisr_j_liif', NESTED, 'network_g:shared_layers=1'),
+    'j_shared_none': ('small_moeisr_j_liif', NESTED, 'network_g:shared_layers=0'),
+}
 
 
 class Row(NamedTuple):
@@ -51,90 +60,26 @@ class Row(NamedTuple):
     changes: tuple[str, ...] = ()  # as for --force_yml
 
 
-def seeds(options: str, *changes: str) -> dict[str, Row]:
-    return {f'_seed{seed}': Row(options, MAIN_ITERATIONS, (f'manual_seed={seed}', *changes)) for seed in SEEDS}
+def seeds(kind: str, options: str, *changes: str) -> dict[str, Row]:
+    return {f'{kind}_seed{seed}': Row(options, ITERATIONS, (f'manual_seed={seed}', *changes)) for seed in SEEDS}
 
 
-def main_rows() -> dict[str, Row]:
-    """Dense and MoE decoders of both families, and the controls: smaller dense decoders, one of MoEISR-LIIF's MACs."""
-    kinds = {
-        'liif': seeds('small_liif'),
-        'moeisr_liif': seeds('small_moeisr_liif'),
-        'nested_liif': seeds('small_moeisr_liif', *NESTED, NESTED_SHARES),
-        'lte': seeds('small_lte'),
-        'moeisr_lte': seeds('small_moeisr_lte'),
-    }
-    kinds |= {
-        f'liif_2x{width}': seeds('small_liif', f'network_g:hidden_list=[{width}, {width}]') for width in CONTROL_WIDTHS
-    }
-    return {kind + seed: row for kind, by_seed in kinds.items() for seed, row in by_seed.items()}
-
-
-def fitted(kind: str, *changes: str) -> Row:
-    """The trained row `kind` with a new mapper."""
-    weights = f'path:pretrain_network_g=experiments/{kind}/models/net_g_latest.pth'
-    return Row('small_moeisr_liif_routing', ROUTING_ITERATIONS, (weights, *changes))
-
-
-def routing_rows() -> dict[str, Row]:
-    """The trained MoEISR rows with a mapper fitted to their experts: what is evaluated and shipped."""
-    return {
-        f'{kind}_routed_seed{seed}': fitted(f'{kind}_seed{seed}', f'manual_seed={seed}', *changes)
-        for kind, changes in (('moeisr_liif', ()), ('nested_liif', NESTED), ('moeisr_lte', LTE))
-        for seed in SEEDS
-    }
-
-
-def ablation_rows() -> dict[str, Row]:
-    """One choice changed at a time: of the mapper of moeisr_liif_routed_seed0, and which layers experts share.
-
-    Compare them at one cost (`test --budget 0.1`): as routed, each has its own.
-    """
-    no_spread = 'train:mapper_spread=0'  # every mapper starts as the fitted ones do
-    gates = ('train:experts_opt:fit_temperature=~', 'train:experts_opt:routing_weight=8', no_spread)
-    annealed = f'train:temperature={{type: linear, start: 5.0, end: 0.5, total_iter: {ROUTING_ITERATIONS}}}'
-    of_mapper = {
-        'mapper_1_layer': ('network_g:mapper:num_layers=1',),
-        'pixel': ('network_g:mapper:granularity=pixel',),
-        'balance_0.0005': ('train:balance_opt:loss_weight=0.0005',),
-        'balance_0.05': ('train:balance_opt:loss_weight=0.05',),
-        'factors_to_4': ('datasets:train:scale_range=[1, 4]',),
-        'not_restarted': ('train:restart=~',),
-        'gates': gates,
-        'gates_tau_5': (*gates, 'network_g:tau=5.0'),
-        'gates_tau_annealed': (*gates, annealed),
-        'straight_through': ('train:experts_opt=~', no_spread),
-    }
-    sharing = {'all': 4, 'first': 1, 'none': 0}  # hidden layers
-    return {f'ablation_{name}': fitted('moeisr_liif_seed0', *changes) for name, changes in of_mapper.items()} | {
-        f'sharing_{name}': Row(
-            'small_moeisr_liif',
-            SHARING_ITERATIONS,
-            (
-                *NESTED,
-                NESTED_SHARES,
-                f'network_g:shared_layers={layers}',
-                'network_g:expert_grad=naive',
-                'train:ema_decay=0.98',
-            ),
-        )  # a short run
-        for name, layers in sharing.items()
-    }
-
-
-def encoder_rows() -> dict[str, Row]:
-    """Other encoders, a third of the iterations."""
-    rows = {}
-    for name, encoder in (('rdn', RDN), ('swinir', SWINIR)):
-        changed = f'network_g:encoder={encoder}'
-        rows |= {
-            f'{name}_{kind}': Row(f'small_{kind}', ENCODER_ITERATIONS, (changed,)) for kind in ('liif', 'moeisr_liif')
-        }
-        rows[f'{name}_moeisr_liif_routed'] = fitted(f'{name}_moeisr_liif', changed)
+def all_rows() -> dict[str, Row]:
+    """The main rows, smaller dense decoders, ablations, other encoders."""
+    rows: dict[str, Row] = {}
+    for kind in MAIN:
+        rows |= seeds(kind, f'small_{kind}')
+    for width in CONTROL_WIDTHS:
+        rows |= seeds(f'liif_2x{width}', 'small_liif', f'network_g:hidden_list=[{width}, {width}]')
+    for name, (options, *changes) in ABLATIONS.items():
+        rows[f'ablation_{name}'] = Row(options, ITERATIONS, tuple(changes))
+    for name, encoder in ENCODERS.items():
+        for kind in ('liif', 'moeisr_liif', 'moeisr_j_liif'):
+            rows[f'{name}_{kind}'] = Row(f'small_{kind}', ENCODER_ITERATIONS, (f'network_g:encoder={encoder}',))
     return rows
 
 
-ROWS = {**main_rows(), **routing_rows(), **ablation_rows(), **encoder_rows()}
+ROWS = all_rows()
 
 
 def forced(row: Row, name: str) -> list[str]:
@@ -153,7 +98,7 @@ def train(name: str, iterations: int | None) -> int:
 
 
 def test_options(name: str, args: argparse.Namespace) -> dict:
-    """options/test_small.yml with the row's network, its averaged weights and what the command line asks for."""
+    """options/test_small.yml with the row's network and weights and what the command line asks for."""
     opt = yaml.safe_load(TEST_OPTIONS.read_text())
     row = ROWS[name]
     trained = yaml.safe_load((OPTIONS / f'{row.options}.yml').read_text())
@@ -166,6 +111,7 @@ def test_options(name: str, args: argparse.Namespace) -> dict:
         raise UserError(f'--sets {" ".join(args.sets)}: no dataset of {TEST_OPTIONS.name} is called so.')
     if not weights.exists():
         raise UserError(f'{weights} is missing: train the row first.')
+    averaged = weights.suffix == '.pth' and trained['train'].get('ema_decay', 0) > 0
     return {
         **opt,
         'name': name + args.suffix,
@@ -175,7 +121,7 @@ def test_options(name: str, args: argparse.Namespace) -> dict:
         'path': {
             'pretrain_network_g': str(weights),
             'strict_load_g': True,
-            'param_key_g': 'params_ema' if weights.suffix == '.pth' else 'params',
+            'param_key_g': args.param_key or ('params_ema' if averaged else 'params'),
         },
         'val': {
             **opt['val'],
@@ -220,9 +166,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         sub.add_argument('rows', nargs='+', choices=list(ROWS), metavar='ROW')
         sub.add_argument('--iterations', type=int, help='train: as many in all; test: the checkpoint of that iteration')
     sub.add_argument('--weights', help='a model file of the row in place of its checkpoint')
+    sub.add_argument(
+        '--param-key', choices=('params', 'params_ema'), help='default: averaged weights where the row trains them'
+    )
     sub.add_argument('--sets', nargs='+', help='only these, for example Set5 B100_x4 x2')
-    sub.add_argument('--budget', type=float, help='decoder cost in fractions of the dearest expert everywhere')
-    sub.add_argument('--cost-weight', type=float, help='above 0 cheaper than trained')
+    sub.add_argument('--budget', type=float, help='decoder cost, 1 being the most expensive expert everywhere')
+    sub.add_argument('--cost-weight', type=float, help='above 0: cheaper than trained')
     sub.add_argument('--precision', choices=('fp32', 'bf16'))
     sub.add_argument('--shuffle', action='store_true', help='the chosen experts in random places: a control')
     sub.add_argument('--pictures', action='store_true', help='save images and expert maps')

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 FOUNDATION = {'atomic_file', 'compat', 'errors', 'registration', 'safe_reading'}
 PARTS = {'archs', 'data', 'losses', 'metrics'}  # do not know each other: BasicSR's registries join them
-TOOLS = {'analysis', 'checkpoint', 'convert', 'inference', 'options', 'report', 'shipped'}
+TOOLS = {'analysis', 'checkpoint', 'convert', 'inference', 'options', 'shipped'}
 BELOW_MODELS = {'core', 'kernels'} | FOUNDATION | TOOLS
 # What each part of the package may import from the package; '' is the package's own `__init__`.
 ALLOWED = {
@@ -29,7 +29,8 @@ ALLOWED = {
     **{tool: BELOW_MODELS | PARTS | {''} for tool in TOOLS},  # '' for its version only
     'models': BELOW_MODELS,  # archs, losses, data and metrics come from BasicSR's builders
     'engine': BELOW_MODELS | PARTS | {'models', ''},
-    'cli': BELOW_MODELS | PARTS | {'models', 'engine', ''},
+    'tools': BELOW_MODELS | PARTS | {'models', 'engine', ''},
+    'cli': BELOW_MODELS | PARTS | {'models', 'engine', 'tools', ''},
     '__main__': {'cli'},
     '': {'compat', 'models'} | PARTS,  # importing the package registers everything
 }

@@ -107,29 +107,52 @@ def test_bsds500_holds_one_picture_of_the_test_sets():
     assert least > 1.5 * make_training_set.SAME_PICTURE
 
 
-def test_rows_are_complete_options_for_evaluation(tmp_path, monkeypatch):
+NEW = [name for name in small_rows.ROWS if '_j_' in name or '_tau_' in name]
+
+
+@pytest.mark.parametrize(
+    'names',
+    [
+        [name for name in small_rows.ROWS if name not in NEW],
+        pytest.param(NEW, marks=pytest.mark.xfail(strict=True, reason='small_moeisr_j_*.yml and train: tau to come')),
+    ],
+    ids=['now', 'new'],
+)
+def test_rows_are_complete_options_for_evaluation(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in small_rows.ROWS:
+    for name in names:
         (tmp_path / 'experiments' / name / 'models').mkdir(parents=True)
         (tmp_path / 'experiments' / name / 'models' / 'net_g_latest.pth').touch()
-    args = small_rows.parse_arguments(['test', *small_rows.ROWS, '--sets', 'Set5', 'B100_x4', '--budget', '0.2'])
-    for name in small_rows.ROWS:
-        opt = small_rows.test_options(name, args)
+    args = small_rows.parse_arguments(['test', *names, '--sets', 'Set5', 'B100_x4', '--budget', '0.2'])
+    options = {name: small_rows.test_options(name, args) for name in names}
+    for opt in options.values():
         assert [entry['name'] for entry in opt['datasets'].values()].count('B100_x4') == 1
         assert len(opt['datasets']) == 9
         assert opt['val']['budget'] == 0.2 and 'precision' not in opt['val']
         assert yaml.safe_load(json.dumps(opt)) == opt
-    networks = {name: small_rows.test_options(name, args)['network_g'] for name in small_rows.ROWS}
-    assert networks['liif_seed0'] == networks['liif_seed1'] != networks['liif_2x128_seed0']
-    assert networks['nested_liif_routed_seed0'] == networks['nested_liif_seed1'] != networks['moeisr_liif_seed1']
-    for trained, routed in (
-        ('moeisr_liif_seed0', 'moeisr_liif_routed_seed0'),
-        ('moeisr_lte_seed1', 'moeisr_lte_routed_seed1'),
-        ('rdn_moeisr_liif', 'rdn_moeisr_liif_routed'),
-    ):  # the weights of one must fit the other
-        assert {'hidden_dim': 256} | networks[trained] == {'hidden_dim': 256} | networks[routed]
-    assert networks['ablation_mapper_1_layer']['mapper']['num_layers'] == 1
-    assert networks['swinir_liif']['encoder']['type'] == 'SwinIREncoder'
+    if 'liif_seed0' in names:
+        networks = {name: opt['network_g'] for name, opt in options.items()}
+        assert networks['liif_seed0'] == networks['liif_seed1'] != networks['liif_2x128_seed0']
+        assert networks['ablation_mapper_1_layer']['mapper']['num_layers'] == 1
+        assert networks['ablation_lr_pixel']['mapper']['granularity'] == 'lr_pixel'
+        assert networks['swinir_liif']['encoder']['type'] == 'SwinIREncoder'
+
+
+def test_averaged_weights_are_tested_where_they_were_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'net.pth').touch()
+    options = tmp_path / 'options'
+    options.mkdir()
+    monkeypatch.setattr(small_rows, 'OPTIONS', options)
+
+    def key(decay, *arguments):
+        network = {'network_g': {'type': 'LIIF'}, 'model_type': 'ArbitraryScaleModel', 'train': decay}
+        (options / 'small_liif.yml').write_text(yaml.safe_dump(network))
+        args = small_rows.parse_arguments(['test', 'liif_seed0', '--weights', 'net.pth', *arguments])
+        return small_rows.test_options('liif_seed0', args)['path']['param_key_g']
+
+    assert key({'ema_decay': 0.99}) == 'params_ema' and key({}) == key({'ema_decay': 0}) == 'params'
+    assert key({'ema_decay': 0.99}, '--param-key', 'params') == 'params'
 
 
 def test_an_untrained_row_is_named(tmp_path, monkeypatch, capsys):

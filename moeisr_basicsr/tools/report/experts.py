@@ -1,0 +1,63 @@
+"""The experts: their sizes, their colours in the expert maps, their shares of the output pixels."""
+
+import json
+from typing import NamedTuple
+
+from moeisr_basicsr.analysis.expert_colours import expert_colours
+
+from .runs import Measured, Report, group_by
+
+
+class Share(NamedTuple):
+    """One expert's part of a bar."""
+
+    name: str
+    share: float
+    colour: str
+    ink: str  # of the text on it
+
+
+class Bar(NamedTuple):
+    """The routing of one entry in one column."""
+
+    label: str
+    shares: list[Share]  # of the output pixels
+    texture: float | None  # correlation of the experts' depth with it
+
+
+def share_charts(report: Report) -> list[tuple[str, str, list[Bar]]]:
+    """(dataset, network, a bar per scale and control) of each network that routes."""
+    charts = []
+    for dataset, columns in report.datasets().items():
+        routed = [one for entries in columns.values() for one in entries if len(one.loads) > 1]
+        for (name, _), chosen in group_by(routed, lambda one: (one.entry.name, one.entry.network)).items():
+            labels = [f'{one.column.label} {report.labels[one.entry]}' for one in chosen]
+            bars = [Bar(label, shares(one), one.mean('correlation')) for label, one in zip(labels, chosen)]
+            charts.append((dataset, name, bars))
+    return charts
+
+
+def shares(measured: Measured) -> list[Share]:
+    """Each expert's share, in the network's order."""
+    loads = measured.loads
+    hidden = (json.loads(measured.entry.network) or {}).get('experts') or []
+    names = [f'expert {j + 1}' + (f': {shape(hidden[j])}' if j < len(hidden) else '') for j in range(len(loads))]
+    colours = expert_colours(len(loads), measured.runs[0].expert_macs)[:, ::-1].tolist()  # (J, 3) RGB
+    return [
+        Share(
+            name,
+            load,
+            f'rgb({red} {green} {blue})',
+            '#000' if 0.299 * red + 0.587 * green + 0.114 * blue > 115 else '#fff',
+        )
+        for name, load, (red, green, blue) in zip(names, loads, colours)
+    ]
+
+
+def shape(widths: list[int] | None) -> str:
+    """'4 x 256', or the widths where they differ."""
+    if widths is None:
+        return 'default'
+    if not widths:
+        return 'none'
+    return f'{len(widths)} x {widths[0]}' if len(set(widths)) == 1 else ' '.join(map(str, widths))
