@@ -3,8 +3,7 @@
 import torch
 from tiny_runs import run_options
 
-from moeisr_basicsr.checkpoint import load_model
-from moeisr_basicsr.convert import convert
+from moeisr_basicsr.checkpoint import convert, load_model
 from moeisr_basicsr.engine import exit_codes
 from moeisr_basicsr.engine.train_loop import train
 

@@ -102,7 +102,7 @@ def test_no_model(capsys):
     assert 'No model comes with this installation' in run(capsys, 'models')
     assert run(capsys, 'models', '--json') == '[]\n'
     error = fails(capsys, 'upscale', 'a.png', '-o', 'o.png', '--scale', '2')
-    assert 'no default model comes with this installation; name a model file: --model' in error
+    assert 'no default model comes with this installation; name a model file by --model' in error
     assert 'there is no model file general.' in fails(capsys, 'models', 'general')
 
 
@@ -137,8 +137,7 @@ def test_a_word_with_two_meanings_is_an_error(models, capsys):
     [
         (
             'genral',
-            'there is no model file genral; the models that come with the package are general, photos_dense. Did '
-            "you mean 'general'?",
+            "there is no model file genral. The package comes with general, photos_dense. Did you mean 'general'?",
         ),
         ('general.safetensors', "Did you mean 'general'?"),
         ('folder/x.safetensors', 'there is no model file folder/x.safetensors'),
@@ -154,10 +153,10 @@ def test_unknown_names(models, capsys, command, model, words):
 def test_damaged_files(models, capsys):
     path = models / 'general.safetensors'
     path.write_bytes(path.read_bytes()[:-5])
-    for argv in (('upscale', 'a.png', '-o', 'o.png', '--scale', '2'), ('models',), ('profile', '--model', 'general')):
+    upscale = ('upscale', 'a.png', '-o', 'o.png', '--scale', '2', '--model', 'general')
+    for argv in (upscale, ('models',), ('profile', '--model', 'general')):
         error = fails(capsys, *argv)
-        assert "the model 'general' that comes with the package cannot be used" in error
-        assert f'{path} is no whole safetensors file' in error and 'Install moeisr_basicsr again.' in error
+        assert f'{path} is no whole safetensors file' in error
     for notes, words in (
         ({'results': '['}, "its metadata 'results' is not JSON"),
         ({'results': '[{}]'}, "its metadata is wrong: results[0] lacks 'dataset'"),
@@ -254,17 +253,6 @@ def test_a_checkpoint_becomes_a_shipped_model(script, weights, capsys):
     tuned = build_network(NETWORK)
     load_weights(tuned, path)  # as `path: pretrain_network_g` does
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in tuned.state_dict().items())
-
-
-def test_the_card_tells_of_a_second_training(script, weights, capsys):
-    checkpoint_and_results()
-    Path('more.yml').write_text('train: {total_iter: 1500, trainable: [decoder.mapper]}\n')
-    assert script.main([*SHIP, '--then', 'more.yml']) == 0, capsys.readouterr().err
-    text = (weights / 'general.md').read_text()
-    assert '900 iterations' in text and '\nThen more.yml, 1,500 iterations of decoder.mapper.\n' in text
-    Path('more.yml').write_text('train: {}\n')
-    assert script.main([*SHIP, '--then', 'more.yml']) == 2
-    assert 'more.yml needs train: total_iter' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
