@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -185,27 +183,6 @@ def test_profile_takes_a_name(models, capsys):
         'p.json',
     )
     assert schema.load('p.json')['model']['file'] == str(models / 'general.safetensors')
-
-
-def test_the_packages_hold_weights_and_cards(tmp_path):
-    """What setuptools would put into sdist and wheel, for a copy of the project with next to no code."""
-    project = tmp_path / 'project'
-    (project / 'moeisr_basicsr' / 'weights').mkdir(parents=True)
-    for name in ('setup.py', 'pyproject.toml', 'README.md'):
-        shutil.copy(ROOT / name, project)
-    (project / 'moeisr_basicsr' / '__init__.py').touch()
-    wanted = {'moeisr_basicsr/weights/general.safetensors', 'moeisr_basicsr/weights/general.md'}
-    stand_in(project / 'moeisr_basicsr' / 'weights', 'general')
-    subprocess.run(
-        [sys.executable, 'setup.py', '-q', 'egg_info', '-e', '.', 'build_py', '-d', 'wheel'],
-        cwd=project,
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    sdist = (project / 'moeisr_basicsr.egg-info' / 'SOURCES.txt').read_text().splitlines()
-    wheel = {str(path.relative_to(project / 'wheel')) for path in (project / 'wheel').rglob('*')}
-    assert wanted <= set(sdist) and wanted <= wheel
 
 
 @pytest.fixture(scope='module')
