@@ -43,20 +43,18 @@ def save_model(
     """Write a model file: complete or not at all.
 
     Args:
-        path: A name that ends in .safetensors; its folder must exist.
+        path: A name that ends in .safetensors.
         weights: The network, or its state dict.
         network_opt: Options from which BasicSR's `build_network` makes the network.
         **notes: Further metadata, for example `source`.
 
     Raises:
-        UserError: Another ending, or no such folder.
-        OSError: The disk is full or read-only; what was there before is untouched.
+        UserError: Another ending.
+        OSError: There is no such folder, or it is full or read-only; what was there before is untouched.
     """
     path = Path(path)
     if path.suffix != '.safetensors':
         raise UserError(f"{path}: the name of a model file must end in '.safetensors'.")
-    if not path.parent.is_dir():
-        raise UserError(f'{path}: there is no folder {path.parent}.')
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     # A clone each: safetensors rejects tensors that share memory.
     state = {name: value.detach().to('cpu', copy=True).contiguous() for name, value in state.items()}
@@ -198,7 +196,7 @@ def convert(
         UserError: See `read_checkpoint`; the weights do not fit the options; a weight is too large for fp16.
     """
     model = read_checkpoint(checkpoint, PARAM_KEYS if param_key is None else (param_key,))
-    network_opt = dict(network_opt or model.network_opt)
+    network_opt = network_opt or model.network_opt
     if not network_opt:
         raise UserError(f'{checkpoint} does not say which network it belongs to: name its options file with -opt.')
     weights = build(network_opt, model.weights, str(checkpoint)).state_dict()
@@ -210,7 +208,7 @@ def convert(
                 f'{torch.finfo(torch.float16).max:.0f}. Store it as fp32.'
             )
     save_model(out, stored, network_opt, **{**model.metadata, **(notes or {})})
-    return network_opt
+    return dict(network_opt)
 
 
 def _read_safetensors(path: str | PathLike) -> Model:

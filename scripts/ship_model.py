@@ -29,11 +29,13 @@ from moeisr_basicsr.checkpoint import STORES, convert
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.options import force, read_yaml
 
-DATA = 'BSDS500 (training and test splits) and high-resolution photographs'
-LICENSE = (
-    'Apache-2.0, as the code. The training images have terms of their own, see Data; whether those reach '
-    'weights that were trained on them is for every user to judge.'
-)
+# What the metadata and the card say of every model that is shipped.
+NOTES = {
+    'summary': 'General-purpose upscaling of photographs by any factor.',
+    'training_data': 'BSDS500 (training and test splits) and high-resolution photographs',
+    'license': 'Apache-2.0, as the code. The training images have terms of their own, see Data; whether those reach '
+    'weights that were trained on them is for every user to judge.',
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,21 +57,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--name', required=True, help='what users write after --model')
     parser.add_argument('--recipe', required=True, metavar='YAML', help='options file of the training')
     parser.add_argument('--results', required=True, metavar='JSON', help='results.json of `basicsr test` on this model')
-    parser.add_argument(
-        '--force_yml',
-        nargs='+',
-        default=[],
-        metavar='KEY:KEY=VALUE',
-        help='the changes of the recipe that the training had',
-    )
+    parser.add_argument('--force_yml', nargs='+', default=[], metavar='KEY:KEY=VALUE', help='its changes of the recipe')
     parser.add_argument('--store', choices=STORES, default='fp16', help='number format in the file (default fp16)')
-    parser.add_argument('--data', default=DATA, help='one line about the training images')
-    parser.add_argument('--license', default=LICENSE, help='one line about the terms of the weights')
-    parser.add_argument(
-        '--summary',
-        default='General-purpose upscaling of photographs by any factor.',
-        help='one line about what the model is for',
-    )
     return parser.parse_args(argv)
 
 
@@ -80,13 +69,7 @@ def ship(args: argparse.Namespace) -> Path:
         UserError: An argument is wrong, the results are those of another network, or the checkpoint lacks something.
     """
     document = schema.load(args.results)
-    notes = {
-        **recipe_notes(args.recipe, args.force_yml),
-        'results': json.dumps(results_of(document)),
-        'training_data': args.data,
-        'license': args.license,
-        'summary': args.summary,
-    }
+    notes = {**NOTES, **recipe_notes(args.recipe, args.force_yml), 'results': json.dumps(results_of(document))}
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / f'{args.name}.safetensors'
         convert(args.checkpoint, made, store=args.store, notes=notes)
