@@ -53,7 +53,7 @@ def parse_yml_value(text: str) -> Any:
 
 
 def load_torch_file(path: str | os.PathLike) -> Any:
-    """`torch.load` to the CPU, of tensors and plain containers; a file that holds anything else is refused, never run.
+    """`torch.load` to the CPU, of tensors and plain containers; anything else in a file is rejected, never run.
 
     Raises:
         UserError: The file is damaged, or holds objects other than tensors and plain containers.

@@ -48,7 +48,7 @@ def make_net(seed=0, options=NETWORK):
     return build_network(options).eval()
 
 
-def answers(net, size=(5, 9), lq_size=(4, 3)):
+def predict(net, size=(5, 9), lq_size=(4, 3)):
     lq = torch.rand(1, 3, *lq_size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return net(lq, *grid(size))
@@ -64,9 +64,9 @@ def test_round_trip(network):
     with safe_open('m.safetensors', 'pt') as file:
         assert file.metadata() == {'source': 'test', 'format': FORMAT, 'network_g': json.dumps(network, sort_keys=True)}
     loaded = load_model('m.safetensors')
-    assert not loaded.training and torch.equal(answers(loaded), answers(net))
+    assert not loaded.training and torch.equal(predict(loaded), predict(net))
     save_model('again.safetensors', loaded.state_dict(), network)
-    assert torch.equal(answers(load_model('again.safetensors')), answers(net))
+    assert torch.equal(predict(load_model('again.safetensors')), predict(net))
 
 
 def test_a_truncated_file_is_an_error_at_every_length():
@@ -137,10 +137,10 @@ def test_convert_basicsr(layout):
     }[layout]
     torch.save(content, 'net.pth')
     assert convert('net.pth', 'm.safetensors', NETWORK) == NETWORK
-    assert torch.equal(answers(load_model('m.safetensors')), answers(make_net(0)))
+    assert torch.equal(predict(load_model('m.safetensors')), predict(make_net(0)))
     if layout == 'both':
         convert('net.pth', 'm.safetensors', NETWORK, param_key='params')
-        assert torch.equal(answers(load_model('m.safetensors')), answers(make_net(1)))
+        assert torch.equal(predict(load_model('m.safetensors')), predict(make_net(1)))
 
 
 def test_half_precision_files_and_metadata():
@@ -174,7 +174,7 @@ def test_convert_finds_the_options_by_itself():
     torch.save({'params': make_net().state_dict(), 'network_g': NETWORK}, 'embedded.pth')
     assert convert('embedded.pth', 'm2.safetensors') == NETWORK
     assert convert('m2.safetensors', 'm3.safetensors') == NETWORK
-    assert torch.equal(answers(load_model('m3.safetensors')), answers(make_net()))
+    assert torch.equal(predict(load_model('m3.safetensors')), predict(make_net()))
     other = {**NETWORK, 'experts': [[4]]}
     with pytest.raises(UserError, match='embedded.pth: the weights do not fit'):
         convert('embedded.pth', 'm.safetensors', other)

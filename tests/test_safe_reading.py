@@ -1,4 +1,4 @@
-"""Safe reading: values as the file means them; what is broken, hostile or no plain data is refused, nothing runs."""
+"""Safe reading: values as the file means them; what is broken, hostile or no plain data is rejected, nothing runs."""
 
 import os
 import pickle
@@ -97,7 +97,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize('legacy', [False, True])
-def test_hostile_weights_are_refused(tmp_path, monkeypatch, legacy):
+def test_hostile_weights_are_rejected(tmp_path, monkeypatch, legacy):
     target, path = tmp_path / 'hacked', tmp_path / 'net.pth'
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     torch.save({'params': Hostile(target)}, path, _use_new_zipfile_serialization=not legacy)

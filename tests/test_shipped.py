@@ -223,7 +223,7 @@ def test_a_checkpoint_becomes_a_shipped_model(script, weights, capsys):
     assert '1,234 iterations' in text and 'x1 to x3' in text and '| Set5_x4 | 5 | 30.50 | +2.25 | 75% 25% |' in text
     assert metadata['recipe'] == 'tiny.yml with train:total_iter=1234' and metadata['param_key'] == 'params_ema'
     loaded = load_model(path)
-    for name, value in net.state_dict().items():  # stored in half the room, used as fp32, and the averaged weights
+    for name, value in net.state_dict().items():  # stored as fp16, used as fp32, and the averaged weights
         assert read_model(path).weights[name].dtype == torch.float16 and loaded.state_dict()[name].dtype == value.dtype
         torch.testing.assert_close(loaded.state_dict()[name], value.half().float(), rtol=0, atol=0)
     assert run(capsys, 'models', 'general').startswith('# general\n')

@@ -39,15 +39,14 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         '--store',
         choices=('fp32', 'fp16'),
         default='fp32',
-        help='number format of the weights in the file; fp16 takes half the room, computing stays as '
-        'it is (default fp32)',
+        help='number format in the file; a network computes in fp32 from either',
     )
     parser.add_argument(
         '--metadata',
         nargs='+',
         default=[],
         metavar='KEY=VALUE',
-        help='what else the file shall say of itself; `basicsr models OUT.safetensors --json` reads it',
+        help='what else the file says of itself; `basicsr models OUT.safetensors --json` reads it',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace the output file if it exists')
     add_import(parser)
