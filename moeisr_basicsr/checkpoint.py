@@ -97,13 +97,8 @@ def load_model(path: str | PathLike, device: str | torch.device = 'cpu') -> nn.M
 def build(network_opt: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> nn.Module:
     """A network with its weights; buffers that it computes by itself may be missing from them.
 
-    Args:
-        network_opt: Options of the network.
-        weights: Its state dict.
-        source: Where they come from, for messages.
-
     Raises:
-        UserError: The options are wrong, or the weights are those of another network.
+        UserError: The options are wrong, or the weights are those of another network; `source` is named.
     """
     check_network(network_opt, source)
     try:
