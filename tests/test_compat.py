@@ -1,6 +1,7 @@
 """Compat: BasicSR 1.4.2 imports, reads our YAML files, resumes and runs on several processes, all without CUDA."""
 
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -102,6 +103,28 @@ def model_with(opt):
     from basicsr.models.base_model import BaseModel
 
     return BaseModel({'num_gpu': 0, 'is_train': True, 'dist': False, 'path': {}, **opt})
+
+
+class Hostile:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, 'w')
+
+
+def test_basicsr_loads_weights_and_runs_nothing(tmp_path):
+    """By torch's own default, from 2.6 on."""
+    net, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    torch.save({'params': net.state_dict()}, tmp_path / 'net.pth')
+    model_with({}).load_network(other, str(tmp_path / 'net.pth'))
+    assert torch.equal(other.weight, net.weight)
+    torch.save({'params': Hostile(tmp_path / 'hacked')}, tmp_path / 'net.pth')
+    with pytest.raises(pickle.UnpicklingError):
+        model_with({}).load_network(other, str(tmp_path / 'net.pth'))
+    assert not (tmp_path / 'hacked').exists()
 
 
 def test_resume_state_without_cuda(tmp_path, monkeypatch):
