@@ -5,12 +5,24 @@ registries. That side effect is its purpose: `import moeisr_basicsr` at the top 
 pipelines need.
 """
 
+import importlib
+from pathlib import Path
+
 from moeisr_basicsr import compat
+
+__version__ = '0.1.0'  # the only place; setup.py reads this line
 
 compat.install_shims()  # before anything imports BasicSR
 
-from moeisr_basicsr import archs, data, losses, metrics, models  # noqa: E402, F401
+# By file name, as BasicSR registers its own: importing a module registers its classes.
+for _folder, _suffix in (
+    ('archs', 'arch'),
+    ('data', 'dataset'),
+    ('losses', 'loss'),
+    ('metrics', 'metric'),
+    ('models', 'model'),
+):
+    for _path in sorted(Path(__file__).with_name(_folder).glob(f'*_{_suffix}.py')):
+        importlib.import_module(f'{__name__}.{_folder}.{_path.stem}')
 
 compat.patch_basicsr()
-
-__version__ = '0.1.0'

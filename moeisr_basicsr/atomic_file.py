@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -62,13 +63,14 @@ def link_or_copy(source: str | os.PathLike, path: str | os.PathLike) -> Path:
     Raises:
         SaveError: As `write_atomic`.
     """
-    source, path = Path(source), Path(path)
+    path = Path(path)
     temporary = temporary_path(path)
     try:
         os.link(source, temporary)
         os.replace(temporary, path)
     except OSError:
-        return write_atomic(path, lambda file: _copy(source, file))
+        with open(source, 'rb') as origin:
+            return write_atomic(path, lambda file: shutil.copyfileobj(origin, file))
     finally:
         temporary.unlink(missing_ok=True)  # rename() keeps both names where they already were the same file
     return path
@@ -83,12 +85,6 @@ def remove_temporaries(folder: str | os.PathLike) -> None:
     """Delete what a killed process left behind in `folder`."""
     for leftover in Path(folder).glob(f'.*{TEMPORARY_SUFFIX}'):
         leftover.unlink(missing_ok=True)
-
-
-def _copy(source: Path, file: BinaryIO) -> None:
-    with open(source, 'rb') as origin:
-        while block := origin.read(1 << 20):
-            file.write(block)
 
 
 def _sync_folder(folder: Path) -> None:

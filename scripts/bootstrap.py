@@ -76,7 +76,7 @@ def prepare():
         if _read(STAMP) == wanted and _works():
             return
         start = time.time()
-        _make_venv()
+        make_venv()
         _write(UNFINISHED, '')
         _write(STAMP, '')
         _install()
@@ -127,7 +127,7 @@ def _works():
     return process.returncode == 0 and tuple(int(part) for part in output) in SUPPORTED
 
 
-def _make_venv():
+def make_venv():
     """Make `.venv`, or keep it if it works and its last install ended."""
     if _works() and not os.path.exists(UNFINISHED):
         return
@@ -171,12 +171,8 @@ def _supported_python():
 
 def _install():
     """Install the pinned requirements, this project as an editable package, and Triton where it can be had."""
+    install_requirements()
     pip = [venv_python(), '-m', 'pip', 'install']
-    with open(os.path.join(ROOT, 'requirements.txt')) as handle:
-        tools = [line.strip() for line in handle if line.split('==')[0] in BUILD_TOOLS]
-    print('Installing the pinned requirements; the first time downloads PyTorch and takes minutes', flush=True)
-    _call(pip + tools, 'installing the build tools')
-    _call(pip + ['--no-build-isolation', '-r', os.path.join(ROOT, 'requirements.txt')], 'installing the requirements')
     _call(pip + ['--no-build-isolation', '--no-deps', '--editable', ROOT], 'installing this project')
     try:
         _call(pip + ['-r', os.path.join(ROOT, 'requirements-triton.txt')], 'installing Triton')
@@ -184,10 +180,20 @@ def _install():
         print('Triton cannot be installed here: the tests of the CUDA kernels will be skipped', flush=True)
 
 
+def install_requirements():
+    """Install the pinned requirements into the environment."""
+    pip = [venv_python(), '-m', 'pip', 'install']
+    with open(os.path.join(ROOT, 'requirements.txt')) as handle:
+        tools = [line.strip() for line in handle if line.split('==')[0] in BUILD_TOOLS]
+    print('Installing the pinned requirements; the first time downloads PyTorch and takes minutes', flush=True)
+    _call(pip + tools, 'installing the build tools')
+    _call(pip + ['--no-build-isolation', '-r', os.path.join(ROOT, 'requirements.txt')], 'installing the requirements')
+
+
 def _call(command, what):
     env = environment()
     if subprocess.call(command, env=env) != 0:
-        raise SetupError('{} failed; its own message is above. Run the command again after mending it.'.format(what))
+        raise SetupError('{} failed; its own message is above. Run the command again after fixing it.'.format(what))
 
 
 def _succeeds(command):

@@ -12,11 +12,12 @@ the text there, and run this again. `moeisr_basicsr/shipped.py` names the defaul
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
@@ -24,16 +25,17 @@ from moeisr_basicsr import shipped
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.analysis.model_summary import psnr_of, results_of, summarize_model
 from moeisr_basicsr.atomic_file import link_or_copy, write_atomic
-from moeisr_basicsr.convert import STORES, convert
+from moeisr_basicsr.checkpoint import STORES, convert
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.options import force, read_yaml
 
-TEMPLATE = Path(__file__).with_name('model_card.md')
-DATA = 'BSDS500 (training and test splits) and high-resolution photographs'
-LICENSE = (
-    'Apache-2.0, as the code. The training images have terms of their own, see Data; whether those reach '
-    'weights that were trained on them is for every user to judge.'
-)
+# What the metadata and the card say of every model that is shipped.
+NOTES = {
+    'summary': 'General-purpose upscaling of photographs by any factor.',
+    'training_data': 'BSDS500 (training and test splits) and high-resolution photographs',
+    'license': 'Apache-2.0, as the code. The training images have terms of their own, see Data; whether those reach '
+    'weights that were trained on them is for every user to judge.',
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,22 +57,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--name', required=True, help='what users write after --model')
     parser.add_argument('--recipe', required=True, metavar='YAML', help='options file of the training')
     parser.add_argument('--results', required=True, metavar='JSON', help='results.json of `basicsr test` on this model')
-    parser.add_argument(
-        '--force_yml',
-        nargs='+',
-        default=[],
-        metavar='KEY:KEY=VALUE',
-        help='the changes of the recipe that the training had',
-    )
-    parser.add_argument('--then', metavar='YAML', help='options file of the training that went on from the first')
+    parser.add_argument('--force_yml', nargs='+', default=[], metavar='KEY:KEY=VALUE', help='its changes of the recipe')
     parser.add_argument('--store', choices=STORES, default='fp16', help='number format in the file (default fp16)')
-    parser.add_argument('--data', default=DATA, help='one line about the training images')
-    parser.add_argument('--license', default=LICENSE, help='one line about the terms of the weights')
-    parser.add_argument(
-        '--summary',
-        default='General-purpose upscaling of photographs by any factor.',
-        help='one line about what the model is for',
-    )
     return parser.parse_args(argv)
 
 
@@ -80,17 +68,8 @@ def ship(args: argparse.Namespace) -> Path:
     Raises:
         UserError: An argument is wrong, the results are those of another network, or the checkpoint lacks something.
     """
-    if not re.fullmatch(r'[a-z][a-z0-9_]*', args.name):
-        raise UserError(f"--name must be small letters, digits and '_', beginning with a letter; got '{args.name}'.")
     document = schema.load(args.results)
-    notes = {
-        **recipe_notes(args.recipe, args.force_yml),
-        **second_recipe_notes(args.then),
-        'results': json.dumps(results_of(document)),
-        'training_data': args.data,
-        'license': args.license,
-        'summary': args.summary,
-    }
+    notes = {**NOTES, **recipe_notes(args.recipe, args.force_yml), 'results': json.dumps(results_of(document))}
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / f'{args.name}.safetensors'
         convert(args.checkpoint, made, store=args.store, notes=notes)
@@ -121,71 +100,20 @@ def recipe_notes(recipe: str, changes: list[str]) -> dict[str, str]:
     return {'recipe': name, 'iterations': str(int(iterations)), 'scale_range': json.dumps(scale_range)}
 
 
-def second_recipe_notes(recipe: str | None) -> dict[str, str]:
-    """What the metadata says of a second training; nothing where there was none.
-
-    Raises:
-        UserError: The recipe cannot be read, or does not say the iterations.
-    """
-    if recipe is None:
-        return {}
-    train = read_yaml(recipe).data.get('train') or {}
-    if 'total_iter' not in train:
-        raise UserError(f'{recipe} needs train: total_iter.')
-    parts = ', '.join(train.get('trainable') or ['the whole network'])
-    return {'then': f'{Path(recipe).name}, {int(train["total_iter"]):,} iterations of {parts}'}
-
-
 def card(summary: dict[str, Any], store: str) -> str:
     """The model card's text.
 
     Raises:
         UserError: The checkpoint does not say which of its weights these are.
     """
-    notes, macs = summary['metadata'], summary['macs_x4']
-    if 'param_key' not in notes:
+    if 'param_key' not in summary['metadata']:
         raise UserError(
             'the file does not say whether these are the averaged weights (params_ema): convert the '
             'checkpoint of the training.'
         )
-    routed = '' if macs['routed'] is None else f'{macs["routed"] / 1e3:.1f} as routed, '
-    fields = {
-        **notes,
-        'name': summary['name'],
-        'sha256': summary['sha256'],
-        'store': store,
-        'mebibytes': f'{summary["bytes"] / 2**20:.2f}',
-        'parameters': f'{summary["parameters"]:,}',
-        'network': f'{summary["network_g"]["type"]} with {summary["encoder"]}, decoder {summary["decoder"]}, '
-        f'{summary["experts"]} expert{"s" * (summary["experts"] > 1)}',
-        'macs': f'{routed}{macs["dense"] / 1e3:.1f} with the heaviest expert everywhere',
-        'then': f'\nThen {notes["then"]}.' if 'then' in notes else '',
-        'routing': f'\nIts routing is the trained one at cost weight {float(notes["cost_weight"]):g}.'
-        if 'cost_weight' in notes
-        else '',
-        'scales': 'x{:g} to x{:g}'.format(*summary['scale_range']),
-        'iterations': f'{int(notes["iterations"]):,}',
-        'results': results_table(summary['results']),
-    }
-    return TEMPLATE.read_text(encoding='utf-8').format_map(fields)
-
-
-def results_table(results: list[dict[str, Any]]) -> str:
-    """One line per dataset and factor."""
-    titles = ('dataset', 'images', 'PSNR, dB', 'gain, dB', 'share of each expert, cheap to dear')
-    lines = [f'| {" | ".join(titles)} |', '|' + '---|' * len(titles)]
-    for row in results:
-        value, gain = psnr_of(row) or (None, None)
-        shares = ' '.join(f'{share:.0%}' for share in row.get('routing', {}).get('loads', []))
-        cells = [
-            row['dataset'],
-            str(row['count']),
-            '' if value is None else f'{value:.2f}',
-            '' if gain is None else f'{gain:+.2f}',
-            shares,
-        ]
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines)
+    text = Path(__file__).with_name('model_card.md').read_text(encoding='utf-8')
+    template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    return template.render(summary, store=store, psnr_of=psnr_of)
 
 
 if __name__ == '__main__':

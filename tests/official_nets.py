@@ -123,7 +123,7 @@ class OfficialNet(nn.Module):
                 nn.init.kaiming_normal_(parameter)
 
     def forward(self, image, coord, cell):
-        """RGB in [0, 1] to the answers in [0, 1], (B, Q, 3)."""
+        """RGB in [0, 1] to the predictions in [0, 1], (B, Q, 3)."""
         x = image * 2 - 1
         pool = types.SimpleNamespace(linears=lambda _: list(self.imnet.layers[::2]))
         if self.name == 'liif':

@@ -11,10 +11,10 @@ from reference import FAMILIES, grid
 from torch import nn
 
 import moeisr_basicsr  # noqa: F401  before BasicSR, which needs its shims
-from moeisr_basicsr.convert import official
 from moeisr_basicsr.core import Draw, Predictions, make_coord
 from moeisr_basicsr.core.coords import pixel_centres
 from moeisr_basicsr.core.skip import skip_at, skip_grid
+from moeisr_basicsr.official import official
 
 EDSR = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
 RDN = {'type': 'RDNEncoder', 'num_feat': 8, 'num_block': 2, 'num_conv': 2, 'growth': 4}

@@ -110,9 +110,9 @@ def test_unsuitable_python_gets_one_line(bootstrap, monkeypatch, capsys, version
 
 
 def test_failed_install_leaves_no_stamp(bootstrap, monkeypatch, capsys):
-    bootstrap._make_venv()
+    bootstrap.make_venv()
     monkeypatch.setattr(bootstrap, '_call', lambda command, what: (_ for _ in ()).throw(bootstrap.SetupError(what)))
-    monkeypatch.setattr(bootstrap, '_make_venv', lambda: None)
+    monkeypatch.setattr(bootstrap, 'make_venv', lambda: None)
     assert bootstrap.main(lambda: 0) == 1
     assert not bootstrap._read(bootstrap.STAMP) and os.path.exists(bootstrap.UNFINISHED)
 

@@ -1,17 +1,16 @@
-"""Compat: BasicSR 1.4.2 imports, runs on the CPU, and neither its YAML nor its overrides nor its files run code."""
+"""Compat: BasicSR 1.4.2 imports, reads our YAML files, resumes and runs on several processes, all without CUDA."""
 
-import contextlib
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
-import types
-from collections import Counter, OrderedDict
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+import yaml
 
 from moeisr_basicsr import compat
 from moeisr_basicsr.errors import UserError
@@ -70,48 +69,12 @@ def test_every_module_of_basicsr_imports():
     assert int(done.stdout.split()[-1]) == 90
 
 
-def test_shims_keep_a_module_that_exists():
-    done = run_python(
-        """
-        import sys, types
-        package = types.ModuleType('moeisr_basicsr')
-        package.__path__ = [sys.argv[1]]
-        sys.modules['moeisr_basicsr'] = package
-        existing = types.ModuleType('torchvision.transforms.functional_tensor')
-        sys.modules[existing.__name__] = existing
-        from moeisr_basicsr import compat
-        compat.install_shims()
-        libraries = len(compat._LIBRARIES)
-        compat.install_shims()
-        assert sys.modules[existing.__name__] is existing
-        assert len(compat._LIBRARIES) == libraries
-        """,
-        ROOT / 'moeisr_basicsr',
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_grayscale_shim_is_torchvisions_function():
     from torchvision.transforms.functional_tensor import rgb_to_grayscale
 
     image = torch.rand(1, 3, 4, 5)
     weights = torch.tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R 601 as torchvision rounds it
     torch.testing.assert_close(rgb_to_grayscale(image, num_output_channels=1), (image * weights).sum(1, keepdim=True))
-
-
-def test_importing_compat_imports_neither_torch_nor_basicsr():
-    done = run_python(
-        """
-        import sys, types
-        package = types.ModuleType('moeisr_basicsr')
-        package.__path__ = [sys.argv[1]]
-        sys.modules['moeisr_basicsr'] = package
-        import moeisr_basicsr.compat
-        print([name for name in ('torch', 'torchvision', 'basicsr') if name in sys.modules])
-        """,
-        ROOT / 'moeisr_basicsr',
-    )
-    assert done.stdout.strip() == '[]', done.stderr
 
 
 def test_patching_twice_wraps_once():
@@ -122,95 +85,24 @@ def test_patching_twice_wraps_once():
     assert (BaseModel.__init__, BaseModel.model_to_device) == before
 
 
-@pytest.mark.parametrize(
-    'tag',
-    [
-        '!!python/object/apply:os.system ["touch {0}"]',
-        '!!python/name:os.system',
-        '!!python/object/new:os.system ["touch {0}"]',
-        '!!python/tuple [1, 2]',
-        '!own 1',
-    ],
-)
-def test_yaml_tags_are_refused_by_name_and_line(tmp_path, monkeypatch, tag):
+def test_basicsr_reads_our_numbers(tmp_path, monkeypatch):
+    opt = parse(tmp_path, monkeypatch, '--force_yml', 'logger:print_freq=5')
+    assert opt['train']['optim_g'] == {'type': 'Adam', 'lr': 1e-4} and opt['logger']['print_freq'] == 5
+    assert opt['datasets']['train'] == {'name': 'a', 'lr': 1e-4, 'eps': 2e-3, 'phase': 'train'}
+
+
+@pytest.mark.parametrize('tag', ['!!python/object/apply:os.system ["touch {0}"]', '!!python/name:os.system', '!own 1'])
+def test_yaml_runs_nothing(tmp_path, monkeypatch, tag):
     target = tmp_path / 'hacked'
-    text = MINIMAL_YAML + 'bad: ' + tag.format(target)
-    with pytest.raises(UserError, match=r'options\.yml, line 11: the tag .* is not allowed'):
-        parse(tmp_path, monkeypatch, text=text)
+    with pytest.raises(yaml.YAMLError, match='line 11'):
+        parse(tmp_path, monkeypatch, text=MINIMAL_YAML + 'bad: ' + tag.format(target))
     assert not target.exists()
 
 
-def test_parse_options_reads_floats_and_overrides(tmp_path, monkeypatch):
-    opt = parse(
-        tmp_path,
-        monkeypatch,
-        '--force_yml',
-        'train:optim_g:lr=2e-4',
-        'train:milestones=[3, 4]',
-        'path:pretrain_network_g=none',
-        'logger:print_freq=-5',
-        'datasets:train:name=!!float 1e1',
-    )
-    assert opt['train']['optim_g'] == {'type': 'Adam', 'lr': 2e-4} and opt['train']['milestones'] == [3, 4]
-    assert opt['path']['pretrain_network_g'] is None and opt['logger']['print_freq'] == -5
-    assert opt['datasets']['train'] == {'name': 10.0, 'lr': 1e-4, 'eps': 2e-3, 'phase': 'train'}
+def model_with(opt):
+    from basicsr.models.base_model import BaseModel
 
-
-@pytest.mark.parametrize(
-    'entry',
-    [
-        'name"]; open("{0}", "w"); opt["name=1',
-        'x"] + __import__("os").system("touch {0}") + opt["name=1',
-        'name[open("{0}","w")]=1',
-        'train\\":x=1',
-        'name={{!!python/object/apply:os.system ["touch {0}"]: 1}}',
-    ],
-)
-def test_hostile_override_is_refused(tmp_path, monkeypatch, entry):
-    with pytest.raises(UserError):
-        parse(tmp_path, monkeypatch, '--force_yml', entry.format(tmp_path / 'hacked'))
-    assert not (tmp_path / 'hacked').exists()
-
-
-@pytest.mark.parametrize(
-    'value',
-    [
-        '[__import__("os").system("touch {0}")]',
-        '[open("{0}", mode="w")]',
-        '[i for i in [open("{0}", "w")]]',
-        'open("{0}", "w")',
-    ],
-)
-def test_hostile_value_is_not_evaluated(tmp_path, monkeypatch, value):
-    value = value.format(tmp_path / 'hacked')
-    if '=' in value or not value.startswith('['):  # BasicSR splits at each '='; without a bracket it is a string
-        with contextlib.suppress(ValueError):
-            assert parse(tmp_path, monkeypatch, '--force_yml', f'logger:x={value}')['logger']['x'] == value
-    else:
-        with contextlib.suppress(UserError):
-            loaded = parse(tmp_path, monkeypatch, '--force_yml', f'logger:x={value}')['logger']['x']
-            assert all(isinstance(item, str) for item in loaded)
-    assert not (tmp_path / 'hacked').exists()
-
-
-@pytest.mark.parametrize(
-    ('entry', 'message'),
-    [
-        ('trian:total_iter=1', "no key 'trian'. Did you mean 'train'"),
-        ('name:x=1', "'name' is a value"),
-        ('train:optim_g:lr=[1,', 'not a list'),
-        ('train:optim_g:lr=!!float x', 'not a number'),
-    ],
-)
-def test_force_yml_errors_name_the_entry(tmp_path, monkeypatch, entry, message):
-    with pytest.raises(UserError) as caught:
-        parse(tmp_path, monkeypatch, '--force_yml', entry)
-    assert message in str(caught.value) and '\n' not in str(caught.value)
-
-
-def test_deeply_nested_yaml_is_a_user_error(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r'options\.yml: .* nested too deeply'):
-        parse(tmp_path, monkeypatch, text='a: ' + '[' * 100_000)
+    return BaseModel({'num_gpu': 0, 'is_train': True, 'dist': False, 'path': {}, **opt})
 
 
 class Hostile:
@@ -223,41 +115,16 @@ class Hostile:
         return open, (self.path, 'w')
 
 
-def model_with(opt):
-    from basicsr.models.base_model import BaseModel
-
-    return BaseModel({'num_gpu': 0, 'is_train': True, 'dist': False, 'path': {}, **opt})
-
-
-@pytest.mark.parametrize('legacy', [False, True])
-def test_hostile_weights_are_refused_everywhere(tmp_path, monkeypatch, legacy):
-    target, path = tmp_path / 'hacked', tmp_path / 'net.pth'
-    torch.save({'params': Hostile(target)}, path, _use_new_zipfile_serialization=not legacy)
-    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-    readers = [
-        lambda file: model_with({}).load_network(torch.nn.Linear(1, 1), file),
-        *(sys.modules[name].torch.load for name in compat._LOADING_MODULES),
-    ]
-    for read in readers:
-        with pytest.raises(UserError, match='net.pth'):
-            read(str(path))
-    assert not target.exists()
-
-
-def test_safe_torch_is_torch_otherwise():
-    module = sys.modules['basicsr.models.base_model']
-    assert module.torch is not torch and torch.load.__module__ == 'torch.serialization'
-    assert module.torch.Tensor is torch.Tensor and module.torch.optim is torch.optim
-
-
-def test_basicsr_loads_its_own_weights(tmp_path):
+def test_basicsr_loads_weights_and_runs_nothing(tmp_path):
+    """By torch's own default, from 2.6 on."""
     net, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
-    torch.save(
-        {'params': OrderedDict((f'module.{key}', value) for key, value in net.state_dict().items())},
-        tmp_path / 'net.pth',
-    )
+    torch.save({'params': net.state_dict()}, tmp_path / 'net.pth')
     model_with({}).load_network(other, str(tmp_path / 'net.pth'))
     assert torch.equal(other.weight, net.weight)
+    torch.save({'params': Hostile(tmp_path / 'hacked')}, tmp_path / 'net.pth')
+    with pytest.raises(pickle.UnpicklingError):
+        model_with({}).load_network(other, str(tmp_path / 'net.pth'))
+    assert not (tmp_path / 'hacked').exists()
 
 
 def test_resume_state_without_cuda(tmp_path, monkeypatch):
@@ -295,15 +162,6 @@ def test_model_falls_back_to_the_cpu(monkeypatch):
     model = model_with({'num_gpu': 1})
     assert model.device == torch.device('cpu') and compat.default_device() == torch.device('cpu')
     assert next(model.model_to_device(torch.nn.Linear(1, 1)).parameters()).device.type == 'cpu'
-
-
-def test_cuda_prefetch_falls_back_to_the_cpu(monkeypatch):
-    from basicsr import train
-
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    prefetcher = train.CUDAPrefetcher([1, 2], {})
-    prefetcher.reset()
-    assert [prefetcher.next(), prefetcher.next(), prefetcher.next()] == [1, 2, None]
 
 
 DDP = """
@@ -392,28 +250,8 @@ def test_slurm_variables_become_torchruns(tmp_path, monkeypatch):
     assert not (tmp_path / 'hacked').exists()
 
 
-def test_jpeg_takes_a_float_quality():
-    from basicsr.data.degradations import add_jpg_compression, random_add_jpg_compression
-
-    image = np.random.default_rng(0).random((8, 8, 3), dtype=np.float32)
-    np.testing.assert_array_equal(add_jpg_compression(image, 50.7), add_jpg_compression(image, 50))
-    assert random_add_jpg_compression(image).shape == image.shape
-
-
-def test_tensorboard_writes_what_can_be_read_back(tmp_path):
-    from basicsr.utils.logger import init_tb_logger
-    from basicsr.utils.plot_util import read_data_from_tensorboard
-
-    writer = init_tb_logger(str(tmp_path))
-    for step in (1, 2):
-        writer.add_scalar('losses/l_pix', 0.5 * step, step)
-    writer.close()
-    steps, values = read_data_from_tensorboard(str(tmp_path), 'losses/l_pix')
-    assert steps == [1, 2] and values == [0.5, 1.0]
-
-
-def test_torchvision_names_are_defined_only_where_they_are_missing(tmp_path, monkeypatch):
-    """A stand-in for torchvision without a loadable library: exactly its missing names appear."""
+def test_torchvision_names_are_defined_where_its_library_does_not_load(tmp_path):
+    """A stand-in for torchvision: its names appear."""
     folder = tmp_path / 'torchvision'
     folder.mkdir()
     (folder / '__init__.py').write_text('')
@@ -421,11 +259,8 @@ def test_torchvision_names_are_defined_only_where_they_are_missing(tmp_path, mon
     (folder / '_meta_registrations.py').write_text('f(\'torchvision::zz_new\')\ng("torchvision::nms")\n')
     done = run_python(
         """
-        import sys, torch
+        import sys, types, torch
         sys.path.insert(0, sys.argv[1])
-        torch.version.cuda = torch.version.hip = None
-        sys.modules.pop('torchvision', None)
-        import types
         package = types.ModuleType('moeisr_basicsr')
         package.__path__ = [sys.argv[2]]
         sys.modules['moeisr_basicsr'] = package
@@ -441,23 +276,3 @@ def test_torchvision_names_are_defined_only_where_they_are_missing(tmp_path, mon
         ROOT / 'moeisr_basicsr',
     )
     assert done.stdout.strip() == 'no kernel', done.stderr
-
-
-def test_load_url_caches_and_never_unpickles(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    fetched = []
-
-    def download(url, path, progress):
-        fetched.append(url)
-        torch.save({'weight': torch.ones(1)}, path)
-
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
-    inception = sys.modules['basicsr.archs.inception']
-    assert isinstance(inception, types.ModuleType)
-    for _ in range(2):
-        assert inception.load_url('https://example.org/net.pth')['weight'] == 1
-    assert fetched == ['https://example.org/net.pth']
-    torch.save({'weight': Hostile(tmp_path / 'hacked')}, tmp_path / 'checkpoints/net.pth')
-    with pytest.raises(UserError, match='net.pth'):
-        inception.load_url('https://example.org/net.pth')
-    assert not (tmp_path / 'hacked').exists()

@@ -12,19 +12,18 @@ import pytest
 PACKAGE = 'moeisr_basicsr'
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
-FOUNDATION = {'atomic_file', 'compat', 'errors', 'registration', 'safe_reading'}
+FOUNDATION = {'atomic_file', 'compat', 'errors', 'safe_reading'}
 PARTS = {'archs', 'data', 'losses', 'metrics'}  # do not know each other: BasicSR's registries join them
-TOOLS = {'analysis', 'checkpoint', 'convert', 'inference', 'options', 'shipped'}
+TOOLS = {'analysis', 'checkpoint', 'inference', 'official', 'options', 'shipped'}
 BELOW_MODELS = {'core', 'kernels'} | FOUNDATION | TOOLS
 # What each part of the package may import from the package; '' is the package's own `__init__`.
 ALLOWED = {
     'core': set(),
     'kernels': {'core'},
     'errors': set(),
-    'registration': set(),
     'safe_reading': {'errors'},
     'compat': {'errors', 'safe_reading'},
-    'atomic_file': {'compat', 'errors'},
+    'atomic_file': set(),
     **{part: {'core'} | FOUNDATION for part in PARTS},
     **{tool: BELOW_MODELS | PARTS | {''} for tool in TOOLS},  # '' for its version only
     'models': BELOW_MODELS,  # archs, losses, data and metrics come from BasicSR's builders
@@ -32,7 +31,7 @@ ALLOWED = {
     'tools': BELOW_MODELS | PARTS | {'models', 'engine', ''},
     'cli': BELOW_MODELS | PARTS | {'models', 'engine', 'tools', ''},
     '__main__': {'cli'},
-    '': {'compat', 'models'} | PARTS,  # importing the package registers everything
+    '': {'compat'},  # it registers everything by file name
 }
 # Outside packages, by their first name; parts not listed may import any.
 OUTSIDE = {
@@ -40,7 +39,6 @@ OUTSIDE = {
     'kernels': {'torch', 'triton', 'numpy'},
     'safe_reading': {'torch', 'yaml'},
     'errors': set(),
-    'registration': set(),
 }
 COMMAND_LINE = {'argparse', 'rich'}
 ASSEMBLED = ('basicsr.models', 'basicsr.train', 'basicsr.test')  # BasicSR's own upper layers

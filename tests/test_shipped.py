@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -102,7 +100,7 @@ def test_no_model(capsys):
     assert 'No model comes with this installation' in run(capsys, 'models')
     assert run(capsys, 'models', '--json') == '[]\n'
     error = fails(capsys, 'upscale', 'a.png', '-o', 'o.png', '--scale', '2')
-    assert 'no default model comes with this installation; name a model file: --model' in error
+    assert 'no default model comes with this installation; name a model file by --model' in error
     assert 'there is no model file general.' in fails(capsys, 'models', 'general')
 
 
@@ -137,8 +135,7 @@ def test_a_word_with_two_meanings_is_an_error(models, capsys):
     [
         (
             'genral',
-            'there is no model file genral; the models that come with the package are general, photos_dense. Did '
-            "you mean 'general'?",
+            "there is no model file genral. The package comes with general, photos_dense. Did you mean 'general'?",
         ),
         ('general.safetensors', "Did you mean 'general'?"),
         ('folder/x.safetensors', 'there is no model file folder/x.safetensors'),
@@ -154,10 +151,10 @@ def test_unknown_names(models, capsys, command, model, words):
 def test_damaged_files(models, capsys):
     path = models / 'general.safetensors'
     path.write_bytes(path.read_bytes()[:-5])
-    for argv in (('upscale', 'a.png', '-o', 'o.png', '--scale', '2'), ('models',), ('profile', '--model', 'general')):
+    upscale = ('upscale', 'a.png', '-o', 'o.png', '--scale', '2', '--model', 'general')
+    for argv in (upscale, ('models',), ('profile', '--model', 'general')):
         error = fails(capsys, *argv)
-        assert "the model 'general' that comes with the package cannot be used" in error
-        assert f'{path} is no whole safetensors file' in error and 'Install moeisr_basicsr again.' in error
+        assert f'{path} is no whole safetensors file' in error
     for notes, words in (
         ({'results': '['}, "its metadata 'results' is not JSON"),
         ({'results': '[{}]'}, "its metadata is wrong: results[0] lacks 'dataset'"),
@@ -186,27 +183,6 @@ def test_profile_takes_a_name(models, capsys):
         'p.json',
     )
     assert schema.load('p.json')['model']['file'] == str(models / 'general.safetensors')
-
-
-def test_the_packages_hold_weights_and_cards(tmp_path):
-    """What setuptools would put into sdist and wheel, for a copy of the project with next to no code."""
-    project = tmp_path / 'project'
-    (project / 'moeisr_basicsr' / 'weights').mkdir(parents=True)
-    for name in ('setup.py', 'pyproject.toml', 'README.md'):
-        shutil.copy(ROOT / name, project)
-    (project / 'moeisr_basicsr' / '__init__.py').touch()
-    wanted = {'moeisr_basicsr/weights/general.safetensors', 'moeisr_basicsr/weights/general.md'}
-    stand_in(project / 'moeisr_basicsr' / 'weights', 'general')
-    subprocess.run(
-        [sys.executable, 'setup.py', '-q', 'egg_info', '-e', '.', 'build_py', '-d', 'wheel'],
-        cwd=project,
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    sdist = (project / 'moeisr_basicsr.egg-info' / 'SOURCES.txt').read_text().splitlines()
-    wheel = {str(path.relative_to(project / 'wheel')) for path in (project / 'wheel').rglob('*')}
-    assert wanted <= set(sdist) and wanted <= wheel
 
 
 @pytest.fixture(scope='module')
@@ -247,24 +223,13 @@ def test_a_checkpoint_becomes_a_shipped_model(script, weights, capsys):
     assert '1,234 iterations' in text and 'x1 to x3' in text and '| Set5_x4 | 5 | 30.50 | +2.25 | 75% 25% |' in text
     assert metadata['recipe'] == 'tiny.yml with train:total_iter=1234' and metadata['param_key'] == 'params_ema'
     loaded = load_model(path)
-    for name, value in net.state_dict().items():  # stored in half the room, used as fp32, and the averaged weights
+    for name, value in net.state_dict().items():  # stored as fp16, used as fp32, and the averaged weights
         assert read_model(path).weights[name].dtype == torch.float16 and loaded.state_dict()[name].dtype == value.dtype
         torch.testing.assert_close(loaded.state_dict()[name], value.half().float(), rtol=0, atol=0)
     assert run(capsys, 'models', 'general').startswith('# general\n')
     tuned = build_network(NETWORK)
     load_weights(tuned, path)  # as `path: pretrain_network_g` does
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in tuned.state_dict().items())
-
-
-def test_the_card_tells_of_a_second_training(script, weights, capsys):
-    checkpoint_and_results()
-    Path('more.yml').write_text('train: {total_iter: 1500, trainable: [decoder.mapper]}\n')
-    assert script.main([*SHIP, '--then', 'more.yml']) == 0, capsys.readouterr().err
-    text = (weights / 'general.md').read_text()
-    assert '900 iterations' in text and '\nThen more.yml, 1,500 iterations of decoder.mapper.\n' in text
-    Path('more.yml').write_text('train: {}\n')
-    assert script.main([*SHIP, '--then', 'more.yml']) == 2
-    assert 'more.yml needs train: total_iter' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='.pth or .safetensors file')
     parser.add_argument('-o', '--output', required=True, metavar='OUT.safetensors', help='model file to write')
     parser.add_argument(
-        '-opt',
-        metavar='YAML',
-        help='options file that describes the network, where neither the checkpoint nor the folder it lies in does',
+        '-opt', metavar='YAML', help='options file that describes the network, where the checkpoint does not'
     )
     parser.add_argument(
         '--force_yml', nargs='+', metavar='KEY:KEY=VALUE', help='the changes of the options file that the training had'
@@ -41,22 +39,14 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         '--store',
         choices=('fp32', 'fp16'),
         default='fp32',
-        help='number format of the weights in the file; fp16 takes half the room, computing stays as '
-        'it is (default fp32)',
-    )
-    parser.add_argument(
-        '--cost-weight',
-        type=float,
-        default=0.0,
-        metavar='K',
-        help='make the routing that --cost-weight K gives the one that the file has by itself',
+        help='number format in the file; a network computes in fp32 from either',
     )
     parser.add_argument(
         '--metadata',
         nargs='+',
         default=[],
         metavar='KEY=VALUE',
-        help='what else the file shall say of itself; `basicsr models OUT.safetensors --json` reads it',
+        help='what else the file says of itself; `basicsr models OUT.safetensors --json` reads it',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace the output file if it exists')
     add_import(parser)
@@ -71,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f'{out} already exists: give --overwrite to replace it.')
     from basicsr.utils import get_root_logger
 
-    from moeisr_basicsr.convert import convert
+    from moeisr_basicsr.checkpoint import convert
     from moeisr_basicsr.options import force, read_yaml
 
     get_root_logger(log_level=logging.WARNING)  # not one line for each network that is built
@@ -86,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         if network_opt is None:
             raise UserError(f"{args.opt}: the key 'network_g' is missing.")
     notes = dict(parse_note(entry) for entry in args.metadata)
-    options = convert(args.checkpoint, out, network_opt, args.param_key, args.store, notes, args.cost_weight)
+    options = convert(args.checkpoint, out, network_opt, args.param_key, args.store, notes)
     encoder = options.get('encoder', {}).get('type', 'no encoder')
     print(f'{out}: {options["type"]} with {encoder}, {out.stat().st_size / 2**20:.1f} MiB')
     return 0

@@ -14,7 +14,7 @@ examples:
 
 NAME is one of the list, or a model file of yours. `basicsr upscale` and `basicsr profile` take it after --model.
 Multiply-adds are the decoder's per output pixel at x4, by the shares of the experts that were measured; dense is its
-heaviest expert on every pixel."""
+most expensive expert for every pixel."""
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +37,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from basicsr.utils import get_root_logger
 
+    from moeisr_basicsr.analysis.model_summary import summarize_model
+
     get_root_logger(log_level=logging.WARNING)  # not one line for each network that is built
     paths = [shipped.find_model(args.model)] if args.model else [shipped.shipped_file(name) for name in shipped.names()]
-    summaries = [summarize(path) for path in paths]
+    default = shipped.shipped_file(shipped.DEFAULT)
+    summaries = [{'default': path == default, **summarize_model(path)} for path in paths]
     if args.json:
         print(json.dumps(summaries[0] if args.model else summaries, indent=2))
     elif args.model:
@@ -51,29 +54,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def summarize(path: Path) -> dict[str, Any]:
-    """Facts of one model file, and whether it is the default model."""
-    from moeisr_basicsr import shipped
-    from moeisr_basicsr.analysis.model_summary import summarize_model
-
-    is_default = path == shipped.FOLDER / f'{shipped.DEFAULT}.safetensors'
-    return {'default': is_default, **summarize_model(path)}
-
-
 def show(summary: dict[str, Any]) -> None:
     """One model in full."""
     import yaml
 
-    from moeisr_basicsr import shipped
-
-    card = shipped.card(Path(summary['file']))
-    print(overview(summary) if card is None else card.rstrip())
+    card = Path(summary['file']).with_suffix('.md')
+    print(card.read_text(encoding='utf-8').rstrip() if card.is_file() else overview(summary))
     options = yaml.safe_dump({'network_g': summary['network_g']}, sort_keys=False, default_flow_style=None)
     print(f'\nFile: {summary["file"]}\n\n{options.rstrip()}')
 
 
 def overview(summary: dict[str, Any]) -> str:
     """Three lines or so about one model."""
+    from moeisr_basicsr.analysis.model_summary import psnr_of
+
     kind = summary['network_g']['type']
     if summary['decoder'] is not None:
         experts = f'{summary["experts"]} expert' + 's' * (summary['experts'] > 1)
@@ -86,18 +80,11 @@ def overview(summary: dict[str, Any]) -> str:
         routed, dense = summary['macs_x4']['routed'], summary['macs_x4']['dense']
         thousands = f'dense {dense / 1e3:.1f}' if routed is None else f'{routed / 1e3:.1f} (dense {dense / 1e3:.1f})'
         lines.append(f'  decoder at x4: {thousands} thousand multiply-adds per output pixel')
-    numbers = [text for row in summary['results'] if (text := psnr_text(row)) is not None]
+    numbers = [
+        f'{row["dataset"]} {psnr[0]:.2f}' + ('' if psnr[1] is None else f' ({psnr[1]:+.2f})')
+        for row in summary['results']
+        if (psnr := psnr_of(row)) is not None
+    ]
     if numbers:
         lines.append(f'  PSNR in dB (gain over bicubic): {", ".join(numbers)}')
     return '\n'.join(lines)
-
-
-def psnr_text(row: dict[str, Any]) -> str | None:
-    """'Set5_x4 31.93 (+3.52)'; None where no PSNR was measured."""
-    from moeisr_basicsr.analysis.model_summary import psnr_of
-
-    psnr = psnr_of(row)
-    if psnr is None:
-        return None
-    value, gain = psnr
-    return f'{row["dataset"]} {value:.2f}' + ('' if gain is None else f' ({gain:+.2f})')

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from moeisr_basicsr.atomic_file import link_or_copy, remove_temporaries, save_atomic, write_atomic
+from moeisr_basicsr.compat import saved_iterations
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.safe_reading import load_torch_file
 
@@ -144,7 +145,7 @@ class CheckpointStore:
 
     def iterations(self) -> list[int]:
         """Iterations that have a state file, newest first."""
-        return sorted((int(file.stem) for file in self.states.glob('*.state') if file.stem.isdigit()), reverse=True)
+        return saved_iterations(self.states)
 
     def state_path(self, iteration: int) -> Path:
         """Where the training state of `iteration` is."""

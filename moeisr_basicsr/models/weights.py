@@ -1,15 +1,13 @@
-"""Weights in and out of files, without ever running code from a file."""
+"""Pretrained weights into a network, as BasicSR's `path:` section says."""
 
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 
-from moeisr_basicsr.checkpoint import read_safetensors
+from moeisr_basicsr.checkpoint import describe_misfits, misfits, read_checkpoint
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.safe_reading import load_torch_file
 
 from .parts import is_in
 
@@ -17,50 +15,6 @@ from .parts import is_in
 def bare_weights(net: nn.Module) -> dict[str, Tensor]:
     """The state dict on the CPU."""
     return {name: value.detach().cpu() for name, value in net.state_dict().items()}
-
-
-def read_weights(path: str | os.PathLike, param_key: str | None = 'params') -> dict[str, Tensor]:
-    """The weights of one network.
-
-    Args:
-        path: A BasicSR .pth file, or safetensors.
-        param_key: Which entry of a .pth; 'params' stands in where it is missing, None takes the whole file.
-
-    Raises:
-        UserError: The file is missing, damaged, holds code, or has no such entry.
-    """
-    if not Path(path).is_file():
-        raise UserError(f'Weights {path} do not exist.')
-    if Path(path).suffix == '.safetensors':
-        return read_safetensors(path)[0]
-    weights = load_torch_file(path)
-    if param_key is not None and isinstance(weights, dict):
-        if param_key not in weights and 'params' in weights:
-            get_root_logger().info(f'{path} has no [{param_key}]; using [params].')
-            param_key = 'params'
-        if param_key not in weights:
-            raise UserError(f'{path} has no [{param_key}]; it has {", ".join(map(str, list(weights)[:8]))}.')
-        weights = weights[param_key]
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f'{path} holds no weights under [{param_key}].')
-    return {name.removeprefix('module.'): value for name, value in weights.items()}
-
-
-def misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Names by what is wrong with them: 'missing' from `weights`, 'unknown' to the network, 'of another shape'."""
-    found = {
-        'missing': sorted(own.keys() - weights.keys()),
-        'unknown': sorted(weights.keys() - own.keys()),
-        'of another shape': sorted(
-            name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
-        ),
-    }
-    return {what: names for what, names in found.items() if names}
-
-
-def describe_misfits(found: Mapping[str, list[str]]) -> str:
-    """In words, with an example of each."""
-    return ', '.join(f'{len(names)} {what} (such as {names[0]})' for what, names in found.items())
 
 
 def load_weights(
@@ -73,13 +27,19 @@ def load_weights(
     """Fill `net` from a file; returns the names of what was filled.
 
     Args:
+        net: The network.
+        path: See `checkpoint.read_checkpoint`.
         strict: Every parameter must be there with its shape; otherwise what does not fit is named and left out.
+        param_key: Which entry of a BasicSR .pth; 'params' stands in where it is missing, None takes the whole file.
         leave_out: Parts of the network that keep the weights they have.
 
     Raises:
-        UserError: See `read_weights`; or names or shapes differ under `strict`.
+        UserError: See `read_checkpoint`; or names or shapes differ under `strict`.
     """
-    weights = {name: value for name, value in read_weights(path, param_key).items() if not is_in(name, leave_out)}
+    logger = get_root_logger()
+    model = read_checkpoint(path, (param_key, 'params'))
+    logger.info(f'Loading {type(net).__name__} from {path}, {model.metadata.get("param_key", "all of it")}.')
+    weights = {name: value for name, value in model.weights.items() if not is_in(name, leave_out)}
     own = {name: value for name, value in net.state_dict().items() if not is_in(name, leave_out)}
     found = misfits(own, weights)
     if strict and found:
@@ -87,9 +47,8 @@ def load_weights(
             f'{path} does not fit the network {type(net).__name__}: {describe_misfits(found)}. Check '
             'network_g, or set path: strict_load_g to false.'
         )
-    other = found.get('of another shape', [])
     for what, names in found.items():
-        get_root_logger().warning(f'{path}: parameters {what}, left alone: {", ".join(names)}')
-    fitting = {name: value for name, value in weights.items() if name in own and name not in other}
-    net.load_state_dict(fitting, strict=False)
-    return set(fitting)
+        logger.warning(f'{path}: parameters {what}, left alone: {", ".join(names)}')
+    fitting = own.keys() & weights.keys() - set(found.get('of another shape', ()))
+    net.load_state_dict({name: weights[name] for name in fitting}, strict=False)
+    return fitting
