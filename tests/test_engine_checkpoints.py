@@ -176,8 +176,7 @@ def test_disk_full_leaves_what_was_there(store, monkeypatch):
                     return original(path, lambda file: write(FullDisk(file, room)))
                 return original(path, write)
 
-            for module in ('atomic_file', 'engine.checkpoint_store'):
-                monkeypatch.setattr(f'moeisr_basicsr.{module}.write_atomic', write_atomic)
+            monkeypatch.setattr(atomic_file, 'write_atomic', write_atomic)
             with pytest.raises(SaveError, match='No space left on device') as error:
                 save(store, 20)
             assert victim in str(error.value)

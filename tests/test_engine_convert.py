@@ -5,8 +5,8 @@ from tiny_runs import run_options
 
 from moeisr_basicsr.checkpoint import load_model
 from moeisr_basicsr.convert import convert
-from moeisr_basicsr.engine import exit_codes
 from moeisr_basicsr.engine.train_loop import train
+from moeisr_basicsr.errors import ExitCode
 
 
 def test_weights_convert_to_the_network_that_was_trained_whatever_the_options_file_says(tmp_path):
@@ -16,7 +16,7 @@ def test_weights_convert_to_the_network_that_was_trained_whatever_the_options_fi
         **{'train:total_iter': 2, 'network_g:skip': 'bilinear', 'val': None, 'network_g:mapper:granularity': 'cell'},
     )
     (tmp_path / 'run.yml').unlink()
-    assert train({**options, 'opt_file': None} if options.get('opt_file') is None else options) == exit_codes.OK
+    assert train({**options, 'opt_file': None} if options.get('opt_file') is None else options) == ExitCode.OK
     models = tmp_path / 'experiments' / 'run' / 'models'
     for copy in (tmp_path / 'experiments' / 'run').glob('*.yml'):
         copy.write_text(copy.read_text().replace('cell', 'pixel').replace('bilinear', 'none'))

@@ -7,9 +7,8 @@ Shapes: (R, S) rows and columns of the output image, J experts.
 
 import cv2
 import numpy as np
-import torch
 
-from moeisr_basicsr.models.pictures import expert_map_picture
+from moeisr_basicsr.analysis.expert_colours import expert_colours
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 MARGIN = 6  # pixels
@@ -30,8 +29,7 @@ class ExpertMapPicture:
     def __init__(self, width: int, costs: list[float]):
         self.costs = costs
         self.order = np.argsort(costs, kind='stable')
-        experts = torch.arange(len(costs))[None]
-        self.colors = expert_map_picture(experts, len(costs), costs)[0, :, ::-1]  # (J, 3) RGB
+        self.colors = expert_colours(len(costs), costs)[:, ::-1]  # (J, 3) RGB
         self.counts = np.zeros(len(costs), np.int64)
         self.size = float(np.clip(width / 1600, 0.45, 2.0))  # of the letters: legible beside the picture
         self.thickness = max(1, round(self.size))

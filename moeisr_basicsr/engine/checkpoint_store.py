@@ -5,17 +5,16 @@ A checkpoint is one weights file per network, `models/net_g_<iteration>.pth`, Ba
 """
 
 import hashlib
-import io
 import os
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from basicsr.utils import get_time_str
 
-from moeisr_basicsr.atomic_file import link_or_copy, remove_temporaries, save_atomic, write_atomic
+from moeisr_basicsr.atomic_file import link_or_copy, remove_temporaries, save_atomic
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.safe_reading import load_torch_file
 
@@ -44,9 +43,7 @@ class CheckpointStore:
     """
 
     def __init__(self, models: str | os.PathLike, states: str | os.PathLike, keep: int = 0):
-        self.models = Path(models)
-        self.states = Path(states)
-        self.keep = keep
+        self.models, self.states, self.keep = Path(models), Path(states), keep
 
     def clean(self) -> None:
         """Remove what a killed process left half-written."""
@@ -54,17 +51,19 @@ class CheckpointStore:
             remove_temporaries(folder)
 
     def save(self, iteration: int, weights: Weights, state: dict) -> None:
-        """Write a checkpoint, then remove those that are too old.
+        """Write a checkpoint, then remove those that are too old, each state first: none ever lacks its weights.
 
         Raises:
             SaveError: Nothing that was there before has changed.
         """
         digests = {
-            label: save_hashed(content, self.weights_path(label, iteration)) for label, content in weights.items()
+            label: sha256(save_atomic(content, self.weights_path(label, iteration)))
+            for label, content in weights.items()
         }
         save_atomic({**state, 'iter': iteration, 'weights': digests}, self.state_path(iteration))
         for old in self.iterations()[self.keep :] if self.keep else []:
-            self.remove(old)
+            for file in self.files(old):
+                file.unlink()
 
     def name_weights(self, weights: Weights, names: list[str], saved: int | None = None) -> None:
         """Give weights further names, such as 'latest': `net_g_latest.pth`.
@@ -79,12 +78,8 @@ class CheckpointStore:
         """
         for label, content in weights.items():
             source = None if saved is None else self.weights_path(label, saved)
-            for name in names:
-                target = self.weights_path(label, name)
-                if source is None:
-                    source = save_atomic(content, target)
-                else:
-                    link_or_copy(source, target)
+            for target in (self.weights_path(label, name) for name in names):
+                source = save_atomic(content, target) if source is None else link_or_copy(source, target)
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole; `report` hears of every one that is not."""
@@ -108,10 +103,10 @@ class CheckpointStore:
         folder = self.models
         if path.resolve().parent != self.states.resolve():  # a state of another experiment has its weights beside it
             folder = path.resolve().parent.parent / 'models'
-        weights = {}
-        for label, digest in state.get('weights', {'net_g': None}).items():
-            file = folder / f'{label}_{state["iter"]}.pth'
-            weights[label] = read_whole(file, digest)
+        digests = state.get('weights', {'net_g': None})  # BasicSR's own states know none
+        weights = {
+            label: read_whole(folder / f'{label}_{state["iter"]}.pth', digest) for label, digest in digests.items()
+        }
         return Checkpoint(state['iter'], state, weights)
 
     def set_aside(self, after: int) -> list[str]:
@@ -123,24 +118,17 @@ class CheckpointStore:
         Returns:
             What was moved, for the log.
         """
-        moved = []
-        for iteration in [iteration for iteration in self.iterations() if iteration > after]:
-            for file in (self.state_path(iteration), *self.weights_files(iteration)):
-                folder = file.parent / f'set_aside_{time.strftime("%Y%m%d_%H%M%S")}'
-                folder.mkdir(exist_ok=True)
-                file.replace(folder / file.name)
-            moved.append(f'checkpoint of iteration {iteration} is beyond it and was moved to set_aside_*')
-        return moved
+        beyond = [iteration for iteration in self.iterations() if iteration > after]
+        for file in (file for iteration in beyond for file in self.files(iteration)):
+            folder = file.parent / f'set_aside_{get_time_str()}'
+            folder.mkdir(exist_ok=True)
+            file.replace(folder / file.name)
+        return [f'checkpoint of iteration {one} is beyond it and was moved to set_aside_*' for one in beyond]
 
-    def remove(self, iteration: int) -> None:
-        """Remove a checkpoint, its state first: no state ever stands without its weights."""
-        self.state_path(iteration).unlink(missing_ok=True)
-        for file in self.weights_files(iteration):
-            file.unlink()
-
-    def weights_files(self, iteration: int) -> list[Path]:
-        """The weights of a checkpoint; not the best ones of a metric whose name ends in a number."""
-        return [file for file in self.models.glob(f'net_*_{iteration}.pth') if '_best_' not in file.name]
+    def files(self, iteration: int) -> list[Path]:
+        """The state and the weights of a checkpoint; not the best ones of a metric whose name ends in a number."""
+        weights = [file for file in self.models.glob(f'net_*_{iteration}.pth') if '_best_' not in file.name]
+        return [self.state_path(iteration), *weights]
 
     def iterations(self) -> list[int]:
         """Iterations that have a state file, newest first."""
@@ -155,15 +143,12 @@ class CheckpointStore:
         return self.models / f'{label}_{name}.pth'
 
 
-def save_hashed(content: object, path: Path) -> str:
-    """torch.save to a whole file; its SHA-256."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomic(path, lambda file: file.write(buffer.getbuffer()))
-    return hashlib.sha256(buffer.getbuffer()).hexdigest()
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_whole(path: Path, digest: str | None = None) -> object:
+def read_whole(path: Path, digest: str | None = None) -> Any:
     """Tensors and plain values of a torch.save file that passes its checksums.
 
     torch itself does not compare the zip checksums: a flipped bit would pass.
@@ -173,16 +158,15 @@ def read_whole(path: Path, digest: str | None = None) -> object:
     """
     if not path.is_file():
         raise DamagedCheckpoint(f'{path} is missing')
-    if digest is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+    if digest is not None and sha256(path) != digest:
         raise DamagedCheckpoint(f'{path} is not the file that was saved (SHA-256 differs)')
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+        if damaged is not None:
+            raise DamagedCheckpoint(f'{path} is damaged at {damaged}')
+        return load_torch_file(path)
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise DamagedCheckpoint(f'{path} is truncated or not a checkpoint ({error})') from error
-    if damaged is not None:
-        raise DamagedCheckpoint(f'{path} is damaged at {damaged}')
-    try:
-        return load_torch_file(path)
     except UserError as error:
         raise DamagedCheckpoint(str(error)) from error
