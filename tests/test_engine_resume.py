@@ -296,10 +296,7 @@ def test_a_restart_before_the_first_folder_goes_on_with_no_older_run(tmp_path, m
 
 def test_the_options_choose_cudnns_benchmark_which_validation_does_without(tmp_path, monkeypatch):
     seen = []
-    validate = Trainer._validate
-    monkeypatch.setattr(
-        Trainer, '_validate', lambda self: (seen.append(torch.backends.cudnn.benchmark), validate(self))
-    )
+    monkeypatch.setattr(train_loop, 'evaluate', lambda *_: seen.append(torch.backends.cudnn.benchmark) or [])
     monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
     for chosen in (True, False):
         assert train(run_options(tmp_path, cudnn_benchmark=chosen, **{'train:total_iter': 1})) == ExitCode.OK

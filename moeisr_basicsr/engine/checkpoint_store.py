@@ -34,11 +34,9 @@ class DamagedCheckpoint(Exception):
 
 
 class CheckpointStore:
-    """The checkpoints of one experiment.
+    """The checkpoints in the folders `models` and `states`.
 
     Args:
-        models: Folder of the weights.
-        states: Folder of the training states.
         keep: How many of the newest checkpoints stay; 0 keeps all. Best and latest weights always stay.
     """
 
@@ -65,21 +63,17 @@ class CheckpointStore:
             for file in self.files(old):
                 file.unlink()
 
-    def name_weights(self, weights: Weights, names: list[str], saved: int | None = None) -> None:
-        """Give weights further names, such as 'latest': `net_g_latest.pth`.
-
-        Args:
-            weights: What to keep.
-            names: The names.
-            saved: The iteration under which `save` has just written these weights; None if it has not.
+    def name_weights(self, weights: Weights, names: list[str]) -> None:
+        """Keep weights under names, such as 'latest': `net_g_latest.pth`; one file with several names.
 
         Raises:
             SaveError: See `save`.
         """
         for label, content in weights.items():
-            source = None if saved is None else self.weights_path(label, saved)
-            for target in (self.weights_path(label, name) for name in names):
-                source = save_atomic(content, target) if source is None else link_or_copy(source, target)
+            first, *others = (self.weights_path(label, name) for name in names)
+            save_atomic(content, first)
+            for other in others:
+                link_or_copy(first, other)
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole; `report` hears of every one that is not."""
@@ -103,20 +97,15 @@ class CheckpointStore:
         folder = self.models
         if path.resolve().parent != self.states.resolve():  # a state of another experiment has its weights beside it
             folder = path.resolve().parent.parent / 'models'
-        digests = state.get('weights', {'net_g': None})  # BasicSR's own states know none
-        weights = {
-            label: read_whole(folder / f'{label}_{state["iter"]}.pth', digest) for label, digest in digests.items()
-        }
-        return Checkpoint(state['iter'], state, weights)
+        iteration, digests = state['iter'], state.get('weights', {'net_g': None})  # BasicSR's own states know none
+        weights = {label: read_whole(folder / f'{label}_{iteration}.pth', digest) for label, digest in digests.items()}
+        return Checkpoint(iteration, state, weights)
 
     def set_aside(self, after: int) -> list[str]:
-        """Move checkpoints beyond iteration `after` out of the way: the run goes on from there and makes them anew.
+        """Move checkpoints beyond iteration `after` out of the way, and say so: the run goes on from there.
 
         They are damaged, or of a branch that the user has left; counted among the newest they would push out those
         of this run.
-
-        Returns:
-            What was moved, for the log.
         """
         beyond = [iteration for iteration in self.iterations() if iteration > after]
         for file in (file for iteration in beyond for file in self.files(iteration)):
@@ -149,9 +138,7 @@ def sha256(path: Path) -> str:
 
 
 def read_whole(path: Path, digest: str | None = None) -> Any:
-    """Tensors and plain values of a torch.save file that passes its checksums.
-
-    torch itself does not compare the zip checksums: a flipped bit would pass.
+    """Tensors and plain values of a torch.save file that passes its checksums, which torch itself does not compare.
 
     Raises:
         DamagedCheckpoint: See `CheckpointStore.load`.

@@ -24,13 +24,7 @@ METRICS_FILE = 'metrics.jsonl'
 
 
 def start_logger(opt: dict, ranks: Ranks, notes: list[str]) -> logging.Logger:
-    """BasicSR's root logger with a log file of this run; other ranks say errors only.
-
-    Args:
-        opt: Reads `path: log`, `name` and `is_train`.
-        ranks: This process among all.
-        notes: What was found before there was a log.
-    """
+    """BasicSR's root logger with a log file of this run; other ranks say errors only. It begins with `notes`."""
     logger = logging.getLogger('basicsr')
     for handler in list(logger.handlers):  # of an earlier run in this process, or of an import that logged
         logger.removeHandler(handler)
@@ -60,10 +54,7 @@ def report_log_error(record: logging.LogRecord) -> None:
 def start_tensorboard(opt: dict, ranks: Ranks, after: int = 0) -> object | None:
     """TensorBoard's writer on rank 0, None elsewhere, with --debug, and without `logger: use_tb_logger`.
 
-    Args:
-        opt: Reads `logger`, `debug` and what `tensorboard_folder` reads.
-        ranks: This process among all.
-        after: Iteration that the run continues from; what an interrupted run wrote beyond it is hidden.
+    What an interrupted run wrote beyond iteration `after` is hidden.
     """
     logger_opt = opt['logger']
     if not ranks.is_main or opt.get('debug') or not logger_opt.get('use_tb_logger'):
@@ -80,9 +71,8 @@ class MetricsFile:
 
     Args:
         folder: Of the experiment.
-        is_main: Other ranks write nothing.
-        after: Iteration that the run continues from: lines of an interrupted run beyond it are dropped, for they
-            come again.
+        is_main: Whether this is rank 0; the others write nothing.
+        after: Iteration that the run continues from: lines of an interrupted run beyond it come again and are dropped.
         validate_again: Whether the validation of that iteration comes again too.
     """
 
@@ -128,7 +118,7 @@ class TrainLog:
         ranks: This process among all.
         start: Iteration that the run starts from.
         tensorboard: Writer or None.
-        metrics: The JSON-lines file.
+        metrics: Where the lines go.
         device: Its memory is reported where it is a GPU.
     """
 

@@ -39,14 +39,9 @@ def plain(value: Any) -> Any:
 
 def rng_state(device: torch.device) -> dict:
     """The generators of python, numpy, torch and, on a GPU, its own."""
-    return plain(
-        {
-            'python': random.getstate(),
-            'numpy': np.random.get_state(),
-            'torch': torch.get_rng_state(),
-            'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None,
-        }
-    )
+    cuda = torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
+    states = {'python': random.getstate(), 'numpy': np.random.get_state(), 'torch': torch.get_rng_state(), 'cuda': cuda}
+    return plain(states)
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
@@ -74,10 +69,8 @@ def model_weights(model: BaseModel) -> Weights:
     """
     weights = {}
     for name, net in networks(model).items():
-        weights[name] = {'params': bare_weights(net)}
         options = f'network_{name.removeprefix("net_")}'
-        if options in model.opt:
-            weights[name][options] = plain(model.opt[options])
+        weights[name] = {'params': bare_weights(net), options: plain(model.opt.get(options, {}))}
         if hasattr(model, f'{name}_ema'):
             weights[name]['params_ema'] = bare_weights(getattr(model, f'{name}_ema'))
     return weights
@@ -137,18 +130,13 @@ def check_moments(model: BaseModel) -> None:
     Raises:
         UserError: They do not.
     """
-    moments = [
-        (parameter, state[key])
-        for optimizer in model.optimizers
-        for parameter, state in optimizer.state.items()
-        for key in ('exp_avg', 'momentum_buffer')  # of Adam and its kin, of SGD
-        if state.get(key) is not None
-    ]
-    if any(moment.shape != parameter.shape for parameter, moment in moments):
-        raise UserError(
-            'The training state is of a network whose parameters come in another order or size, perhaps of another '
-            'version: start anew from its weights, with path: pretrain_network_g.'
-        )
+    for parameter, state in (entry for optimizer in model.optimizers for entry in optimizer.state.items()):
+        moment = state.get('exp_avg', state.get('momentum_buffer'))  # of Adam and its kin, of SGD
+        if moment is not None and moment.shape != parameter.shape:
+            raise UserError(
+                'The training state is of a network whose parameters come in another order or size, perhaps of another '
+                'version: start anew from its weights, with path: pretrain_network_g.'
+            )
 
 
 def set_model_state(model: BaseModel, state: dict) -> list[str]:

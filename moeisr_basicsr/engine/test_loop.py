@@ -5,6 +5,7 @@ from pathlib import Path
 from basicsr.models import build_model
 from basicsr.models.base_model import BaseModel
 from basicsr.utils import set_random_seed
+from torch.utils.data import DataLoader
 
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.analysis.complexity import parameters
@@ -23,13 +24,7 @@ RESULTS_FILE = 'results.json'
 
 
 def test(opt: dict) -> int:
-    """Evaluate as the options say, images x scales shared among the ranks.
-
-    Args:
-        opt: BasicSR's options dict for testing; it is not changed.
-
-    Returns:
-        An exit code, see `ExitCode`.
+    """Evaluate as BasicSR's options dict says, images x scales shared among the ranks; the `ExitCode`.
 
     Raises:
         UserError: Options, data or weights do not fit.
@@ -39,24 +34,37 @@ def test(opt: dict) -> int:
         opt['manual_seed'] = int(opt.get('manual_seed') or 0)
         opt['val'] = {'suffix': None, 'save_img': False, **(opt.get('val') or {})}  # BasicSR's models expect both
         with run_folders(opt, ranks, fresh=True) as notes:
-            return _evaluate(opt, ranks, stop, notes)
+            return _test(opt, ranks, stop, notes)
 
 
-def _evaluate(opt: dict, ranks: Ranks, stop: StopRequest, notes: list[str]) -> int:
+def evaluate(
+    model: BaseModel,
+    loaders: list[DataLoader],
+    current_iter: int | str,
+    tensorboard: object,
+    opt: dict,
+    stop: StopRequest,
+) -> list[Evaluated] | None:
+    """Validate or test; the results, which BasicSR's own models do not give, or None after a request to stop."""
+    save_img = opt['val'].get('save_img', False)
+    if hasattr(model, 'validate'):
+        return model.validate(loaders, current_iter, tensorboard, save_img, should_stop=lambda: bool(stop))
+    for loader in loaders:
+        model.validation(loader, current_iter, tensorboard, save_img)
+    return []
+
+
+def _test(opt: dict, ranks: Ranks, stop: StopRequest, notes: list[str]) -> int:
+    """`test`; the log hears of `notes`."""
     logger = start_logger(opt, ranks, notes)
     set_random_seed(opt['manual_seed'])
     loaders = evaluation_loaders(opt, ('test', 'val'))
     model = build_model(opt)
-    save_img = opt['val']['save_img']
-    if not hasattr(model, 'validate'):
-        for loader in loaders:
-            model.validation(loader, opt['name'], None, save_img)
-        return ExitCode.OK
-    results = model.validate(loaders, opt['name'], None, save_img, should_stop=lambda: bool(stop))
+    results = evaluate(model, loaders, opt['name'], None, opt, stop)
     if results is None:
         logger.warning('Testing was stopped by a signal; nothing was written.')
         return 128 + ranks.largest(stop.signal)
-    if ranks.is_main:
+    if results and ranks.is_main:
         path = Path(opt['path']['results_root']) / RESULTS_FILE
         schema.save(path, results_document(opt, model, results))
         logger.info(f'Results: {path}')
@@ -64,9 +72,8 @@ def _evaluate(opt: dict, ranks: Ranks, stop: StopRequest, notes: list[str]) -> i
 
 
 def results_document(opt: dict, model: BaseModel, results: list[Evaluated]) -> dict:
-    """The results of every image and, last, the means of every dataset; see `analysis.schema`."""
-    net = model.get_bare_model(model.net_g)
-    described, kernel = None, 'torch'
+    """The rows of every image and, last, of every dataset; see `analysis.schema`."""
+    net, described, kernel = model.get_bare_model(model.net_g), None, 'torch'
     if hasattr(net, 'decoder'):
         kernel = kernel_name(fused_backend(net.decoder, model.device, opt['val'].get('precision', 'fp32')))
         described = {

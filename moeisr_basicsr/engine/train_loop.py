@@ -1,6 +1,6 @@
 """`train(opt)`: the training loop. It finds its place, steps, validates, saves, and ends in order."""
 
-import os
+import secrets
 import time
 
 import torch
@@ -26,8 +26,9 @@ from .resume import (
     without_pretrained,
 )
 from .signals import StopRequest
+from .test_loop import evaluate
 
-DEFAULT_KEEP = 5
+DEFAULT_KEEP = 5  # checkpoints
 
 
 def train(opt: dict) -> int:
@@ -64,15 +65,7 @@ def train(opt: dict) -> int:
 
 
 class Trainer:
-    """One run in one process.
-
-    Args:
-        opt: See `train`.
-        ranks: This process among all.
-        stop: Whether a signal asks for the end.
-        store: Where checkpoints go.
-        start: Where the run starts.
-    """
+    """One run in one process; `opt` as in `train`."""
 
     def __init__(self, opt: dict, ranks: Ranks, stop: StopRequest, store: CheckpointStore, start: Start):
         self.ranks, self.stop, self.store = ranks, stop, store
@@ -100,8 +93,7 @@ class Trainer:
         seed = opt.get('manual_seed')
         if seed is None and checkpoint is not None:
             seed = checkpoint.state.get('manual_seed')
-        drawn = int.from_bytes(os.urandom(4), 'little') % 10000
-        return self.ranks.from_main(drawn if seed is None else int(seed))
+        return self.ranks.from_main(secrets.randbelow(10000) if seed is None else int(seed))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Everything as it was when the checkpoint was saved; the log hears of what is not."""
@@ -145,15 +137,11 @@ class Trainer:
             self._step(data, time.perf_counter() - waited)
             self._after_step(total)
         stopped = self._asked_to_stop()
-        if stopped and self.iteration == 0:  # its state could not say what the first iteration does once only
-            self.logger.warning(f'Stopped by signal {stopped} before the first iteration: there is nothing to save.')
-            return 128 + stopped
-        if self.saved != self.iteration:
+        if self.saved != self.iteration and self.iteration > 0:  # a state could not say what the first one does once
             self.save()
         if stopped:
             self.logger.warning(
-                f'Stopped by signal {stopped} after iteration {self.iteration}; its state is saved. '
-                'Continue with --auto_resume.'
+                f'Stopped by signal {stopped} after iteration {self.iteration}; continue with --auto_resume.'
             )
             return 128 + stopped
         self._name_weights(['latest'])
@@ -191,46 +179,28 @@ class Trainer:
         Raises:
             SaveError: On every rank, if rank 0 could not write.
         """
-        rngs = self.ranks.gather(rng_state(self.model.device))
-
-        def write() -> None:
-            state = {
-                'format': 1,
-                'epoch': self.place.epoch,
-                'place': self.place.state(self.ranks),
-                'manual_seed': self.opt['manual_seed'],
-                'validation_due': self.validation_due,
-                'rng': rngs,
-                **model_state(self.model),
-            }
-            self.store.save(self.iteration, model_weights(self.model), state)
-
-        self.ranks.together(write)
+        state = {
+            'epoch': self.place.epoch,
+            'place': self.place.state(self.ranks),
+            'manual_seed': self.opt['manual_seed'],
+            'validation_due': self.validation_due,
+            'rng': self.ranks.gather(rng_state(self.model.device)),
+        }
+        self.ranks.together(
+            lambda: self.store.save(self.iteration, model_weights(self.model), {**state, **model_state(self.model)})
+        )
         self.saved = self.iteration
         self.logger.info(f'Saved models and training state of iteration {self.iteration}.')
 
     def validate(self) -> None:
         """Evaluate on every validation set; keep the weights that are the best of a metric."""
         benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # sizes come once each
-        try:
-            self._validate()
-        finally:
-            torch.backends.cudnn.benchmark = benchmark
-
-    def _validate(self) -> None:
-        model, save_img = self.model, self.opt['val'].get('save_img', False)
-        if hasattr(model, 'validate'):
-            results = model.validate(
-                self.val_loaders, self.iteration, self.tensorboard, save_img, should_stop=lambda: bool(self.stop)
-            )
-            if results is None:
-                return  # asked to stop; still due when the run continues
-        else:
-            results = []
-            for loader in self.val_loaders:
-                model.validation(loader, self.iteration, self.tensorboard, save_img)
+        results = evaluate(self.model, self.val_loaders, self.iteration, self.tensorboard, self.opt, self.stop)
+        torch.backends.cudnn.benchmark = benchmark
+        if results is None:
+            return  # asked to stop; still due when the run continues
         self.validation_due = False
-        best = getattr(model, 'best_metric_results', {})
+        best = getattr(self.model, 'best_metric_results', {})
         for result in results:
             values = {**result._replace(rows=[])._asdict(), 'best': best.get(result.dataset, {})}
             self.metrics.write('validation', self.iteration, values)
@@ -239,9 +209,5 @@ class Trainer:
             self._name_weights([name for name, record in records if record['iter'] == self.iteration])
 
     def _name_weights(self, names: list[str]) -> None:
-        def write() -> None:
-            saved = self.iteration if self.saved == self.iteration else None
-            self.store.name_weights(model_weights(self.model), names, saved)
-
         if names:
-            self.ranks.together(write)
+            self.ranks.together(lambda: self.store.name_weights(model_weights(self.model), names))

@@ -16,18 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
-# Keys of a results row (see `analysis.schema`): what all images of a dataset share, and what there are means of.
-SHARED = (
-    'dataset',
-    'protocol',
-    'metric_protocols',
-    'scale',
-    'precision',
-    'budget',
-    'cost_weight',
-    'shuffle_experts',
-    'repeats',
-)
+# Keys of a results row (see `analysis.schema`) that are of one image, and those that a dataset has means of.
+OF_IMAGE = ('case', 'image', 'lq_size', 'size', 'pictures')
 AVERAGED = ('metrics', 'time_ms', 'peak_mib', 'macs', 'routing')
 
 
@@ -75,26 +65,18 @@ def summarize(rows: list[dict]) -> Evaluated:
     """Means over the images of one dataset; each expert's share is a mean over images, as the metrics are."""
     means = mean_row(rows)
     routing = means.get('routing', {'loads': [], 'mean_cost': None})
-    return Evaluated(
-        means['dataset'],
-        scale_label(means['scale']),
-        len(rows),
-        means['metrics'],
-        routing['loads'],
-        routing['mean_cost'],
-        rows,
-    )
+    label = scale_label(means['scale'])
+    return Evaluated(means['dataset'], label, len(rows), means['metrics'], routing['loads'], routing['mean_cost'], rows)
 
 
 def mean_row(rows: list[dict]) -> dict:
     """One dataset's row of a results document, from the rows of its images."""
-    first = rows[0]
-    return {
-        'case': 'mean',
-        'count': len(rows),
-        **{key: first[key] for key in SHARED if key in first},
-        **{key: mean_of([row[key] for row in rows]) for key in AVERAGED if key in first},
+    means = {
+        key: mean_of([row[key] for row in rows]) if key in AVERAGED else value
+        for key, value in rows[0].items()
+        if key not in OF_IMAGE
     }
+    return {'case': 'mean', 'count': len(rows), **means}
 
 
 def mean_of(values: list[Any]) -> Any:

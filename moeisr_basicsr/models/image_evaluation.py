@@ -41,11 +41,12 @@ class ImageEvaluator:
         self.val_opt = opt.get('val') or {}
         self.metrics = self.val_opt.get('metrics') or {}
         self.shows_pictures = self.is_train and (opt.get('logger') or {}).get('use_tb_logger', False)
-        self.precision = self.val_opt.get('precision', 'fp32')
-        self.shuffles = self.val_opt.get('shuffle_experts', False)
         self.seed = opt.get('manual_seed') or 0
-        self.routing = {
-            key: self.val_opt[key] for key in ('budget', 'cost_weight') if self.val_opt.get(key) is not None
+        self.setting = {  # as it stands in a results row
+            'precision': self.val_opt.get('precision', 'fp32'),
+            'budget': self.val_opt.get('budget'),
+            'cost_weight': self.val_opt.get('cost_weight'),
+            'shuffle_experts': self.val_opt.get('shuffle_experts', False),
         }
 
     def upscale(
@@ -58,28 +59,30 @@ class ImageEvaluator:
         clock: Clock = nullcontext,
     ) -> Upscaled:
         """One image to `size`, or by `scale`, or by the network's own factor; `index` is its place in the dataset."""
+        precision, shuffles = self.setting['precision'], self.setting['shuffle_experts']
+        routing = {key: self.setting[key] for key in ('budget', 'cost_weight') if self.setting[key] is not None}
         if not hasattr(net, 'encode'):  # of BasicSR or of somebody else: fixed factor
-            if self.routing or self.shuffles:
+            if routing or shuffles:
                 raise UserError(
                     f'{type(net).__name__} has no experts: val: budget, cost_weight and shuffle_experts do not fit it.'
                 )
-            with evaluation(net, lq.device.type, self.precision):
+            with evaluation(net, lq.device.type, precision):
                 return Upscaled(net(lq), None)
         if size is not None:
             scale = None
-        elif scale is None and net.scale is None:
-            raise UserError('An image without ground truth needs a factor: give the dataset or network_g a scale.')
         elif scale is None:
             scale = net.scale
+            if scale is None:
+                raise UserError('An image without ground truth needs a factor: give the dataset or network_g a scale.')
         return upscale(
             net,
             lq,
             size=size,
             scale=tuple(scale) if isinstance(scale, list) else scale,
-            precision=self.precision,
+            precision=precision,
             clock=clock,
-            shuffle_seed=self.seed + index if self.shuffles else None,  # the same on every rank
-            **self.routing,
+            shuffle_seed=self.seed + index if shuffles else None,  # the same on every rank
+            **routing,
         )
 
     def __call__(
@@ -98,50 +101,37 @@ class ImageEvaluator:
         lq = item['lq'].to(next(net.parameters()).device)
         gt = item['gt'][0] if 'gt' in item else None
         nominal = dataset_opt.get('scale') or (None if gt is not None else getattr(net, 'scale', None))
-        result, measured = self.timed(net, lq, None if gt is None else tuple(gt.shape[-2:]), nominal, index)
-        sr, crop_border = result.image[0].float().cpu(), dataset_opt.get('crop_border')
+        result, took = self.timed(net, lq, None if gt is None else tuple(gt.shape[-2:]), nominal, index)
+        sr = result.image[0].float().cpu()
         if gt is not None and sr.shape != gt.shape:
             raise UserError(
                 f'{item["lq_path"][0]}: the output is {tuple(sr.shape)}, the ground truth '
                 f'{tuple(gt.shape)} (channels, rows, columns). Check the scale of {dataset_opt["name"]}.'
             )
-        lq_size, size = tuple(lq.shape[-2:]), tuple(sr.shape[-2:])
-        scale = np.divide(size, lq_size) if nominal is None else np.broadcast_to(nominal, 2)  # (rows, columns)
+        lq_size, size = list(lq.shape[-2:]), list(sr.shape[-2:])
+        scale = np.divide(size, lq_size) if nominal is None else np.broadcast_to(nominal, 2)
         row = {
             'case': 'test',
             'dataset': dataset_opt['name'],
             'image': image_name(item['lq_path'][0], dataset_opt.get('dataroot_lq') or dataset_opt.get('dataroot_gt')),
             'protocol': describe_input(dataset_opt),
-            'lq_size': list(lq_size),
-            'size': list(size),
-            'scale': scale.astype(float).tolist(),
-            'precision': self.precision,
-            'budget': self.routing.get('budget'),
-            'cost_weight': self.routing.get('cost_weight'),
-            'shuffle_experts': self.shuffles,
-            **measured,
+            'lq_size': lq_size,
+            'size': size,
+            'scale': scale.astype(float).tolist(),  # (rows, columns)
+            **self.setting,
+            **took,
             'metrics': {},
         }
         if gt is not None:
-            row['metrics'] = self.measure_all(sr, gt, item['lq'][0], tuple(row['scale']), crop_border)
-            row['metric_protocols'] = {
-                name: describe_metric(metric_opt, crop_border) for name, metric_opt in self.metrics.items()
-            }
-        loads = [] if result.expert_map is None else expert_loads(result.expert_map, net.num_experts)
-        if loads:
-            row['routing'] = {'loads': loads, 'mean_cost': mean_cost(loads, net.expert_costs)}
-        if not self.is_train and hasattr(net, 'decoder'):
-            row['macs'] = macs_per_pixel(net, lq_size, size, loads or [1.0])
-            if loads:
-                # The truth where there is one: where neighbours' experts differ, the output has edges that they made.
-                texture = result.image[0] if gt is None else gt
-                correlation = depth_correlation(result.expert_map[0], texture, net.decoder.depths)
-                row['routing']['texture_correlation'] = correlation
+            border = dataset_opt.get('crop_border')
+            row['metrics'] = self.measure_all(sr, gt, item['lq'][0], tuple(row['scale']), border)
+            row['metric_protocols'] = {name: describe_metric(opt, border) for name, opt in self.metrics.items()}
+        row |= self.routing(net, result, lq_size, gt)
         shown = self.shows_pictures and index < self.val_opt.get('tb_images', 1)
         pictures = {}  # name suffix -> (R, S, 3) uint8 BGR
         if save_img or shown:
             pictures[''] = tensor2img([sr])
-            if loads:
+            if result.expert_map is not None:
                 colours = expert_colours(net.num_experts, net.expert_costs.tolist())
                 pictures['_experts'] = colours[result.expert_map[0].cpu().numpy()]
         if save_img:
@@ -151,15 +141,30 @@ class ImageEvaluator:
     def timed(
         self, net: nn.Module, lq: Tensor, size: tuple[int, int] | None, scale: float | list[float] | None, index: int
     ) -> tuple[Upscaled, dict]:
-        """`upscale`, and what it took: the milliseconds of its stages and in all; with `measure` also its memory."""
+        """`upscale`, and what it took: milliseconds by stage and, with `measure`, memory."""
         results = []
         meter = PeakMeter(lq.device) if self.val_opt.get('measure', False) else None
         clock = StageClock(lq.device)
         total = time_ms(lambda: results.append(self.upscale(net, lq, size, scale, index, clock)), lq.device)
-        measured = {'time_ms': {**clock.times, 'total': total}, 'repeats': 1}
+        took = {'time_ms': {**clock.times, 'total': total}, 'repeats': 1}
         if meter is not None and meter.works:
-            measured['peak_mib'] = {'total': meter.read()}
-        return results[0], measured
+            took['peak_mib'] = {'total': meter.read()}
+        return results[0], took
+
+    def routing(self, net: nn.Module, result: Upscaled, lq_size: list[int], gt: Tensor | None) -> dict:
+        """What the routing did to one image and, in testing, the multiply-adds; nothing of other networks."""
+        found, loads = {}, [1.0]
+        if result.expert_map is not None:
+            loads = expert_loads(result.expert_map, net.num_experts)
+            found['routing'] = {'loads': loads, 'mean_cost': mean_cost(loads, net.expert_costs)}
+            if not self.is_train:
+                # The truth where there is one: where neighbours' experts differ, the output has edges that they made.
+                texture = result.image[0] if gt is None else gt
+                correlation = depth_correlation(result.expert_map[0], texture, net.decoder.depths)
+                found['routing']['texture_correlation'] = correlation
+        if not self.is_train and hasattr(net, 'decoder'):
+            found['macs'] = macs_per_pixel(net, tuple(lq_size), tuple(result.image.shape[-2:]), loads)
+        return found
 
     def measure_all(
         self, sr: Tensor, gt: Tensor, lq: Tensor, scale: tuple[float, float], crop_border: int | list[int] | None
