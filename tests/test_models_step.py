@@ -10,6 +10,7 @@ from tiny_runs import DENSE, NETWORK, change, gradients_of, image_batch, model_o
 
 from moeisr_basicsr.core import gumbel_noise
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.models import non_finite
 from moeisr_basicsr.models.non_finite import NonFiniteLossError
 from moeisr_basicsr.models.temperature import check_temperature, temperature_at
 from moeisr_basicsr.models.training_draws import DrawAhead, DrawKey, batch_keep, batch_noise
@@ -335,10 +336,9 @@ def test_non_finite_gradient_is_found_behind_a_finite_loss():
         model.optimize_parameters(1)
 
 
-def test_non_finite_steps_are_skipped_up_to_the_limit():
-    model = build_model(
-        model_options(**{'train:non_finite': 'skip', 'train:non_finite_limit': 2, 'train:mapper_spread': 0})
-    )
+def test_non_finite_steps_are_skipped_up_to_the_limit(monkeypatch):
+    monkeypatch.setattr(non_finite, 'MOST_SKIPPED', 2)
+    model = build_model(model_options(**{'train:non_finite': 'skip', 'train:mapper_spread': 0}))
     bad = query_batch()
     bad['gt'][0] = float('inf')
     before = weights_of(model)
@@ -351,7 +351,7 @@ def test_non_finite_steps_are_skipped_up_to_the_limit():
     model.optimize_parameters(3)
     assert not all(torch.equal(value, before[name]) for name, value in weights_of(model).items())
     model.feed_data(bad)
-    with pytest.raises(NonFiniteLossError, match='non_finite_limit allows 2'):
+    with pytest.raises(NonFiniteLossError, match='2 steps were skipped before'):
         model.optimize_parameters(4)
 
 
@@ -382,7 +382,6 @@ def test_bad_train_options_are_user_errors():
         ({'train:amp': 'bf61'}, "Did you mean 'bf16'"),
         ({'train:accumulate': 0}, 'at least 1'),
         ({'train:non_finite': 'ignore'}, 'stop, skip'),
-        ({'train:non_finite_limit': -1}, 'at least 0'),
         ({'network_g': {'type': 'MSRResNet'}}, 'needs a network with experts'),
     ):
         with pytest.raises(UserError, match=hint):

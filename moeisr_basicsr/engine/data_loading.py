@@ -28,10 +28,6 @@ class Place(NamedTuple):
     epoch: int = 0
     samples: int = 0  # already taken of this epoch, by this rank
 
-    def state(self, ranks: Ranks) -> dict:
-        """As a checkpoint keeps it."""
-        return {'epoch': self.epoch, 'samples': self.samples, 'world_size': ranks.world_size}
-
 
 class TrainData:
     """The training set as endless batches.

@@ -18,6 +18,7 @@ from .checkpoint_store import Checkpoint, CheckpointStore, DamagedCheckpoint
 from .distributed import Ranks
 
 LAUNCH_FILE = '.torchrun'  # in the folder of a run: the name of the torchrun that it belongs to
+WORK = ('.pth', '.state', '.jsonl', '.json', '.png')  # what a run without a step does not leave
 FOLDERS = ('experiments_root', 'results_root', 'models', 'training_states', 'log', 'visualization')
 
 
@@ -58,8 +59,7 @@ def find_start(opt: dict, ranks: Ranks, store: CheckpointStore) -> Start:
 
 def _launch_of(root: Path) -> str | None:
     """Name of the torchrun that began or continued the run in this folder."""
-    file = root / LAUNCH_FILE
-    return file.read_text() if file.is_file() else None
+    return (root / LAUNCH_FILE).read_text() if (root / LAUNCH_FILE).is_file() else None
 
 
 def _earlier_runs(root: Path) -> str:
@@ -72,20 +72,17 @@ def _earlier_runs(root: Path) -> str:
 def run_folders(opt: dict, ranks: Ranks, fresh: bool) -> Iterator[list[str]]:
     """The folders of a run; a mistake of the user that ends it before any work leaves an earlier run where it was.
 
-    Args:
-        opt: Reads `path`, `name` and `opt_file`, which is copied.
-        ranks: This process among all.
-        fresh: Whether an earlier run of the same name is archived; False where this one continues it.
-
-    Yields:
-        What the log should say of it.
+    With `fresh` an earlier run of the same name is archived first. Yields what the log should say of it.
     """
     archived = ranks.together(lambda: make_folders(opt, fresh, ranks.launch))
     try:
         yield [f'{folder} already existed; it is now {earlier}' for folder, earlier in archived.items() if earlier]
     except UserError:
-        if ranks.is_main:
-            _undo(archived)
+        if ranks.is_main and not any(path.suffix in WORK for folder in archived for path in folder.rglob('*')):
+            for folder, earlier in archived.items():
+                shutil.rmtree(folder, ignore_errors=True)
+                if earlier is not None and not folder.exists():
+                    earlier.rename(folder)
         raise
 
 
@@ -123,19 +120,3 @@ def archive(folder: Path) -> Path | None:
     while target.exists():
         target = target.with_name(f'{target.name}_')
     return folder.rename(target)
-
-
-def _undo(archived: dict[Path, Path | None]) -> None:
-    """Put earlier runs back where they were, unless this one has made something already."""
-    if any(_is_work(path) for folder in archived for path in folder.rglob('*')):
-        return
-    for folder, earlier in archived.items():
-        shutil.rmtree(folder, ignore_errors=True)
-        if earlier is not None and not folder.exists():
-            earlier.rename(folder)
-
-
-def _is_work(path: Path) -> bool:
-    """Whether a run without a step, or a test without a picture, does not leave such a file."""
-    logs = path.suffix in ('.log', '.yml', '.yaml') or path.name.startswith('events.out.')
-    return path.is_file() and not logs and path.name != LAUNCH_FILE

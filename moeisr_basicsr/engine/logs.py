@@ -8,8 +8,10 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+from basicsr.models.base_model import BaseModel
 from basicsr.utils import MessageLogger, get_env_info, get_root_logger, get_time_str, init_wandb_logger
 from basicsr.utils.logger import initialized_logger
 from basicsr.utils.options import dict2str
@@ -37,7 +39,7 @@ def start_logger(opt: dict, ranks: Ranks, notes: list[str]) -> logging.Logger:
         file = file.with_stem(file.stem + '_')
     get_root_logger(log_level=logging.INFO, log_file=str(file) if ranks.is_main else None)
     for handler in logger.handlers:
-        handler.handleError = report_log_error
+        handler.handleError = report_log_error  # type: ignore[method-assign]
     if ranks.is_main:
         logger.info(get_env_info())
         logger.info(dict2str(opt))
@@ -51,7 +53,7 @@ def report_log_error(record: logging.LogRecord) -> None:
     print(f'The log cannot be written: {sys.exc_info()[1]}', file=sys.stderr)
 
 
-def start_tensorboard(opt: dict, ranks: Ranks, after: int = 0) -> object | None:
+def start_tensorboard(opt: dict, ranks: Ranks, after: int = 0) -> Any:
     """TensorBoard's writer on rank 0, None elsewhere, with --debug, and without `logger: use_tb_logger`.
 
     What an interrupted run wrote beyond iteration `after` is hidden.
@@ -123,7 +125,7 @@ class TrainLog:
     """
 
     def __init__(
-        self, opt: dict, ranks: Ranks, start: int, tensorboard: object, metrics: MetricsFile, device: torch.device
+        self, opt: dict, ranks: Ranks, start: int, tensorboard: Any, metrics: MetricsFile, device: torch.device
     ):
         self.interval = opt['logger'].get('print_freq', 100)
         self.total = int(opt['train']['total_iter'])
@@ -135,15 +137,10 @@ class TrainLog:
         self.restart()
 
     def restart(self) -> None:
-        """Start the clock of the next interval."""
+        """Start the clock of an interval, also after what is no training: validation, saving."""
         self.steps, self.queries, self.data_time, self.began = 0, 0, 0.0, time.perf_counter()
 
-    def leave_out(self, seconds: float) -> None:
-        """Take time that was no training (validation, saving) out of the interval."""
-        self.began += seconds
-        self.console.start_time += seconds
-
-    def step(self, iteration: int, epoch: int, model: object, queries: int, data_time: float) -> None:
+    def step(self, iteration: int, epoch: int, model: BaseModel, queries: int, data_time: float) -> None:
         """Count one step; at the end of an interval and of the run, tell.
 
         Args:

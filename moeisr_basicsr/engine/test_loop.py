@@ -1,6 +1,7 @@
 """`test(opt)`: evaluate a network on every dataset of the options."""
 
 from pathlib import Path
+from typing import Any
 
 from basicsr.models import build_model
 from basicsr.models.base_model import BaseModel
@@ -38,12 +39,7 @@ def test(opt: dict) -> int:
 
 
 def evaluate(
-    model: BaseModel,
-    loaders: list[DataLoader],
-    current_iter: int | str,
-    tensorboard: object,
-    opt: dict,
-    stop: StopRequest,
+    model: BaseModel, loaders: list[DataLoader], current_iter: int | str, tensorboard: Any, opt: dict, stop: StopRequest
 ) -> list[Evaluated] | None:
     """Validate or test; the results, which BasicSR's own models do not give, or None after a request to stop."""
     save_img = opt['val'].get('save_img', False)

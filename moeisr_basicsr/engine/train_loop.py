@@ -32,14 +32,7 @@ DEFAULT_KEEP = 5  # checkpoints
 
 
 def train(opt: dict) -> int:
-    """Train as the options say; safe to kill at any moment.
-
-    Args:
-        opt: BasicSR's options dict; it is not changed. Beside BasicSR's keys it reads `launcher`, `dist_params`,
-            `opt_file`, `logger: keep_checkpoints` and `logger: save_best`.
-
-    Returns:
-        An exit code, see `ExitCode`.
+    """Train as BasicSR's options dict says, safe to kill at any moment; the `ExitCode`.
 
     Raises:
         UserError: Options, data or the checkpoint to resume from do not fit.
@@ -81,7 +74,8 @@ class Trainer:
         self.model = build_model(opt)
         self.train_data = TrainData(opt, ranks, self.model.device)
         self.val_loaders = evaluation_loaders(opt, ('val',)) if opt.get('val') else []
-        self.iteration, self.place, self.validation_due, self.saved = 0, Place(), False, None
+        self.iteration, self.place, self.validation_due = 0, Place(), False
+        self.saved = 0  # iteration of the newest checkpoint
         if checkpoint is not None:
             self._restore(checkpoint)
         self.tensorboard = start_tensorboard(opt, ranks, self.iteration)
@@ -130,14 +124,13 @@ class Trainer:
         if self.validation_due:
             self.validate()
         batches = self.train_data.batches(self.place)
-        self.log.restart()
         while self.iteration < total and not self._asked_to_stop():
             waited = time.perf_counter()
             self.place, data = next(batches)
             self._step(data, time.perf_counter() - waited)
             self._after_step(total)
         stopped = self._asked_to_stop()
-        if self.saved != self.iteration and self.iteration > 0:  # a state could not say what the first one does once
+        if self.saved != self.iteration:
             self.save()
         if stopped:
             self.logger.warning(
@@ -160,14 +153,13 @@ class Trainer:
 
     def _after_step(self, total: int) -> None:
         """Save, then validate: what a signal cuts off is due when the run continues."""
-        last, began = self.iteration == total, time.perf_counter()
+        last = self.iteration == total
         if self.val_loaders and (last or self.iteration % self.opt['val'].get('val_freq', total) == 0):
             self.validation_due = True
         if last or self.iteration % self.opt['logger'].get('save_checkpoint_freq', total) == 0:
             self.save()
         if self.validation_due:
             self.validate()
-        self.log.leave_out(time.perf_counter() - began)
 
     def _asked_to_stop(self) -> int:
         """The signal that any rank has received; 0 for none. All ranks stop after the same step."""
@@ -181,7 +173,7 @@ class Trainer:
         """
         state = {
             'epoch': self.place.epoch,
-            'place': self.place.state(self.ranks),
+            'place': {**self.place._asdict(), 'world_size': self.ranks.world_size},
             'manual_seed': self.opt['manual_seed'],
             'validation_due': self.validation_due,
             'rng': self.ranks.gather(rng_state(self.model.device)),
@@ -190,6 +182,7 @@ class Trainer:
             lambda: self.store.save(self.iteration, model_weights(self.model), {**state, **model_state(self.model)})
         )
         self.saved = self.iteration
+        self.log.restart()
         self.logger.info(f'Saved models and training state of iteration {self.iteration}.')
 
     def validate(self) -> None:
@@ -197,13 +190,14 @@ class Trainer:
         benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # sizes come once each
         results = evaluate(self.model, self.val_loaders, self.iteration, self.tensorboard, self.opt, self.stop)
         torch.backends.cudnn.benchmark = benchmark
+        self.log.restart()
         if results is None:
             return  # asked to stop; still due when the run continues
         self.validation_due = False
         best = getattr(self.model, 'best_metric_results', {})
         for result in results:
-            values = {**result._replace(rows=[])._asdict(), 'best': best.get(result.dataset, {})}
-            self.metrics.write('validation', self.iteration, values)
+            values = {key: value for key, value in vars(result).items() if key != 'rows'}
+            self.metrics.write('validation', self.iteration, {**values, 'best': best.get(result.dataset, {})})
         if self.opt['logger'].get('save_best', True):
             records = [(f'best_{data}_{metric}', one) for data, of in best.items() for metric, one in of.items()]
             self._name_weights([name for name, record in records if record['iter'] == self.iteration])

@@ -22,11 +22,11 @@ class Batch(NamedTuple):
     @classmethod
     def from_data(cls, data: dict, device: torch.device) -> 'Batch':
         """From a collated item of any dataset that gives `lq`."""
-        tensors = {
-            key: data[key].to(device, non_blocking=True) if key in data else None
-            for key in ('lq', 'gt', 'coord', 'cell')
-        }
-        return cls(**tensors, paths=data.get('gt_path') or data.get('lq_path') or [], scale=data.get('scale'))
+        lq: Tensor = data['lq'].to(device, non_blocking=True)
+        gt, coord, cell = (
+            data[key].to(device, non_blocking=True) if key in data else None for key in ('gt', 'coord', 'cell')
+        )
+        return cls(lq, gt, coord, cell, data.get('gt_path') or data.get('lq_path') or [], data.get('scale'))
 
     @property
     def queries(self) -> int:
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
         images = self.lq.shape[0]
         edges = sorted({images * at // parts for at in range(parts + 1)})
         return [
-            Batch(*(None if field is None else field[start:stop] for field in self))
+            Batch._make(None if field is None else field[start:stop] for field in self)
             for start, stop in zip(edges, edges[1:])
         ]
 

@@ -7,6 +7,7 @@ J experts.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from os import path as osp
 from pathlib import Path
 from statistics import fmean
@@ -24,13 +25,14 @@ AVERAGED = ('metrics', 'time_ms', 'peak_mib', 'macs', 'routing')
 class Record(NamedTuple):
     """What one image gives."""
 
-    loader: int  # place of its dataset
-    index: int  # in the dataset
+    dataset: int  # its number
+    place: int  # of the image in it
     row: dict  # of a results document
     pictures: dict[str, np.ndarray]  # for TensorBoard, (R, S, 3) uint8 BGR by the suffix of their names
 
 
-class Evaluated(NamedTuple):
+@dataclass(frozen=True)
+class Evaluated:
     """The mean results of one dataset."""
 
     dataset: str
@@ -39,7 +41,7 @@ class Evaluated(NamedTuple):
     metrics: dict[str, float]  # means; bicubic's beside the model's as 'bicubic_<metric>'
     loads: list[float]  # share of the output pixels of each expert; empty for a dense network
     mean_cost: float | None  # mean relative cost of an output pixel; None for a dense network
-    rows: list[dict]  # of a results document, one per image, in the dataset's order
+    rows: list[dict]  # of a results document, one per image
 
 
 def my_jobs(sizes: list[int], rank: int, world_size: int) -> list[list[int]]:

@@ -5,10 +5,11 @@ Shapes: (1, C, h, w) LR image, (C, R, S) output image, RGB in [0, 1]; J experts.
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from basicsr.utils import imwrite, tensor2img
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeisr_basicsr.analysis.baseline import bicubic
 from moeisr_basicsr.analysis.complexity import macs_per_pixel
@@ -51,10 +52,10 @@ class ImageEvaluator:
 
     def upscale(
         self,
-        net: nn.Module,
+        net: Any,
         lq: Tensor,
         size: tuple[int, int] | None,
-        scale: float | list[float] | None,
+        scale: float | tuple[float, float] | list[float] | None,
         index: int = 0,
         clock: Clock = nullcontext,
     ) -> Upscaled:
@@ -78,7 +79,7 @@ class ImageEvaluator:
             net,
             lq,
             size=size,
-            scale=tuple(scale) if isinstance(scale, list) else scale,
+            scale=(scale[0], scale[1]) if isinstance(scale, list) else scale,
             precision=precision,
             clock=clock,
             shuffle_seed=self.seed + index if shuffles else None,  # the same on every rank
@@ -86,12 +87,12 @@ class ImageEvaluator:
         )
 
     def __call__(
-        self, net: nn.Module, item: dict, dataset_opt: dict, current_iter: int | str, save_img: bool, index: int
+        self, net: Any, item: dict, dataset_opt: dict, current_iter: int | str, save_img: bool, index: int
     ) -> tuple[dict, dict[str, np.ndarray]]:
         """Its row of a results document (see `analysis.schema`), and the pictures that TensorBoard shows.
 
         Args:
-            net: The bare network.
+            net: The bare network, of this package or another one.
             item: A batch of one image.
             dataset_opt: Reads `name`, `scale`, `crop_border` and the dataset's roots.
             current_iter: Iteration, or the run's name in testing.
@@ -101,22 +102,22 @@ class ImageEvaluator:
         lq = item['lq'].to(next(net.parameters()).device)
         gt = item['gt'][0] if 'gt' in item else None
         nominal = dataset_opt.get('scale') or (None if gt is not None else getattr(net, 'scale', None))
-        result, took = self.timed(net, lq, None if gt is None else tuple(gt.shape[-2:]), nominal, index)
+        result, took = self.timed(net, lq, None if gt is None else size_of(gt), nominal, index)
         sr = result.image[0].float().cpu()
         if gt is not None and sr.shape != gt.shape:
             raise UserError(
                 f'{item["lq_path"][0]}: the output is {tuple(sr.shape)}, the ground truth '
                 f'{tuple(gt.shape)} (channels, rows, columns). Check the scale of {dataset_opt["name"]}.'
             )
-        lq_size, size = list(lq.shape[-2:]), list(sr.shape[-2:])
+        lq_size, size = size_of(lq), size_of(sr)
         scale = np.divide(size, lq_size) if nominal is None else np.broadcast_to(nominal, 2)
         row = {
             'case': 'test',
             'dataset': dataset_opt['name'],
             'image': image_name(item['lq_path'][0], dataset_opt.get('dataroot_lq') or dataset_opt.get('dataroot_gt')),
             'protocol': describe_input(dataset_opt),
-            'lq_size': lq_size,
-            'size': size,
+            'lq_size': list(lq_size),
+            'size': list(size),
             'scale': scale.astype(float).tolist(),  # (rows, columns)
             **self.setting,
             **took,
@@ -126,7 +127,7 @@ class ImageEvaluator:
             border = dataset_opt.get('crop_border')
             row['metrics'] = self.measure_all(sr, gt, item['lq'][0], tuple(row['scale']), border)
             row['metric_protocols'] = {name: describe_metric(opt, border) for name, opt in self.metrics.items()}
-        row |= self.routing(net, result, lq_size, gt)
+        row |= self.routing(net, lq, result, gt)
         shown = self.shows_pictures and index < self.val_opt.get('tb_images', 1)
         pictures = {}  # name suffix -> (R, S, 3) uint8 BGR
         if save_img or shown:
@@ -139,7 +140,7 @@ class ImageEvaluator:
         return row, pictures if shown else {}
 
     def timed(
-        self, net: nn.Module, lq: Tensor, size: tuple[int, int] | None, scale: float | list[float] | None, index: int
+        self, net: Any, lq: Tensor, size: tuple[int, int] | None, scale: float | list[float] | None, index: int
     ) -> tuple[Upscaled, dict]:
         """`upscale`, and what it took: milliseconds by stage and, with `measure`, memory."""
         results = []
@@ -151,7 +152,7 @@ class ImageEvaluator:
             took['peak_mib'] = {'total': meter.read()}
         return results[0], took
 
-    def routing(self, net: nn.Module, result: Upscaled, lq_size: list[int], gt: Tensor | None) -> dict:
+    def routing(self, net: Any, lq: Tensor, result: Upscaled, gt: Tensor | None) -> dict:
         """What the routing did to one image and, in testing, the multiply-adds; nothing of other networks."""
         found, loads = {}, [1.0]
         if result.expert_map is not None:
@@ -163,7 +164,7 @@ class ImageEvaluator:
                 correlation = depth_correlation(result.expert_map[0], texture, net.decoder.depths)
                 found['routing']['texture_correlation'] = correlation
         if not self.is_train and hasattr(net, 'decoder'):
-            found['macs'] = macs_per_pixel(net, tuple(lq_size), tuple(result.image.shape[-2:]), loads)
+            found['macs'] = macs_per_pixel(net, size_of(lq), size_of(result.image), loads)
         return found
 
     def measure_all(
@@ -172,7 +173,7 @@ class ImageEvaluator:
         """Every metric of the model's image and, with `bicubic_baseline`, of the bicubic one."""
         images = {'': sr}
         if self.val_opt.get('bicubic_baseline', False) and self.metrics:
-            images['bicubic_'] = bicubic(lq, tuple(gt.shape[-2:]))
+            images['bicubic_'] = bicubic(lq, size_of(gt))
         return {
             prefix + name: measure(metric_opt, image, gt, scale, crop_border)
             for prefix, image in images.items()
@@ -183,7 +184,7 @@ class ImageEvaluator:
         """With `save_references` in testing, the pictures that a report puts beside the model's."""
         if self.is_train or gt is None or not self.val_opt.get('save_references', False):
             return {}
-        return {'_truth': tensor2img([gt]), '_bicubic': tensor2img([bicubic(lq, tuple(gt.shape[-2:]))])}
+        return {'_truth': tensor2img([gt]), '_bicubic': tensor2img([bicubic(lq, size_of(gt))])}
 
     def save_pictures(self, pictures: dict[str, np.ndarray], row: dict, current_iter: int | str) -> None:
         """`<visualization>/<dataset>/<image>_x2.png`; in training the iteration is part of the name."""
@@ -196,3 +197,8 @@ class ImageEvaluator:
             imwrite(picture, str(self.folder / path))
             # results.json lies beside the folder of pictures
             row.setdefault('pictures', {})[KINDS[suffix]] = (Path(self.folder.name) / path).as_posix()
+
+
+def size_of(image: Tensor) -> tuple[int, int]:
+    """(rows, columns)."""
+    return image.shape[-2], image.shape[-1]

@@ -18,7 +18,7 @@ def build(where: str, options: dict, classes: dict[str, type], first: Any) -> An
         UserError: An unknown `type`, or options that the class does not take.
     """
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    name = arguments.pop('type', None)
+    name = str(arguments.pop('type', None))
     if name not in classes:
         raise UserError(
             f'{where}: type must be one of {", ".join(sorted(classes))}; got {name!r}.{did_you_mean(name, classes)}'

@@ -46,7 +46,9 @@ class Precision:
 
     def network(self, net: nn.Module) -> nn.Module:
         """`net` in the chosen memory layout."""
-        return net.to(memory_format=torch.channels_last) if self.channels_last else net
+        if self.channels_last:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's own stubs
+        return net
 
     def images(self, images: Tensor) -> Tensor:
         """A batch (B, C, H, W) in the chosen memory layout."""

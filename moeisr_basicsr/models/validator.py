@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import get_dist_info
@@ -19,7 +20,7 @@ def run_validation(
     net: nn.Module,
     dataloaders: list[DataLoader],
     current_iter: int | str,
-    tb_logger: object,
+    tb_logger: Any,
     save_img: bool,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Evaluated] | None:
@@ -39,7 +40,8 @@ def run_validation(
     """
     evaluate = ImageEvaluator(opt)
     rank, world_size = get_dist_info()
-    jobs = my_jobs([len(loader.dataset) for loader in dataloaders], rank, world_size)
+    datasets: list[Any] = [loader.dataset for loader in dataloaders]
+    jobs = my_jobs([len(dataset) for dataset in datasets], rank, world_size)
     shown = (opt.get('val') or {}).get('pbar', sys.stderr.isatty())
     records, stopped = [], False
     with tqdm(total=sum(map(len, jobs)), unit='image', disable=not shown or rank != 0) as bar:
@@ -48,7 +50,7 @@ def run_validation(
                 stopped = stopped or (should_stop is not None and should_stop())
                 if stopped:
                     break
-                row, pictures = evaluate(net, item, loader.dataset.opt, current_iter, save_img, index)
+                row, pictures = evaluate(net, item, datasets[position].opt, current_iter, save_img, index)
                 records.append(Record(position, index, row, pictures))
                 bar.set_description(f'{row["dataset"]} {row["image"]}')
                 bar.update()
@@ -56,13 +58,13 @@ def run_validation(
     if None in of_ranks:  # a rank was asked to stop: all give up
         return None
     everything = [record for records in of_ranks for record in records]
-    everything.sort(key=lambda record: (record.loader, record.index))
+    everything.sort(key=lambda record: (record.dataset, record.place))
     show_pictures(everything, current_iter, tb_logger)
-    of_datasets = [[record.row for record in everything if record.loader == at] for at in range(len(dataloaders))]
+    of_datasets = [[record.row for record in everything if record.dataset == at] for at in range(len(datasets))]
     return [summarize(rows) for rows in of_datasets if rows]
 
 
-def show_pictures(records: list[Record], current_iter: int | str, tb_logger: object) -> None:
+def show_pictures(records: list[Record], current_iter: int | str, tb_logger: Any) -> None:
     """The gathered pictures in TensorBoard."""
     for _, _, row, pictures in records if tb_logger else []:
         for suffix, picture in pictures.items():
@@ -70,7 +72,7 @@ def show_pictures(records: list[Record], current_iter: int | str, tb_logger: obj
             tb_logger.add_image(name, picture[..., ::-1].copy(), current_iter, dataformats='HWC')
 
 
-def report(result: Evaluated, best: dict, current_iter: int | str, tb_logger: object) -> None:
+def report(result: Evaluated, best: dict, current_iter: int | str, tb_logger: Any) -> None:
     """One dataset's results in the log and in TensorBoard.
 
     Args:
@@ -80,7 +82,7 @@ def report(result: Evaluated, best: dict, current_iter: int | str, tb_logger: ob
         tb_logger: TensorBoard writer, or None.
     """
     lines = [f'Validation {result.dataset} {result.scale}, {result.count} images']
-    scalars = {}
+    scalars: dict[str, float | None] = {}
     for name, value in result.metrics.items():
         record = best.get(result.dataset, {}).get(name)
         known = '' if record is None else f'\tBest: {record["val"]:.4f} @ {record["iter"]} iter'
@@ -92,5 +94,5 @@ def report(result: Evaluated, best: dict, current_iter: int | str, tb_logger: ob
         scalars[f'val_cost/{result.dataset}'] = result.mean_cost
         scalars |= {f'val_load/{result.dataset}/expert_{j}': load for j, load in enumerate(result.loads, 1)}
     get_root_logger().info('\n'.join(lines))
-    for name, value in scalars.items() if tb_logger else ():
-        tb_logger.add_scalar(name, value, current_iter)
+    for tag, scalar in scalars.items() if tb_logger else ():
+        tb_logger.add_scalar(tag, scalar, current_iter)
