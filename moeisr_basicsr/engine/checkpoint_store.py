@@ -94,9 +94,7 @@ class CheckpointStore:
         state = read_whole(path)
         if not isinstance(state, dict) or not isinstance(state.get('iter'), int):
             raise DamagedCheckpoint(f'{path} is not a training state')
-        folder = self.models
-        if path.resolve().parent != self.states.resolve():  # a state of another experiment has its weights beside it
-            folder = path.resolve().parent.parent / 'models'
+        folder = path.resolve().parent.parent / 'models'  # also of another experiment, whose weights lie beside it
         iteration, digests = state['iter'], state.get('weights', {'net_g': None})  # BasicSR's own states know none
         weights = {label: read_whole(folder / f'{label}_{iteration}.pth', digest) for label, digest in digests.items()}
         return Checkpoint(iteration, state, weights)

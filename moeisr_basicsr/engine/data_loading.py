@@ -3,11 +3,9 @@
 The YAML's keys are BasicSR's. Workers live for the whole run: no import storm each epoch.
 """
 
-import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from basicsr.data import build_dataset
 from torch.utils.data import DataLoader
@@ -19,7 +17,7 @@ from moeisr_basicsr.errors import UserError
 from .distributed import Ranks
 from .signals import shield_worker
 
-EPOCH_SEED_STRIDE = 1_000_003  # a prime: seeds of (run, epoch, rank) stay apart
+EPOCH_SEED_STRIDE = 1_000_003  # a prime: the workers' seeds of (run, epoch, rank) stay apart
 
 
 class Place(NamedTuple):
@@ -70,7 +68,7 @@ class TrainData:
             num_workers=workers,
             pin_memory=pinned and device.type == 'cuda',
             persistent_workers=workers > 0 and bool(train_opt.get('persistent_workers', True)),
-            worker_init_fn=start_worker,
+            worker_init_fn=shield_worker,
             generator=self.generator,
             prefetch_factor=max(2, train_opt.get('num_prefetch_queue', 2)) if workers > 0 else None,
         )
@@ -105,17 +103,6 @@ class TrainData:
         return Place(epoch, samples * world_size // self.ranks.world_size), [note]
 
 
-def start_worker(worker: int) -> None:
-    """Seed python and numpy of a loader worker from torch's seed, which differs by rank and worker.
-
-    No item of ours depends on it; a dataset with a `set_epoch` of its own may.
-    """
-    shield_worker()
-    seed = torch.initial_seed()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
 def evaluation_loaders(opt: dict, phases: tuple[str, ...]) -> list[DataLoader]:
     """One loader of single images per dataset whose section is `<phase>` or `<phase>_<anything>`, in YAML order.
 
@@ -129,7 +116,7 @@ def evaluation_loaders(opt: dict, phases: tuple[str, ...]) -> list[DataLoader]:
             batch_size=1,
             num_workers=int(dataset_opt.get('num_worker_per_gpu', 0)),
             pin_memory=bool(dataset_opt.get('pin_memory', False)),
-            worker_init_fn=start_worker,
+            worker_init_fn=shield_worker,
             generator=torch.Generator(),  # as above
         )
         for section, dataset_opt in opt['datasets'].items()

@@ -44,8 +44,8 @@ class StopRequest:
             os._exit(128 + number)  # as shells report a process that a signal has ended
 
 
-def shield_worker() -> None:
-    """Let a loader worker outlive the signals that its whole process group receives; its parent ends it.
+def shield_worker(worker: int = 0) -> None:
+    """Let a loader worker outlive the signals that its whole process group receives: a `worker_init_fn`.
 
     Ctrl-C is ignored. SIGTERM ends it only where the parent has sent it: the scheduler's copy is the parent's business.
     """
