@@ -33,7 +33,7 @@ class TrainData:
     Args:
         opt: The whole options; reads `datasets: train` and `manual_seed`.
         ranks: This process among all.
-        device: Where the model will want the batches.
+        device: Where the model wants the batches.
 
     Raises:
         UserError: An epoch holds less than one batch.
@@ -104,12 +104,7 @@ class TrainData:
 
 
 def evaluation_loaders(opt: dict, phases: tuple[str, ...]) -> list[DataLoader]:
-    """One loader of single images per dataset whose section is `<phase>` or `<phase>_<anything>`, in YAML order.
-
-    Args:
-        opt: The whole options; reads `datasets`.
-        phases: Such as ('val',).
-    """
+    """One loader of single images per dataset whose section is `<phase>` or `<phase>_<anything>`, in YAML order."""
     return [
         DataLoader(
             build_dataset(dataset_opt),

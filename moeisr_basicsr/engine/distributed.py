@@ -68,9 +68,8 @@ class Ranks(NamedTuple):
 def launched(opt: dict) -> Iterator[Ranks]:
     """The process group of a run, taken down when the block ends without an error.
 
-    Args:
-        opt: Reads `launcher`: 'none', 'pytorch' (torchrun) or 'slurm'; and `dist_params`: `backend` (nccl with a GPU,
-            gloo without), `port` (slurm), `timeout` in minutes.
+    It reads `launcher`: 'none', 'pytorch' (torchrun) or 'slurm'; and `dist_params`: `backend` (nccl with a GPU, gloo
+    without), `port` (slurm), `timeout` in minutes.
 
     Raises:
         UserError: An unknown launcher, or its environment variables are missing.
@@ -79,8 +78,7 @@ def launched(opt: dict) -> Iterator[Ranks]:
     own = launcher != 'none' and not dist.is_initialized()
     timeout = timedelta(minutes=float(options.pop('timeout', DEFAULT_TIMEOUT_MINUTES)))
     if own:
-        store = agent_store(timeout) if launcher == 'pytorch' else None
-        if store is not None:
+        if launcher == 'pytorch' and (store := agent_store(timeout)) is not None:
             rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
             launch = launch_name(store)
             options.update(store=fresh_store(store, rank, world_size, timeout), rank=rank, world_size=world_size)

@@ -113,16 +113,7 @@ def _is_kept(line: str, limits: dict[str, int]) -> bool:
 
 
 class TrainLog:
-    """Console, TensorBoard and JSON lines of the training steps.
-
-    Args:
-        opt: Reads `logger: print_freq`, `train: total_iter`, `name`.
-        ranks: This process among all.
-        start: Iteration that the run starts from.
-        tensorboard: Writer or None.
-        metrics: Where the lines go.
-        device: Its memory is reported where it is a GPU.
-    """
+    """Console, TensorBoard and JSON lines of the training steps of a run that starts from iteration `start`."""
 
     def __init__(
         self, opt: dict, ranks: Ranks, start: int, tensorboard: Any, metrics: MetricsFile, device: torch.device

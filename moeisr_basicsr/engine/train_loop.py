@@ -96,8 +96,7 @@ class Trainer:
         notes += set_model_weights(self.model, checkpoint.weights) + set_model_state(self.model, state)
         self.iteration = checkpoint.iteration
         self.place, place_notes = self.train_data.place_from(state)
-        self.validation_due = bool(state.get('validation_due', False))
-        rngs = state.get('rng')
+        self.validation_due, rngs = bool(state.get('validation_due', False)), state.get('rng')
         if rngs is None:
             notes.append('the checkpoint has no states of the random generators')
         elif len(rngs) == self.ranks.world_size:
@@ -116,18 +115,18 @@ class Trainer:
     def run(self) -> int:
         """Train to the last iteration, or until asked to stop."""
         total = int(self.opt['train']['total_iter'])
+        data = self.train_data
         self.logger.info(
-            f'{len(self.train_data.dataset)} training images, batch {self.train_data.batch} x '
-            f'{self.ranks.world_size}, {self.train_data.batches_per_epoch} iterations per epoch, '
-            f'{total} in all.'
+            f'{len(data.dataset)} training images, batch {data.batch} x {self.ranks.world_size}, '
+            f'{data.batches_per_epoch} iterations per epoch, {total} in all.'
         )
         if self.validation_due:
             self.validate()
-        batches = self.train_data.batches(self.place)
+        batches = data.batches(self.place)
         while self.iteration < total and not self._asked_to_stop():
             waited = time.perf_counter()
-            self.place, data = next(batches)
-            self._step(data, time.perf_counter() - waited)
+            self.place, batch = next(batches)
+            self._step(batch, time.perf_counter() - waited)
             self._after_step(total)
         stopped = self._asked_to_stop()
         if self.saved != self.iteration:

@@ -59,28 +59,16 @@ def run_validation(
         return None
     everything = [record for records in of_ranks for record in records]
     everything.sort(key=lambda record: (record.dataset, record.place))
-    show_pictures(everything, current_iter, tb_logger)
+    for _, _, row, pictures in everything if tb_logger else []:
+        for suffix, picture in pictures.items():
+            name = f'{row["dataset"]}_{scale_label(row["scale"])}/{row["image"]}{suffix}'
+            tb_logger.add_image(name, picture[..., ::-1].copy(), current_iter, dataformats='HWC')
     of_datasets = [[record.row for record in everything if record.dataset == at] for at in range(len(datasets))]
     return [summarize(rows) for rows in of_datasets if rows]
 
 
-def show_pictures(records: list[Record], current_iter: int | str, tb_logger: Any) -> None:
-    """The gathered pictures in TensorBoard."""
-    for _, _, row, pictures in records if tb_logger else []:
-        for suffix, picture in pictures.items():
-            name = f'{row["dataset"]}_{scale_label(row["scale"])}/{row["image"]}{suffix}'
-            tb_logger.add_image(name, picture[..., ::-1].copy(), current_iter, dataformats='HWC')
-
-
 def report(result: Evaluated, best: dict, current_iter: int | str, tb_logger: Any) -> None:
-    """One dataset's results in the log and in TensorBoard.
-
-    Args:
-        result: Of `run_validation`.
-        best: BasicSR's `best_metric_results`.
-        current_iter: Iteration, or the run's name in testing.
-        tb_logger: TensorBoard writer, or None.
-    """
+    """One dataset's results in the log and in TensorBoard; `best` is BasicSR's `best_metric_results`."""
     lines = [f'Validation {result.dataset} {result.scale}, {result.count} images']
     scalars: dict[str, float | None] = {}
     for name, value in result.metrics.items():
