@@ -1,15 +1,33 @@
-"""The one exception for mistakes that the user can fix."""
+"""The one exception for mistakes that the user can fix, and the exit codes of the commands."""
 
 import difflib
 from collections.abc import Callable, Iterable
+from enum import IntEnum
 from pathlib import Path
+
+
+class ExitCode(IntEnum):
+    """What the commands return to schedulers and scripts; after another signal, 128 and its number, as shells do."""
+
+    OK = 0
+    SAVE_FAILED = 1  # a checkpoint could not be written
+    USER_ERROR = 2  # wrong options or files
+    NON_FINITE = 3  # a loss or gradient was not finite
+    INTERRUPTED = 130  # Ctrl-C; `train` has saved its state after the running step
+    TERMINATED = 143  # SIGTERM, for example of a scheduler; as above
 
 
 class UserError(ValueError):
     """Bad input. Its message is one line: what is wrong, the file, key or value, and what is allowed.
 
-    The command line prints the message without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with `ExitCode.USER_ERROR`.
     """
+
+    def __init__(self, message: str):
+        if message.startswith('Caught UserError in DataLoader worker'):
+            # torch raises a worker's error anew, with the worker's traceback as its message; its last line is ours.
+            message = message.rstrip().splitlines()[-1].partition('UserError: ')[2]
+        super().__init__(message)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

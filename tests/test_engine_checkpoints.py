@@ -56,7 +56,7 @@ def test_what_is_saved_comes_back_and_basicsr_reads_the_weights(store):
 def test_a_metric_whose_name_ends_in_a_number_keeps_its_best(store):
     store.keep = 1
     save(store, 10)
-    store.name_weights(content(10)[0], ['best_Set5_psnr_10'], saved=10)
+    store.name_weights(content(10)[0], ['best_Set5_psnr_10'])
     save(store, 20)
     assert files(store) == ['20.state', 'net_g_20.pth', 'net_g_best_Set5_psnr_10.pth']
 
@@ -64,7 +64,7 @@ def test_a_metric_whose_name_ends_in_a_number_keeps_its_best(store):
 def test_the_newest_k_stay_and_names_stay_always(store):
     store.keep = 2
     save(store, 10)
-    store.name_weights(content(10)[0], ['best_Set5_psnr', 'best_Set14_psnr'], saved=10)
+    store.name_weights(content(10)[0], ['best_Set5_psnr', 'best_Set14_psnr'])
     save(store, 20, 30)
     store.name_weights(content(31)[0], ['latest'])
     assert files(store) == [
@@ -176,8 +176,7 @@ def test_disk_full_leaves_what_was_there(store, monkeypatch):
                     return original(path, lambda file: write(FullDisk(file, room)))
                 return original(path, write)
 
-            for module in ('atomic_file', 'engine.checkpoint_store'):
-                monkeypatch.setattr(f'moeisr_basicsr.{module}.write_atomic', write_atomic)
+            monkeypatch.setattr(atomic_file, 'write_atomic', write_atomic)
             with pytest.raises(SaveError, match='No space left on device') as error:
                 save(store, 20)
             assert victim in str(error.value)

@@ -69,7 +69,7 @@ def test_ranks_share_the_samples_of_one_process(tmp_path):
     ]
     for (_, one), (_, first), (_, second) in zip(whole, *parts):
         assert torch.equal(one['gt'][0::2], first['gt']) and torch.equal(one['gt'][1::2], second['gt'])
-    state = {'place': parts[0][2][0].state(Ranks(0, 2))}
+    state = {'place': {**parts[0][2][0]._asdict(), 'world_size': 2}}
     place, notes = data(tmp_path).place_from(state)
     assert place == whole[2][0] and 'of 2 ranks' in notes[0]
 

@@ -29,8 +29,8 @@ from moeisr_basicsr.archs.moeisr_arch import MoEISR
 
 @ARCH_REGISTRY.register()
 class Float64MoEISR(MoEISR):
-    def __init__(self, encoder, experts, mapper, expert_grad):
-        super().__init__(encoder, experts=experts, mapper=mapper, expert_grad=expert_grad)
+    def __init__(self, encoder, experts, mapper):
+        super().__init__(encoder, experts=experts, mapper=mapper)
         self.double()
 
     def forward(self, lq, *arguments, **named):
@@ -136,25 +136,20 @@ def evaluation_options(root, processes):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """A folder with the runs fp32, fp64, fit and test of one and of two processes."""
+    """A folder with the runs fp32, fp64, joint and test of one and of two processes."""
     root = tmp_path_factory.mktemp('distributed')
     (root / 'float64.py').write_text(FLOAT64)
     torch.manual_seed(0)
     torch.save({'params': weights_of(build_model(model_options()))}, root / 'weights.pth')
-    float64 = {'network_g:type': 'Float64MoEISR', 'network_g:expert_grad': 'sampled', 'train:accumulate': 2}
-    # every expert learns every query, the mapper is fitted to their losses, and the encoder rests
-    experts_opt = {'type': 'MoEExpertLoss', 'loss_weight': 4.0, 'routing_weight': 1e-3, 'fit_temperature': 1e-2}
-    fit = {
-        'network_g:expert_grad': 'naive',
-        'train:trainable': ['decoder'],
-        'train:temperature': None,
-        'train:experts_opt': experts_opt,
-    }
+    float64 = {'network_g:type': 'Float64MoEISR', 'train:accumulate': 2}
+    # every expert learns every query, the mapper learns from their losses, and the encoder rests
+    experts_opt = {'type': 'MoEExpertLoss', 'loss_weight': 4.0, 'routing_weight': 1e-3}
+    joint = {'network_g:shared_layers': 2, 'train:trainable': ['decoder'], 'train:experts_opt': experts_opt}
     for processes in (1, 2):
         options = {
             'fp32': train_options(root, processes, 'fp32', **{'datasets:train:num_worker_per_gpu': 1}),
             'fp64': train_options(root, processes, 'fp64', **float64),
-            'fit': train_options(root, processes, 'fit', **fit),
+            'joint': train_options(root, processes, 'joint', **joint),
             'test': evaluation_options(root, processes),
         }
         for name, one in options.items():
@@ -162,7 +157,7 @@ def runs(tmp_path_factory):
         lines = [
             'train -opt fp32.yml',
             'train -opt fp64.yml --import float64.py',
-            'train -opt fit.yml',
+            'train -opt joint.yml',
             'test -opt test.yml',
         ]
         if processes == 2:
@@ -173,9 +168,9 @@ def runs(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize('name, tolerance', [('fp32', 1e-5), ('fp64', 1e-9), ('fit', 1e-5)])
+@pytest.mark.parametrize('name, tolerance', [('fp32', 1e-5), ('fp64', 1e-9), ('joint', 1e-5)])
 def test_two_processes_train_as_one(runs, name, tolerance):
-    """20 losses, gradient norms and loads; the fp64 run is also cut into parts and samples its unchosen experts."""
+    """20 losses, gradient norms and loads; the fp64 run is also cut into parts."""
     one, two = (
         [line for line in metrics_lines(runs, f'{name}_{processes}') if line['kind'] == 'train'] for processes in (1, 2)
     )

@@ -12,7 +12,7 @@ import torch
 from tiny_runs import run_options
 
 from moeisr_basicsr.engine import logs
-from moeisr_basicsr.engine.experiment import archive, copy_options, make_folders
+from moeisr_basicsr.engine.experiment import archive, make_folders
 from moeisr_basicsr.engine.logs import MetricsFile
 from moeisr_basicsr.engine.resume import plain, rng_state, set_rng_state
 from moeisr_basicsr.engine.train_loop import train
@@ -36,7 +36,7 @@ def test_a_resumed_run_drops_the_lines_that_come_again(tmp_path):
         ('train', 10),
         ('validation', 10),
     ]
-    assert lines(tmp_path)[1]['metrics']['psnr'] == 'inf'  # JSON has no infinity
+    assert lines(tmp_path)[1]['metrics']['psnr'] is None  # JSON has no infinity
     MetricsFile(tmp_path, is_main=True, after=10, validate_again=True)
     assert [(line['kind'], line['iter']) for line in lines(tmp_path)] == [
         ('train', 5),
@@ -102,7 +102,7 @@ def test_a_fresh_run_archives_what_is_there_and_loses_nothing(tmp_path):
     kept = sorted((tmp_path / 'experiments').glob('run*/models/net_g_1.pth'))
     assert sorted(path.read_text() for path in kept) == ['0', '1', '2']
     assert (tmp_path / 'experiments' / 'run' / 'models' / 'net_g_1.pth').read_text() == '2'
-    assert make_folders(opt, fresh=False) == []
+    assert make_folders(opt, fresh=False) == {}
     assert (tmp_path / 'experiments' / 'run' / 'models' / 'net_g_1.pth').read_text() == '2'
     assert archive(tmp_path / 'nothing') is None
 
@@ -110,9 +110,8 @@ def test_a_fresh_run_archives_what_is_there_and_loses_nothing(tmp_path):
 def test_the_options_file_is_kept_with_the_command(tmp_path):
     source = tmp_path / 'run.yml'
     source.write_text('name: run\n')
-    (tmp_path / 'out').mkdir()
-    copy_options({'opt_file': str(source)}, tmp_path / 'out')
-    text = (tmp_path / 'out' / 'run.yml').read_text()
+    make_folders({**options(tmp_path), 'opt_file': str(source)}, fresh=True)
+    text = (tmp_path / 'experiments' / 'run' / 'run.yml').read_text()
     assert text.startswith('# GENERATE TIME') and text.endswith('name: run\n')
 
 
@@ -140,7 +139,7 @@ def test_tensorboard_has_what_users_plot(tmp_path):
     assert [event.step for event in events.Scalars('losses/l_pix')] == [1, 2, 3, 4]
     assert {'tiny_x2_x2/0', 'tiny_x2_x2/0_experts', 'tiny_x3.3_x3.3/0'} <= set(events.Tags()['images'])
     logs = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
-    assert '[eta: 0:00:0' in logs and 'queries/s' in logs
+    assert '[eta: 0:00:0' in logs and 'queries_per_s' in logs
 
 
 def test_plain_values():

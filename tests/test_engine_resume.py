@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from basicsr.models import build_model
 from tiny_runs import assert_same, metrics_lines, parse, run_options, run_yaml, saved
 
-from moeisr_basicsr.engine import exit_codes, train_loop
+from moeisr_basicsr.engine import train_loop
 from moeisr_basicsr.engine.distributed import Ranks
 from moeisr_basicsr.engine.resume import set_model_state
 from moeisr_basicsr.engine.train_loop import Trainer, train
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.errors import ExitCode, UserError
 
 TOTAL = 24
 
@@ -25,7 +26,7 @@ TOTAL = 24
 def uninterrupted(tmp_path_factory):
     """A run with two workers and EMA, never stopped."""
     root = tmp_path_factory.mktemp('uninterrupted')
-    assert train(run_options(root, **{'datasets:train:num_worker_per_gpu': 2})) == exit_codes.OK
+    assert train(run_options(root, **{'datasets:train:num_worker_per_gpu': 2})) == ExitCode.OK
     return root
 
 
@@ -62,10 +63,10 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(tmp_path, monk
     """Iteration 10 is inside an epoch of 6; 18 ends an epoch and is due for validation, which the signal cuts off."""
     with monkeypatch.context() as patch:
         interrupt(patch, at, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert train(run_options(tmp_path)) == exit_codes.TERMINATED
+        assert train(run_options(tmp_path)) == ExitCode.TERMINATED
     assert saved(tmp_path, at)[1]['iter'] == at
     # other workers, same draws: the number of workers is nothing that results depend on
-    assert train(run_options(tmp_path, auto_resume=True, **{'datasets:train:num_worker_per_gpu': 1})) == exit_codes.OK
+    assert train(run_options(tmp_path, auto_resume=True, **{'datasets:train:num_worker_per_gpu': 1})) == ExitCode.OK
     assert_equal_runs(tmp_path, uninterrupted)
 
 
@@ -75,7 +76,7 @@ def test_a_stop_before_the_first_iteration_leaves_no_checkpoint(tmp_path, monkey
         patch.setattr(Trainer, '_asked_to_stop', lambda self: signal.SIGTERM)
         assert train(run_options(tmp_path)) == 143
     assert not list((tmp_path / 'experiments').rglob('*.state'))
-    assert train(run_options(tmp_path, auto_resume=True)) == exit_codes.OK
+    assert train(run_options(tmp_path, auto_resume=True)) == ExitCode.OK
     assert_equal_runs(uninterrupted, tmp_path)
 
 
@@ -90,7 +91,7 @@ def test_a_killed_run_goes_on_exactly_from_its_last_checkpoint(tmp_path, monkeyp
         assert state.is_file()
         if at == 16:
             state.write_bytes(state.read_bytes()[:3000])
-    assert train(run_options(tmp_path, auto_resume=True)) == exit_codes.OK
+    assert train(run_options(tmp_path, auto_resume=True)) == ExitCode.OK
     assert_equal_runs(tmp_path, uninterrupted)
     logs = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
     assert 'Checkpoint of iteration 14 is not usable' in logs
@@ -98,7 +99,7 @@ def test_a_killed_run_goes_on_exactly_from_its_last_checkpoint(tmp_path, monkeyp
 
 def test_a_finished_run_changes_nothing(tmp_path, uninterrupted):
     weights = saved(uninterrupted, TOTAL)[0]
-    assert train(run_options(uninterrupted, auto_resume=True)) == exit_codes.OK
+    assert train(run_options(uninterrupted, auto_resume=True)) == ExitCode.OK
     assert_same(saved(uninterrupted, TOTAL)[0], weights)
 
 
@@ -154,10 +155,10 @@ def test_a_drawn_seed_is_the_runs_own(tmp_path):
 def test_resume_state_of_the_yaml(tmp_path, uninterrupted):
     """A state by its path, also of another experiment; its weights lie beside it."""
     state = uninterrupted / 'experiments' / 'run' / 'training_states' / '14.state'
-    assert train(run_options(tmp_path, name='other', **{'path:resume_state': str(state)})) == exit_codes.OK
+    assert train(run_options(tmp_path, name='other', **{'path:resume_state': str(state)})) == ExitCode.OK
     assert_same(saved(tmp_path, TOTAL, 'other')[0], saved(uninterrupted, TOTAL)[0])
     last = uninterrupted / 'experiments' / 'run' / 'training_states' / f'{TOTAL}.state'  # nothing left to do
-    assert train(run_options(tmp_path, name='done', **{'path:resume_state': str(last)})) == exit_codes.OK
+    assert train(run_options(tmp_path, name='done', **{'path:resume_state': str(last)})) == ExitCode.OK
     assert_same(saved(tmp_path, TOTAL, 'done')[0], saved(uninterrupted, TOTAL)[0])
 
 
@@ -219,20 +220,22 @@ def test_a_restart_by_the_same_torchrun_goes_on_and_another_torchrun_begins_anew
         interrupt(patch, 12, kill)
         with pytest.raises(Killed):
             train(run_options(tmp_path))
-    assert train(run_options(tmp_path)) == exit_codes.OK
+    assert train(run_options(tmp_path)) == ExitCode.OK
     assert_equal_runs(tmp_path, uninterrupted)
     assert [path.name for path in (tmp_path / 'experiments').iterdir()] == ['run']
-    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == exit_codes.OK
+    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == ExitCode.OK
     assert len(list((tmp_path / 'experiments').iterdir())) == 2
 
 
-def test_networks_that_the_checkpoint_does_not_hold_come_from_their_files(tmp_path):
+def test_networks_that_the_checkpoint_does_not_hold_come_from_their_files(tmp_path, monkeypatch):
     """BasicSR's models may have frozen ones beside those that train and are saved."""
-    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == exit_codes.OK
+    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == ExitCode.OK
     opt = run_options(tmp_path, auto_resume=True, **{'train:total_iter': 1})
     opt['path'].update(pretrain_network_g='started_from.pth', pretrain_network_identity='identity.pth')
-    path = Trainer(opt, Ranks(), SimpleNamespace(signal=0)).opt['path']
-    assert path['pretrain_network_g'] is None and path['pretrain_network_identity'] == 'identity.pth'
+    seen = []
+    monkeypatch.setattr(train_loop, 'build_model', lambda opt: seen.append(opt['path']) or build_model(opt))
+    assert train(opt) == ExitCode.OK
+    assert seen[0]['pretrain_network_g'] is None and seen[0]['pretrain_network_identity'] == 'identity.pth'
 
 
 @pytest.mark.parametrize(
@@ -245,7 +248,7 @@ def test_networks_that_the_checkpoint_does_not_hold_come_from_their_files(tmp_pa
 )
 def test_a_start_that_fails_leaves_the_earlier_run_where_it_was(tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
-    assert train(run_options(tmp_path, **{'train:total_iter': 2})) == exit_codes.OK
+    assert train(run_options(tmp_path, **{'train:total_iter': 2})) == ExitCode.OK
     (tmp_path / 'empty').mkdir()
     torch.save({'params': {'weight': torch.zeros(1)}}, 'other.pth')
     before = {path: path.read_bytes() for path in (tmp_path / 'experiments').rglob('*') if path.is_file()}
@@ -259,7 +262,7 @@ def test_a_start_that_fails_leaves_the_earlier_run_where_it_was(tmp_path, monkey
 
 
 def test_a_failure_after_a_step_keeps_both_runs(tmp_path, monkeypatch):
-    assert train(run_options(tmp_path, **{'train:total_iter': 2})) == exit_codes.OK
+    assert train(run_options(tmp_path, **{'train:total_iter': 2})) == ExitCode.OK
 
     def fail():
         raise UserError('a damaged image')
@@ -271,12 +274,12 @@ def test_a_failure_after_a_step_keeps_both_runs(tmp_path, monkeypatch):
 
 
 def test_auto_resume_without_a_checkpoint_says_so_and_where_there_is_one(tmp_path):
-    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == exit_codes.OK
-    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == exit_codes.OK
+    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == ExitCode.OK
+    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == ExitCode.OK
     run = tmp_path / 'experiments' / 'run'
     for state in (run / 'training_states').iterdir():
         state.unlink()
-    assert train(run_options(tmp_path, auto_resume=True, **{'train:total_iter': 1})) == exit_codes.OK
+    assert train(run_options(tmp_path, auto_resume=True, **{'train:total_iter': 1})) == ExitCode.OK
     log = ''.join(path.read_text() for path in run.glob('*.log'))
     first = min(tmp_path.glob('experiments/run_archived_*'))
     assert 'has no checkpoint; starting from iteration 0.' in log
@@ -284,22 +287,19 @@ def test_auto_resume_without_a_checkpoint_says_so_and_where_there_is_one(tmp_pat
 
 
 def test_a_restart_before_the_first_folder_goes_on_with_no_older_run(tmp_path, monkeypatch):
-    assert train(run_options(tmp_path, **{'train:total_iter': 2})) == exit_codes.OK
+    assert train(run_options(tmp_path, **{'train:total_iter': 2})) == ExitCode.OK
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')  # the first attempt died at once
     monkeypatch.setattr(train_loop, 'launched', lambda *_: nullcontext(Ranks(launch='new')))
-    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == exit_codes.OK
+    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == ExitCode.OK
     assert len(list((tmp_path / 'experiments').iterdir())) == 2
 
 
 def test_the_options_choose_cudnns_benchmark_which_validation_does_without(tmp_path, monkeypatch):
     seen = []
-    validate = Trainer._validate
-    monkeypatch.setattr(
-        Trainer, '_validate', lambda self: (seen.append(torch.backends.cudnn.benchmark), validate(self))
-    )
+    monkeypatch.setattr(train_loop, 'evaluate', lambda *_: seen.append(torch.backends.cudnn.benchmark) or [])
     monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
     for chosen in (True, False):
-        assert train(run_options(tmp_path, cudnn_benchmark=chosen, **{'train:total_iter': 1})) == exit_codes.OK
+        assert train(run_options(tmp_path, cudnn_benchmark=chosen, **{'train:total_iter': 1})) == ExitCode.OK
         assert torch.backends.cudnn.benchmark is chosen
     assert seen == [False, False]
 
@@ -316,7 +316,7 @@ def test_a_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):
         store(self, iteration, weights, state)
 
     monkeypatch.setattr(CheckpointStore, 'save', full)
-    assert train(run_options(tmp_path)) == exit_codes.SAVE_FAILED
+    assert train(run_options(tmp_path)) == ExitCode.SAVE_FAILED
     assert saved(tmp_path, 7)[1]['iter'] == 7
     log = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
     assert 'No space left on device' in log
@@ -324,7 +324,7 @@ def test_a_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):
 
 def test_a_non_finite_loss_ends_the_run_with_its_code(tmp_path):
     options = run_yaml(tmp_path, **{'train:optim_g:lr': 1e30, 'train:warmup_iter': -1, 'train:total_iter': 6})
-    assert train(parse(tmp_path, options)) == exit_codes.NON_FINITE
+    assert train(parse(tmp_path, options)) == ExitCode.NON_FINITE
     log = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
     assert 'Not finite at iteration' in log and '.png at scale' in log
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from moeisr_basicsr.engine import exit_codes
+from moeisr_basicsr.engine import signals
 from moeisr_basicsr.engine.signals import StopRequest
+from moeisr_basicsr.errors import ExitCode
 
 # The module alone: importing the whole package would take seconds.
 LOAD = f"""
 import importlib.util, os, signal, sys, time, types
-folder = {str(Path(exit_codes.__file__).parent)!r}
+folder = {str(Path(signals.__file__).parent)!r}
 engine = types.ModuleType('engine'); engine.__path__ = [folder]; sys.modules['engine'] = engine
 from engine.signals import StopRequest, shield_worker
 """
@@ -89,7 +90,7 @@ def test_the_first_signal_is_remembered_and_handlers_come_back(number):
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_the_process_at_once(number, code):
-    assert code in (exit_codes.INTERRUPTED, exit_codes.TERMINATED)
+    assert code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
     process = start(WAIT)
     process.send_signal(number)
     assert still_runs(process, 0.5)

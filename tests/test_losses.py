@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moeisr_basicsr.core.mapper import Draw, gumbel_noise, route_gumbel
 from moeisr_basicsr.losses.balance_loss import MoEBalanceLoss
 from moeisr_basicsr.losses.expert_loss import MoEExpertLoss
-from moeisr_basicsr.models.moeisr_model import average_over_ranks
+from moeisr_basicsr.models.arbitrary_scale_model import average_over_ranks
 
 SHARES = [0.5, 0.25, 0.15, 0.1]
 

@@ -13,10 +13,9 @@ from basicsr.utils.logger import initialized_logger
 from safetensors.torch import save_file
 from tiny_runs import DENSE, NETWORK, change, model_options, parse, run_yaml, weights_of, write_images
 
-from moeisr_basicsr.engine import exit_codes
 from moeisr_basicsr.engine.test_loop import test as run_test
 from moeisr_basicsr.engine.train_loop import train
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.errors import ExitCode, UserError
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def moved(root, iterations=(3, 6)):
 
 @pytest.mark.parametrize('model_type', ['SRModel', 'ArbitraryScaleModel', 'MoEISRModel'])
 def test_paired_image_dataset_trains_and_validates_in_our_loop(root, model_type):
-    assert train(parse(root, paired_yaml(root, model_type=model_type))) == exit_codes.OK
+    assert train(parse(root, paired_yaml(root, model_type=model_type))) == ExitCode.OK
     assert moved(root)
     log = next((root / 'experiments' / 'run').glob('*.log')).read_text()
     assert 'Validation val' in log and 'psnr' in log
@@ -161,7 +160,7 @@ def test_sr_model_is_tested_in_our_loop(root, dataset):
                 is_train=False,
             )
         )
-        == exit_codes.OK
+        == ExitCode.OK
     )
     picture = cv2.imread(str(root / 'results' / 'run' / 'visualization' / 'val' / '2_run.png'))
     assert picture.shape == (32, 40, 3)

@@ -106,8 +106,8 @@ def test_warm_up_scales_the_schedule_and_leaves_no_trace():
     [
         ({'type': 'Adan', 'lr': 1e-4}, "Did you mean 'Adam'"),
         ({'type': 'LBFGS', 'lr': 1}, 'must be one of'),
-        ({'type': 'AdamW', 'lr': 1e-4, 'weight_deacy': 0}, "Did you mean 'weight_decay'"),
-        ({'type': 'Adam', 'lr': -1}, 'refuses'),
+        ({'type': 'AdamW', 'lr': 1e-4, 'weight_deacy': 0}, 'weight_deacy'),
+        ({'type': 'Adam', 'lr': -1}, 'does not take'),
         ({'lr': 1e-4}, 'type must be'),
     ],
 )
@@ -120,10 +120,10 @@ def test_wrong_optimizers_are_user_errors(options, hint):
     'options, hint',
     [
         ({'type': 'MultiStpLR', 'milestones': [1]}, "Did you mean 'MultiStepLR'"),
-        ({'type': 'MultiStepLR'}, 'refuses'),
-        ({'type': 'CosineAnnealingRestartLR', 'periods': [20], 'restart_weights': [1, 2]}, 'refuses'),
-        ({'type': 'CosineAnnealingRestartLR', 'periods': [9]}, 'cover 9 iterations; total_iter is 10'),
-        ({'type': 'OneCycleLR', 'max_lr': 1, 'total_steps': 5}, 'cover 5 iterations'),
+        ({'type': 'MultiStepLR'}, 'does not take'),
+        ({'type': 'CosineAnnealingRestartLR', 'periods': [20], 'restart_weights': [1, 2]}, 'does not take'),
+        ({'type': 'CosineAnnealingRestartLR', 'periods': [9]}, 'ends after 9 iterations; total_iter is 10'),
+        ({'type': 'OneCycleLR', 'max_lr': 1, 'total_steps': 5}, 'ends after 5 iterations'),
         ({'type': 'LambdaLR'}, 'must be one of'),
     ],
 )

@@ -12,6 +12,7 @@ from moeisr_basicsr.core import gumbel_noise
 from moeisr_basicsr.core import reference as method
 from moeisr_basicsr.core.skip import skip_at
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.models import non_finite
 from moeisr_basicsr.models.non_finite import NonFiniteLossError
 from moeisr_basicsr.models.training_draws import batch_noise, check_tau, tau_at
 
@@ -237,7 +238,8 @@ def test_non_finite_gradient_is_found_behind_a_finite_loss():
         model.optimize_parameters(1)
 
 
-def test_non_finite_steps_are_skipped():
+def test_non_finite_steps_are_skipped_up_to_the_limit(monkeypatch):
+    monkeypatch.setattr(non_finite, 'MOST_SKIPPED', 2)
     model = build_model(model_options(**{'train:non_finite': 'skip'}))
     model.mapper_is_new = False
     bad = query_batch()
@@ -251,6 +253,9 @@ def test_non_finite_steps_are_skipped():
     model.feed_data(query_batch())
     model.optimize_parameters(3)
     assert not all(torch.equal(value, before[name]) for name, value in weights_of(model).items())
+    model.feed_data(bad)
+    with pytest.raises(NonFiniteLossError, match='2 steps were skipped before'):
+        model.optimize_parameters(4)
 
 
 @pytest.mark.parametrize('network', ['moe', 'dense'])

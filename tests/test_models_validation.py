@@ -12,18 +12,17 @@ from tiny_runs import DENSE, NETWORK, change, parse, run_yaml, weights_of, write
 from torch.utils.data import DataLoader
 
 from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.analysis.expert_colours import expert_colours
 from moeisr_basicsr.analysis.routing_stats import depth_correlation
 from moeisr_basicsr.data.resize import imresize
-from moeisr_basicsr.engine import exit_codes
 from moeisr_basicsr.engine.data_loading import evaluation_loaders
 from moeisr_basicsr.engine.test_loop import test as run_test
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.errors import ExitCode, UserError
 from moeisr_basicsr.inference import upscale
 from moeisr_basicsr.kernels import fused_backend
-from moeisr_basicsr.models.evaluation import mean, mean_of, mean_row, my_jobs, scale_label
+from moeisr_basicsr.models.evaluation import mean_of, mean_row, my_jobs, scale_label
 from moeisr_basicsr.models.image_evaluation import ImageEvaluator
 from moeisr_basicsr.models.measures import describe_input, describe_metric
-from moeisr_basicsr.models.pictures import expert_map_picture
 
 LUMA = torch.tensor([65.481, 128.553, 24.966]) / 255
 
@@ -107,7 +106,7 @@ def test_pictures_are_named_by_scale_and_iteration(root):
     # floor(26 / 3.3) = 7 rows, round(7 * 3.3) = 23; floor(33 / 3.3) = 10 columns
     assert cv2.imread(str(folder / 'tiny_x3.3/0_x3.3_7.png')).shape == (23, 33, 3)
     colors = {tuple(color) for color in cv2.imread(str(folder / 'tiny_x2/1_x2_7_experts.png')).reshape(-1, 3)}
-    assert colors <= {(0, 220, 255), (40, 40, 220)}  # yellow and red, the cheaper and the dearer of two
+    assert colors <= {(0, 220, 255), (40, 40, 220)}  # yellow and red, the cheapest and the most expensive of two
 
 
 def test_images_of_one_name_in_two_folders(root):
@@ -120,7 +119,7 @@ def test_images_of_one_name_in_two_folders(root):
         'datasets': {'test': base['datasets']['val']},
         'val': {'save_img': True},
     }
-    assert run_test(parse(root, sections, is_train=False)) == exit_codes.OK
+    assert run_test(parse(root, sections, is_train=False)) == ExitCode.OK
     rows = schema.load(root / 'results/run/results.json')['rows']
     assert [row.get('image') for row in rows] == ['a__0', 'b__0', None]
     names = sorted(path.name for path in (root / 'results/run/visualization/tiny_x2').iterdir())
@@ -128,10 +127,9 @@ def test_images_of_one_name_in_two_folders(root):
 
 
 def test_expert_colours_follow_the_cost():
-    expert_map = torch.tensor([[0, 1, 2, 3]])
-    plain = expert_map_picture(expert_map, 4)
-    assert plain[0].tolist() == [[0, 220, 255], [60, 180, 60], [220, 110, 30], [40, 40, 220]]
-    assert expert_map_picture(expert_map, 4, [1.0, 0.2, 0.5, 0.1])[0].tolist() == plain[0][[3, 1, 2, 0]].tolist()
+    plain = expert_colours(4)
+    assert plain.tolist() == [[0, 220, 255], [60, 180, 60], [220, 110, 30], [40, 40, 220]]
+    assert expert_colours(4, [1.0, 0.2, 0.5, 0.1]).tolist() == plain[[3, 1, 2, 0]].tolist()
 
 
 def test_every_image_is_one_ranks_job():
@@ -146,8 +144,8 @@ def test_every_image_is_one_ranks_job():
 
 def test_means_do_not_depend_on_the_order():
     values = [1e16, 1.0, -1e16, 3.0]
-    assert mean(values) == mean(values[::-1]) == 1.0
-    assert mean([1.0, math.inf]) == math.inf
+    assert mean_of(values) == mean_of(values[::-1]) == 1.0
+    assert mean_of([1.0, math.inf]) == math.inf
 
 
 def test_scale_labels():
@@ -218,7 +216,7 @@ def test_images_without_truth_use_the_networks_scale(root):
         'datasets': {'test': single},
         'val': {'save_img': True},
     }
-    assert run_test(parse(root, options_of_test, is_train=False)) == exit_codes.OK
+    assert run_test(parse(root, options_of_test, is_train=False)) == ExitCode.OK
     picture = cv2.imread(str(root / 'results/run/visualization/single/0_x2.5.png'))
     assert picture.shape == (23, 28, 3)
 
@@ -232,7 +230,7 @@ def test_the_test_loop_writes_one_results_document(root, network, model_type):
     datasets = {'test_1': base['datasets']['val'], 'test_2': base['datasets']['val_2']}
     sections.update(datasets=datasets, path={'pretrain_network_g': str(root / 'weights.pth')})
     opt = parse(root, change(sections, {'val:save_img': True, 'val:val_freq': 1}), is_train=False)
-    assert run_test(opt) == exit_codes.OK
+    assert run_test(opt) == ExitCode.OK
     results = schema.load(root / 'results' / 'run' / 'results.json')
     backend = fused_backend(model.get_bare_model(model.net_g).decoder, 'cpu')
     assert results['environment']['kernel'] == ('torch' if backend is None else 'FusedCPUBackend')
@@ -305,7 +303,7 @@ def test_shuffled_experts_keep_their_shares(root):
             'val': {'metrics': base['val']['metrics'], **val},
             'path': {'pretrain_network_g': str(root / 'weights.pth')},
         }
-        assert run_test(parse(root, sections, is_train=False)) == exit_codes.OK
+        assert run_test(parse(root, sections, is_train=False)) == ExitCode.OK
         return schema.load(root / 'results' / name / 'results.json')['rows']
 
     trained, shuffled = rows('trained'), rows('shuffled', shuffle_experts=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moeisr_basicsr.core import gumbel_noise
+
 EXPERT_GRADS = ()
 
 from .measure import PeakMeter, medians, synchronize

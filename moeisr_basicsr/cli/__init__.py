@@ -6,8 +6,7 @@ import os
 import sys
 import traceback
 
-from moeisr_basicsr.engine import exit_codes
-from moeisr_basicsr.errors import UserError, did_you_mean
+from moeisr_basicsr.errors import ExitCode, UserError, did_you_mean
 
 COMMANDS = {
     'train': 'train a network as an options file says',
@@ -35,14 +34,14 @@ def main(argv: list[str] | None = None) -> int:
         argv: Its words, without the program's name; those of the process by default.
 
     Returns:
-        One of `exit_codes`, or 1 after a bug, whose traceback is printed.
+        An `ExitCode`, or 1 after a bug, whose traceback is printed.
     """
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
         return args.run(args)
     except KeyboardInterrupt:
         print('basicsr: interrupted.', file=sys.stderr)
-        return exit_codes.INTERRUPTED
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, for example `| head`
         sys.stdout = open(os.devnull, 'w')
         return 1
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         if not hasattr(error, 'problems') or os.environ.get('RANK', '0') == '0':
             for line in lines:
                 print(f'basicsr: error: {line}', file=sys.stderr)
-        return exit_codes.USER_ERROR
+        return ExitCode.USER_ERROR
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

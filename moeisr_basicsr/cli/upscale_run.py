@@ -23,8 +23,7 @@ from moeisr_basicsr.checkpoint import load_model
 from moeisr_basicsr.data.image_io import ImageData, check_writable, join_channels, read_image, to_float, write_image
 from moeisr_basicsr.data.resize import resize
 from moeisr_basicsr.data.strip_writer import FORMATS, StripWriter
-from moeisr_basicsr.engine import exit_codes
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.errors import ExitCode, UserError
 from moeisr_basicsr.inference import make_control, target_size, upscale_strips
 
 from .expert_map import ExpertMapPicture
@@ -39,7 +38,7 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> int:
     net = load_network(args)
     if not jobs:
         print('Nothing to do: every output file exists.')
-    code = exit_codes.OK
+    code = ExitCode.OK
     for number, job in enumerate(jobs, 1):
         start = time.perf_counter()
         job.target.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +46,7 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> int:
             shares = upscale_file(net, job, args, f'{number}/{len(jobs)}')
         except (UserError, OSError, MemoryError, RuntimeError) as error:
             print(f'basicsr: error: {reason(error, job)}', file=sys.stderr)
-            code = exit_codes.USER_ERROR
+            code = ExitCode.USER_ERROR
         else:
             experts = f', experts {" ".join(f"{share:.1%}" for share in shares)}' if shares else ''
             print(f'{job.source} -> {job.target}, {time.perf_counter() - start:.2f} s{experts}')

@@ -4,8 +4,8 @@ Scores are l_j - kappa c_j; softmax only adds a constant per query, so the logit
 grows from minus to plus infinity a query moves along the upper envelope of these lines from the most expensive to the
 cheapest expert and never back.
 
-A budget is a fraction of the cost of sending every query to the most expensive expert. Queries are seen twice in the same
-order: once to collect the kappas at which they change their expert, in a histogram of fixed size; once to route.
+A budget is a fraction of the cost of sending every query to the most expensive expert. Queries are seen twice in the
+same order: once to collect the kappas at which they change their expert, in a histogram of fixed size; once to route.
 
 Shapes: N queries in pixel order, J experts.
 """
@@ -35,7 +35,7 @@ def route_by_cost(logits: Tensor, costs: Tensor, cost_weight: float) -> Tensor:
 
 
 def route_below(logits: Tensor, costs: Tensor, cost_weight: float) -> Tensor:
-    """`route_by_cost` just below a kappa: ties go to the most expensive expert, from which a query has not moved yet."""
+    """`route_by_cost` just below a kappa: ties go to the most expensive expert, which a query has not left yet."""
     expensive_first = costs.argsort(descending=True)
     return expensive_first[route_by_cost(logits[..., expensive_first], costs[expensive_first], cost_weight)]
 
@@ -59,7 +59,7 @@ class CostWeight:
 
 
 class Budget:
-    """Routing that spends a given fraction of what the most expensive expert everywhere costs: `observe` everything, then `route` everything.
+    """Routing at a given fraction of the cost of the most expensive expert everywhere: `observe` all, then `route` all.
 
     The mean cost misses the budget by at most one query's cost.
 
@@ -95,7 +95,8 @@ class Budget:
 
     def _observe(self, logits: Tensor) -> None:
         costs = self.costs.to(logits.device)
-        current = route_by_cost(logits, costs, -math.inf)  # walk each query's envelope from the most expensive expert down
+        # walk each query's envelope from the most expensive expert down
+        current = route_by_cost(logits, costs, -math.inf)
         saved = torch.zeros(BINS, dtype=torch.float64, device=logits.device)
         for _ in range(len(costs) - 1):
             here = logits.gather(1, current[:, None])

@@ -141,7 +141,7 @@ class MoEDecoder(nn.Module):
         return self.mapper(self.mapper.table(feat), make_near(coord, lr_size), cell * cell.new_tensor(lr_size))
 
     def route(self, feat: Tensor, coord: Tensor, cell: Tensor, draw: Draw | None = None) -> Routing:
-        """Gumbel routing with a draw, argmax without, the only expert where there is one; arguments as for `forward`."""
+        """Gumbel routing with a draw, argmax without; arguments as for `forward`."""
         if self.mapper is None:
             return Routing(torch.zeros(coord.shape[:2], dtype=torch.long, device=coord.device), None)
         logits = self.logits(feat, coord, cell)

@@ -5,13 +5,13 @@
     g = GumbelSoftmax(l; tau), hard           `gates` in training; one-hot argmax at test
     s(x) = sum_j g_j f_j(z, x, cell)          `mixture` of the experts' `predict`
 
-(Oh et al., arXiv 2311.12077, section 3.) The experts f_j are LIIF's (Chen et al., CVPR 2021) or LTE's (Lee and Jin, CVPR
-2022) decoders of different depth. No folding, no dispatch, no tiles: every expert answers every query with a full pass
+(Oh et al., arXiv 2311.12077, section 3.) The experts f_j are LIIF's (Chen et al., CVPR 2021) or LTE's (Lee and Jin,
+CVPR 2022) decoders of different depth. No folding, no dispatch, no tiles: every expert answers every query with a full pass
 per corner, over PyTorch's own `unfold` and `grid_sample`. The weights are those of our modules, so this is the truth
 that tests compare the fast code with, in output and gradients, and the plain algorithm that benchmarks time.
 
-Shapes: B images, C feature channels, (H, W) LR size, Q queries, J experts, C_out output channels. `coord` (B, Q, 2) lies
-in [-1, 1], rows first; `cell` (B, Q, 2) is 2 / output size.
+Shapes: B images, C feature channels, (H, W) LR size, Q queries, J experts, C_out output channels. `coord` (B, Q, 2)
+lies in [-1, 1], rows first; `cell` (B, Q, 2) is 2 / output size.
 """
 
 import math
@@ -70,7 +70,7 @@ def mixture(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, gate
 def predict(
     decoder: MoEDecoder, j: int, feat: Tensor, coord: Tensor, cell: Tensor, maps: list[Tensor] | None = None
 ) -> Tensor:
-    """f_j(z, x, cell), (B, Q, C_out): the local ensemble of four corners; `maps` from `maps_of`, where calls share them."""
+    """f_j(z, x, cell), (B, Q, C_out), the local ensemble of four corners; calls may share `maps` from `maps_of`."""
     maps = maps_of(decoder, feat) if maps is None else maps
     read = {'liif': read_liif, 'lte': read_lte}[decoder.family]
     (height, width), positions = feat.shape[-2:], centres(feat)

@@ -5,17 +5,16 @@ A checkpoint is one weights file per network, `models/net_g_<iteration>.pth`, Ba
 """
 
 import hashlib
-import io
 import os
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from basicsr.utils import get_time_str
 
-from moeisr_basicsr.atomic_file import link_or_copy, remove_temporaries, save_atomic, write_atomic
+from moeisr_basicsr.atomic_file import link_or_copy, remove_temporaries, save_atomic
 from moeisr_basicsr.compat import saved_iterations
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.safe_reading import load_torch_file
@@ -36,18 +35,14 @@ class DamagedCheckpoint(Exception):
 
 
 class CheckpointStore:
-    """The checkpoints of one experiment.
+    """The checkpoints in the folders `models` and `states`.
 
     Args:
-        models: Folder of the weights.
-        states: Folder of the training states.
         keep: How many of the newest checkpoints stay; 0 keeps all. Best and latest weights always stay.
     """
 
     def __init__(self, models: str | os.PathLike, states: str | os.PathLike, keep: int = 0):
-        self.models = Path(models)
-        self.states = Path(states)
-        self.keep = keep
+        self.models, self.states, self.keep = Path(models), Path(states), keep
 
     def clean(self) -> None:
         """Remove what a killed process left half-written."""
@@ -55,37 +50,31 @@ class CheckpointStore:
             remove_temporaries(folder)
 
     def save(self, iteration: int, weights: Weights, state: dict) -> None:
-        """Write a checkpoint, then remove those that are too old.
+        """Write a checkpoint, then remove those that are too old, each state first: none ever lacks its weights.
 
         Raises:
             SaveError: Nothing that was there before has changed.
         """
         digests = {
-            label: save_hashed(content, self.weights_path(label, iteration)) for label, content in weights.items()
+            label: sha256(save_atomic(content, self.weights_path(label, iteration)))
+            for label, content in weights.items()
         }
         save_atomic({**state, 'iter': iteration, 'weights': digests}, self.state_path(iteration))
         for old in self.iterations()[self.keep :] if self.keep else []:
-            self.remove(old)
+            for file in self.files(old):
+                file.unlink()
 
-    def name_weights(self, weights: Weights, names: list[str], saved: int | None = None) -> None:
-        """Give weights further names, such as 'latest': `net_g_latest.pth`.
-
-        Args:
-            weights: What to keep.
-            names: The names.
-            saved: The iteration under which `save` has just written these weights; None if it has not.
+    def name_weights(self, weights: Weights, names: list[str]) -> None:
+        """Keep weights under names, such as 'latest': `net_g_latest.pth`; one file with several names.
 
         Raises:
             SaveError: See `save`.
         """
         for label, content in weights.items():
-            source = None if saved is None else self.weights_path(label, saved)
-            for name in names:
-                target = self.weights_path(label, name)
-                if source is None:
-                    source = save_atomic(content, target)
-                else:
-                    link_or_copy(source, target)
+            first, *others = (self.weights_path(label, name) for name in names)
+            save_atomic(content, first)
+            for other in others:
+                link_or_copy(first, other)
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole; `report` hears of every one that is not."""
@@ -106,42 +95,28 @@ class CheckpointStore:
         state = read_whole(path)
         if not isinstance(state, dict) or not isinstance(state.get('iter'), int):
             raise DamagedCheckpoint(f'{path} is not a training state')
-        folder = self.models
-        if path.resolve().parent != self.states.resolve():  # a state of another experiment has its weights beside it
-            folder = path.resolve().parent.parent / 'models'
-        weights = {}
-        for label, digest in state.get('weights', {'net_g': None}).items():
-            file = folder / f'{label}_{state["iter"]}.pth'
-            weights[label] = read_whole(file, digest)
-        return Checkpoint(state['iter'], state, weights)
+        folder = path.resolve().parent.parent / 'models'  # also of another experiment, whose weights lie beside it
+        iteration, digests = state['iter'], state.get('weights', {'net_g': None})  # BasicSR's own states know none
+        weights = {label: read_whole(folder / f'{label}_{iteration}.pth', digest) for label, digest in digests.items()}
+        return Checkpoint(iteration, state, weights)
 
     def set_aside(self, after: int) -> list[str]:
-        """Move checkpoints beyond iteration `after` out of the way: the run goes on from there and makes them anew.
+        """Move checkpoints beyond iteration `after` out of the way, and say so: the run goes on from there.
 
         They are damaged, or of a branch that the user has left; counted among the newest they would push out those
         of this run.
-
-        Returns:
-            What was moved, for the log.
         """
-        moved = []
-        for iteration in [iteration for iteration in self.iterations() if iteration > after]:
-            for file in (self.state_path(iteration), *self.weights_files(iteration)):
-                folder = file.parent / f'set_aside_{time.strftime("%Y%m%d_%H%M%S")}'
-                folder.mkdir(exist_ok=True)
-                file.replace(folder / file.name)
-            moved.append(f'checkpoint of iteration {iteration} is beyond it and was moved to set_aside_*')
-        return moved
+        beyond = [iteration for iteration in self.iterations() if iteration > after]
+        for file in (file for iteration in beyond for file in self.files(iteration)):
+            folder = file.parent / f'set_aside_{get_time_str()}'
+            folder.mkdir(exist_ok=True)
+            file.replace(folder / file.name)
+        return [f'checkpoint of iteration {one} is beyond it and was moved to set_aside_*' for one in beyond]
 
-    def remove(self, iteration: int) -> None:
-        """Remove a checkpoint, its state first: no state ever stands without its weights."""
-        self.state_path(iteration).unlink(missing_ok=True)
-        for file in self.weights_files(iteration):
-            file.unlink()
-
-    def weights_files(self, iteration: int) -> list[Path]:
-        """The weights of a checkpoint; not the best ones of a metric whose name ends in a number."""
-        return [file for file in self.models.glob(f'net_*_{iteration}.pth') if '_best_' not in file.name]
+    def files(self, iteration: int) -> list[Path]:
+        """The state and the weights of a checkpoint; not the best ones of a metric whose name ends in a number."""
+        weights = [file for file in self.models.glob(f'net_*_{iteration}.pth') if '_best_' not in file.name]
+        return [self.state_path(iteration), *weights]
 
     def iterations(self) -> list[int]:
         """Iterations that have a state file, newest first."""
@@ -156,34 +131,28 @@ class CheckpointStore:
         return self.models / f'{label}_{name}.pth'
 
 
-def save_hashed(content: object, path: Path) -> str:
-    """torch.save to a whole file; its SHA-256."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomic(path, lambda file: file.write(buffer.getbuffer()))
-    return hashlib.sha256(buffer.getbuffer()).hexdigest()
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_whole(path: Path, digest: str | None = None) -> object:
-    """Tensors and plain values of a torch.save file that passes its checksums.
-
-    torch itself does not compare the zip checksums: a flipped bit would pass.
+def read_whole(path: Path, digest: str | None = None) -> Any:
+    """Tensors and plain values of a torch.save file that passes its checksums, which torch itself does not compare.
 
     Raises:
         DamagedCheckpoint: See `CheckpointStore.load`.
     """
     if not path.is_file():
         raise DamagedCheckpoint(f'{path} is missing')
-    if digest is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+    if digest is not None and sha256(path) != digest:
         raise DamagedCheckpoint(f'{path} is not the file that was saved (SHA-256 differs)')
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+        if damaged is not None:
+            raise DamagedCheckpoint(f'{path} is damaged at {damaged}')
+        return load_torch_file(path)
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise DamagedCheckpoint(f'{path} is truncated or not a checkpoint ({error})') from error
-    if damaged is not None:
-        raise DamagedCheckpoint(f'{path} is damaged at {damaged}')
-    try:
-        return load_torch_file(path)
     except UserError as error:
         raise DamagedCheckpoint(str(error)) from error

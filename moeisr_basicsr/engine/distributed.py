@@ -1,15 +1,14 @@
 """The processes of a run: how they find each other, which device each takes, and what they tell each other."""
 
 import os
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from mmengine.dist import all_gather_object, all_reduce, broadcast_object_list
 
 from moeisr_basicsr.compat import init_dist
 
@@ -31,31 +30,27 @@ class Ranks(NamedTuple):
         """Whether this is rank 0, which writes files."""
         return self.rank == 0
 
+    def options(self, opt: dict) -> dict:
+        """A copy of the options with what BasicSR's models read of the processes."""
+        return {**opt, 'rank': self.rank, 'world_size': self.world_size, 'dist': self.world_size > 1}
+
     def largest(self, value: int) -> int:
         """The largest `value` of all ranks."""
-        if self.world_size == 1:
-            return value
         packed = torch.tensor([value], dtype=torch.int64)
-        dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.control)
+        all_reduce(packed, 'max', self.control)
         return int(packed)
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's `value` (any picklable object) on every rank."""
-        if self.world_size == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        broadcast_object_list(box, 0, self.control)
         return box[0]
 
     def gather(self, value: Any) -> list:
         """The `value` of every rank, in order, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        box = [None] * self.world_size
-        dist.all_gather_object(box, value, group=self.control)
-        return box
+        return all_gather_object(value, self.control)
 
-    def together(self, action: Any) -> Any:
+    def together(self, action: Callable[[], Any]) -> Any:
         """Run `action` on rank 0 while the others wait; its result, or its error, reaches every rank."""
         result, error = None, None
         if self.is_main:
@@ -63,29 +58,27 @@ class Ranks(NamedTuple):
                 result = action()
             except Exception as caught:
                 error = caught
-        error = self.from_main(error)
+        result, error = self.from_main((result, error))
         if error is not None:
             raise error
-        return self.from_main(result)
+        return result
 
 
 @contextmanager
-def launched(launcher: str, dist_params: dict | None = None) -> Iterator[Ranks]:
+def launched(opt: dict) -> Iterator[Ranks]:
     """The process group of a run, taken down when the block ends without an error.
 
-    Args:
-        launcher: 'none', 'pytorch' (torchrun) or 'slurm'.
-        dist_params: `backend` (nccl with a GPU, gloo without), `port` (slurm), `timeout` in minutes.
+    It reads `launcher`: 'none', 'pytorch' (torchrun) or 'slurm'; and `dist_params`: `backend` (nccl with a GPU, gloo
+    without), `port` (slurm), `timeout` in minutes.
 
     Raises:
         UserError: An unknown launcher, or its environment variables are missing.
     """
+    launcher, options, launch = opt.get('launcher', 'none'), dict(opt.get('dist_params') or {}), None
     own = launcher != 'none' and not dist.is_initialized()
-    options, launch = dict(dist_params or {}), None
     timeout = timedelta(minutes=float(options.pop('timeout', DEFAULT_TIMEOUT_MINUTES)))
     if own:
-        store = agent_store(timeout) if launcher == 'pytorch' else None
-        if store is not None:
+        if launcher == 'pytorch' and (store := agent_store(timeout)) is not None:
             rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
             launch = launch_name(store)
             options.update(store=fresh_store(store, rank, world_size, timeout), rank=rank, world_size=world_size)
@@ -98,10 +91,3 @@ def launched(launcher: str, dist_params: dict | None = None) -> Iterator[Ranks]:
     if own:
         # After an error the others may be anywhere: leaving the group would wait for them.
         dist.destroy_process_group()
-
-
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

@@ -17,8 +17,6 @@ from moeisr_basicsr.models.weights import bare_weights, describe_misfits, misfit
 
 from .checkpoint_store import Weights
 
-MOMENTS = ('exp_avg', 'exp_avg_sq', 'momentum_buffer')  # of Adam and its kin, of SGD
-
 
 def plain(value: Any) -> Any:
     """Containers, numbers and strings as themselves, tensors on the CPU; what `weights_only` loading accepts.
@@ -30,12 +28,10 @@ def plain(value: Any) -> Any:
         return value.detach().cpu()
     if isinstance(value, Mapping):
         return {plain(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return tuple(plain(entry) for entry in value)
-    if isinstance(value, list):
-        return [plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, (list, tuple)):
+        return (tuple if isinstance(value, tuple) else list)(plain(entry) for entry in value)
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f'A training state holds plain values and tensors only; got {type(value).__name__}.')
@@ -43,20 +39,15 @@ def plain(value: Any) -> Any:
 
 def rng_state(device: torch.device) -> dict:
     """The generators of python, numpy, torch and, on a GPU, its own."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        'python': random.getstate(),
-        'numpy': (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
-        'torch': torch.get_rng_state(),
-        'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None,
-    }
+    cuda = torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
+    states = {'python': random.getstate(), 'numpy': np.random.get_state(), 'torch': torch.get_rng_state(), 'cuda': cuda}
+    return plain(states)
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
     """Put the generators back to what `rng_state` saw."""
     random.setstate(state['python'])
-    name, keys, *rest = state['numpy']
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'])
     if device.type == 'cuda' and state['cuda'] is not None:
         torch.cuda.set_rng_state(state['cuda'], device)
@@ -78,10 +69,8 @@ def model_weights(model: BaseModel) -> Weights:
     """
     weights = {}
     for name, net in networks(model).items():
-        weights[name] = {'params': bare_weights(net)}
         options = f'network_{name.removeprefix("net_")}'
-        if options in model.opt:
-            weights[name][options] = plain(model.opt[options])
+        weights[name] = {'params': bare_weights(net), options: plain(model.opt.get(options, {}))}
         if hasattr(model, f'{name}_ema'):
             weights[name]['params_ema'] = bare_weights(getattr(model, f'{name}_ema'))
     return weights
@@ -98,21 +87,27 @@ def set_model_weights(model: BaseModel, weights: Weights) -> list[str]:
         if name not in weights:
             notes.append(f'{name} is not in the checkpoint and starts anew')
             continue
-        if 'params' not in weights[name]:
-            raise UserError(f'The checkpoint has no [params] of {name}; it has {", ".join(map(str, weights[name]))}.')
-        found = misfits(net.state_dict(), weights[name]['params'])
-        if found:
+        params = weights[name].get('params', {})
+        if found := misfits(net.state_dict(), params):
             raise UserError(
                 f'The checkpoint does not fit network_{name.removeprefix("net_")} of the options: '
                 f'{describe_misfits(found)}. Resume with the options of the run that saved it, or start '
                 'anew under another name.'
             )
-        net.load_state_dict(weights[name]['params'])
+        net.load_state_dict(params)
         if hasattr(model, f'{name}_ema'):
             if 'params_ema' not in weights[name]:
                 notes.append(f'the checkpoint has no EMA of {name}: it starts from the current weights')
-            getattr(model, f'{name}_ema').load_state_dict(weights[name].get('params_ema', weights[name]['params']))
+            getattr(model, f'{name}_ema').load_state_dict(weights[name].get('params_ema', params))
     return notes
+
+
+def without_pretrained(path_opt: dict, weights: Weights) -> dict:
+    """`path` without the `pretrain_network_*` of the networks in a checkpoint: a resumed run has their weights there.
+
+    A model may have others that never train, such as the identity network of a face loss: these come from their files.
+    """
+    return {**path_opt, **{f'pretrain_network_{name.removeprefix("net_")}': None for name in weights}}
 
 
 def model_state(model: BaseModel) -> dict:
@@ -130,31 +125,25 @@ def model_state(model: BaseModel) -> dict:
 
 
 def check_moments(model: BaseModel) -> None:
-    """An optimizer's running means lie beside the parameters that they are of.
-
-    A state holds them by number; loading does not look whether the network's parameters still come in that order.
+    """An optimizer's running means have the shapes of their parameters, which a state knows by their order only.
 
     Raises:
         UserError: They do not.
     """
-    for optimizer in model.optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group['params']:
-                for key in MOMENTS:
-                    moment = optimizer.state.get(parameter, {}).get(key)
-                    if moment is not None and moment.shape != parameter.shape:
-                        raise UserError(
-                            'The training state is of a network whose parameters come in another order or '
-                            'size, perhaps of another version: start anew from its weights, with '
-                            'path: pretrain_network_g.'
-                        )
+    for parameter, state in (entry for optimizer in model.optimizers for entry in optimizer.state.items()):
+        moment = state.get('exp_avg', state.get('momentum_buffer'))  # of Adam and its kin, of SGD
+        if moment is not None and moment.shape != parameter.shape:
+            raise UserError(
+                'The training state is of a network whose parameters come in another order or size, perhaps of another '
+                'version: start anew from its weights, with path: pretrain_network_g.'
+            )
 
 
 def set_model_state(model: BaseModel, state: dict) -> list[str]:
     """Put `model_state` back; what the checkpoint lacks (BasicSR's own states lack much).
 
     Raises:
-        UserError: The state is of other optimizers.
+        UserError: The state is of other optimizers, or of a network with other parameters.
     """
     notes = []
     try:
@@ -168,10 +157,10 @@ def set_model_state(model: BaseModel, state: dict) -> list[str]:
         notes.append('the checkpoint has no best metrics')
     if getattr(model, 'guard', None):
         model.guard.skipped = state.get('skipped_steps', 0)
-    precision = getattr(model, 'precision', None)
-    if precision and precision.scaler.is_enabled():
+    scaler = model.precision.scaler if getattr(model, 'precision', None) else None
+    if scaler is not None and scaler.is_enabled():
         if state.get('scaler'):
-            precision.scaler.load_state_dict(state['scaler'])
+            scaler.load_state_dict(state['scaler'])
         else:
             notes.append('the checkpoint has no AMP scaler: its factor starts anew')
     return notes

@@ -7,8 +7,6 @@ import threading
 import time
 from types import FrameType
 
-from . import exit_codes
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # torchrun passes the signal on to workers that the terminal or the scheduler has already sent it to: that copy is not
 # a second request. A user's second Ctrl-C comes later.
@@ -43,11 +41,11 @@ class StopRequest:
             self.signal, self._since = int(number), now
             os.write(2, b'\nStopping after this step, then saving. Signal again to exit at once.\n')
         elif now - self._since > self._window:
-            os._exit(exit_codes.of_signal(number))
+            os._exit(128 + number)  # as shells report a process that a signal has ended
 
 
-def shield_worker() -> None:
-    """Let a loader worker outlive the signals that its whole process group receives; its parent ends it.
+def shield_worker(worker: int = 0) -> None:
+    """Let a loader worker outlive the signals that its whole process group receives: a `worker_init_fn`.
 
     Ctrl-C is ignored. SIGTERM ends it only where the parent has sent it: the scheduler's copy is the parent's business.
     """

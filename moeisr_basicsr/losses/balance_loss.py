@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class MoEBalanceLoss(nn.Module):
     """J times the squared distance between the experts' shares of the queries and a target; 0 at the target.
 
-    Shares are mean gates over the batch of all ranks. Gates are one-hot forward, so the value is that of the real shares,
-    and the gradient reaches the mapper through the gates only.
+    Shares are mean gates over the batch of all ranks. Gates are one-hot forward, so the value is that of the real
+    shares, and the gradient reaches the mapper through the gates only.
 
     Args:
         loss_weight: lambda. The paper's value is not known to us; 0.005 (the recipes in options) to 1 are

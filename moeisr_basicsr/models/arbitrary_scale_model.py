@@ -135,7 +135,7 @@ class ArbitraryScaleModel(SRModel):
         norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip)
         # The scaler finds infinite fp16 gradients by itself, lowers its factor and goes on.
         watched = losses if scaler.is_enabled() else {**losses, 'grad_norm': norm}
-        self.log_dict = self.average_over_ranks(OrderedDict({**losses, **statistics, 'grad_norm': norm}))
+        self.log_dict = self.for_log(OrderedDict({**losses, **statistics, 'grad_norm': norm}))
         if self.guard.accept(watched, self.log_dict, self.batch, current_iter):
             scaler.step(self.optimizer_g)
             if self.ema_decay > 0:
@@ -193,15 +193,10 @@ class ArbitraryScaleModel(SRModel):
         """DDP sends gradients with the last part of a batch only."""
         return nullcontext() if last or not isinstance(self.net_g, DistributedDataParallel) else self.net_g.no_sync()
 
-    def average_over_ranks(self, values: 'OrderedDict[str, Tensor]') -> 'OrderedDict[str, float]':
+    def for_log(self, values: 'OrderedDict[str, Tensor]') -> 'OrderedDict[str, float]':
         """The mean of every value over all ranks, on every rank, with one transfer from the device."""
-        packed = torch.stack(
-            [torch.as_tensor(value, device=self.device).detach().double() for value in values.values()]
-        )
-        if self.opt['dist'] and dist.get_world_size() > 1:
-            dist.all_reduce(packed)
-            packed /= dist.get_world_size()
-        return OrderedDict(zip(values, packed.tolist()))
+        packed = [torch.as_tensor(value, device=self.device).detach().double() for value in values.values()]
+        return OrderedDict(zip(values, average_over_ranks(torch.stack(packed)).tolist()))
 
     @torch.no_grad()
     def model_ema(self, decay: float = 0.999) -> None:
@@ -286,3 +281,16 @@ class ArbitraryScaleModel(SRModel):
                 'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
             }
             save_atomic(state, f'{self.opt["path"]["training_states"]}/{current_iter}.state')
+
+
+def average_over_ranks(values: Tensor) -> Tensor:
+    """The mean over all ranks, differentiable.
+
+    Forward the global mean, backward the identity: DDP averages the ranks' parameter gradients afterwards, which
+    supplies the 1 / world_size that the mean's own derivative has.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return values
+    mean = values.detach().clone()
+    dist.all_reduce(mean)
+    return (values - values.detach()) + mean / dist.get_world_size()  # in this order: the same bits on every rank

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Queries with their answers, or whole patches where the dataset gives no coordinates."""
+    """Queries with their true colours, or whole patches where the dataset gives no coordinates."""
 
     lq: Tensor  # (B, C, h, w) RGB in [0, 1]
     gt: Tensor | None  # (B, Q, C) with coordinates, (B, C, R, S) without
@@ -22,12 +22,11 @@ class Batch(NamedTuple):
     @classmethod
     def from_data(cls, data: dict, device: torch.device) -> 'Batch':
         """From a collated item of any dataset that gives `lq`."""
-
-        def tensor(key: str) -> Tensor | None:
-            return data[key].to(device, non_blocking=True) if key in data else None
-
-        paths = list(data.get('gt_path') or data.get('lq_path') or [])
-        return cls(tensor('lq'), tensor('gt'), tensor('coord'), tensor('cell'), paths, data.get('scale'))
+        lq: Tensor = data['lq'].to(device, non_blocking=True)
+        gt, coord, cell = (
+            data[key].to(device, non_blocking=True) if key in data else None for key in ('gt', 'coord', 'cell')
+        )
+        return cls(lq, gt, coord, cell, data.get('gt_path') or data.get('lq_path') or [], data.get('scale'))
 
     @property
     def queries(self) -> int:
@@ -39,19 +38,15 @@ class Batch(NamedTuple):
     def split(self, parts: int) -> list['Batch']:
         """At most `parts` batches of about the same size, in order."""
         images = self.lq.shape[0]
-        edges = [images * at // parts for at in range(parts + 1)]
+        edges = sorted({images * at // parts for at in range(parts + 1)})
         return [
-            Batch(*(None if field is None else field[start:stop] for field in self))
-            for start, stop in zip(edges[:-1], edges[1:])
-            if stop > start
+            Batch._make(None if field is None else field[start:stop] for field in self)
+            for start, stop in zip(edges, edges[1:])
         ]
 
     def describe(self) -> list[str]:
         """One line per image: its file and scale."""
-        lines = []
-        for index in range(self.lq.shape[0]):
-            path = self.paths[index] if index < len(self.paths) else f'image {index} of the batch'
-            if self.scale is not None:
-                path += ' at scale {:.4g} x {:.4g}'.format(*self.scale[index].tolist())
-            lines.append(path)
-        return lines
+        lines = self.paths or [f'image {index} of the batch' for index in range(self.lq.shape[0])]
+        if self.scale is None:
+            return lines
+        return [f'{path} at scale {rows:.4g} x {cols:.4g}' for path, (rows, cols) in zip(lines, self.scale.tolist())]

@@ -1,39 +1,38 @@
-"""Validation work: which rank takes which image, what one image gives, and what the records of all ranks add up to.
+"""Validation work: which rank takes which image, and what the rows of all images add up to.
 
 A job is one image of one dataset, and a dataset has one scale. Jobs of all datasets are dealt out to the ranks in
-turn, every record goes to every rank, and sums run in the order of the single process: the results are the same.
+turn, every record goes to every rank, and means do not depend on the order: the results are those of one process.
 
 J experts.
 """
 
-import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from os import path as osp
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 
-from .worker_errors import clear_worker_errors
-
-# Keys of a results row (see `analysis.schema`): what all images of a dataset share, and what there are means of.
-SHARED = (
-    'dataset',
-    'protocol',
-    'metric_protocols',
-    'scale',
-    'precision',
-    'budget',
-    'cost_weight',
-    'shuffle_experts',
-    'repeats',
-)
+# Keys of a results row (see `analysis.schema`) that are of one image, and those that a dataset has means of.
+OF_IMAGE = ('case', 'image', 'lq_size', 'size', 'pictures')
 AVERAGED = ('metrics', 'time_ms', 'peak_mib', 'macs', 'routing')
 
 
-class Evaluated(NamedTuple):
+class Record(NamedTuple):
+    """What one image gives."""
+
+    dataset: int  # its number
+    place: int  # of the image in it
+    row: dict  # of a results document
+    pictures: dict[str, np.ndarray]  # for TensorBoard, (R, S, 3) uint8 BGR by the suffix of their names
+
+
+@dataclass(frozen=True)
+class Evaluated:
     """The mean results of one dataset."""
 
     dataset: str
@@ -42,76 +41,51 @@ class Evaluated(NamedTuple):
     metrics: dict[str, float]  # means; bicubic's beside the model's as 'bicubic_<metric>'
     loads: list[float]  # share of the output pixels of each expert; empty for a dense network
     mean_cost: float | None  # mean relative cost of an output pixel; None for a dense network
-    rows: list[dict]  # of a results document, one per image, in the dataset's order; empty in training
+    rows: list[dict]  # of a results document, one per image
 
 
 def my_jobs(sizes: list[int], rank: int, world_size: int) -> list[list[int]]:
     """Indices of the images that this rank takes, per dataset; `sizes` are the datasets' lengths."""
-    starts = [sum(sizes[:position]) for position in range(len(sizes))]
-    return [
-        [index for index in range(size) if (start + index) % world_size == rank] for start, size in zip(starts, sizes)
-    ]
+    jobs = [(dataset, index) for dataset, size in enumerate(sizes) for index in range(size)][rank::world_size]
+    return [[index for owner, index in jobs if owner == dataset] for dataset in range(len(sizes))]
 
 
 def iterate_jobs(loader: DataLoader, indices: list[int]) -> Iterator[tuple[int, dict]]:
-    """(index, batch of one) of the images `indices` of the loader's dataset, read by the loader's workers."""
-    if len(indices) < len(loader.dataset):
-        loader = DataLoader(
-            Subset(loader.dataset, indices),
-            batch_size=1,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            worker_init_fn=loader.worker_init_fn,
-            generator=torch.Generator(),
-        )
-    with clear_worker_errors():
-        yield from zip(indices, loader)
-
-
-def gather_records(records: list[dict]) -> list[dict]:
-    """The records of all ranks in the order of the single process, on every rank."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, records)
-        records = [record for part in parts for record in part]
-    return sorted(records, key=lambda record: (record['loader'], record['index']))
-
-
-def summarize(records: list[dict]) -> Evaluated:
-    """Means over the images of one dataset; each expert's share is a mean over images, as the metrics are."""
-    first = records[0]
-    metrics = {name: mean([record['metrics'][name] for record in records]) for name in first['metrics']}
-    loads = [mean([record['loads'][j] for record in records]) for j in range(len(first['loads']))]
-    mean_cost = None if first['mean_cost'] is None else mean([record['mean_cost'] for record in records])
-    return Evaluated(
-        first['dataset'],
-        first['scale'],
-        len(records),
-        metrics,
-        loads,
-        mean_cost,
-        [record['row'] for record in records if 'row' in record],
+    """(index, batch of one) of the images `indices` of the loader's dataset, read by workers as the loader's are."""
+    mine = DataLoader(
+        Subset(loader.dataset, indices),
+        batch_size=1,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        generator=torch.Generator(),  # seeding the workers must not draw from torch's own
     )
+    return zip(indices, mine)
 
 
-def mean(values: list[float]) -> float:
-    """The exactly rounded mean: it does not depend on the order in which ranks finish."""
-    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
+def summarize(rows: list[dict]) -> Evaluated:
+    """Means over the images of one dataset; each expert's share is a mean over images, as the metrics are."""
+    means = mean_row(rows)
+    routing = means.get('routing', {'loads': [], 'mean_cost': None})
+    label = scale_label(means['scale'])
+    return Evaluated(means['dataset'], label, len(rows), means['metrics'], routing['loads'], routing['mean_cost'], rows)
 
 
 def mean_row(rows: list[dict]) -> dict:
     """One dataset's row of a results document, from the rows of its images."""
-    first = rows[0]
-    return {
-        'case': 'mean',
-        'count': len(rows),
-        **{key: first[key] for key in SHARED if key in first},
-        **{key: mean_of([row[key] for row in rows]) for key in AVERAGED if key in first},
+    means = {
+        key: mean_of([row[key] for row in rows]) if key in AVERAGED else value
+        for key, value in rows[0].items()
+        if key not in OF_IMAGE
     }
+    return {'case': 'mean', 'count': len(rows), **means}
 
 
 def mean_of(values: list[Any]) -> Any:
-    """The mean of numbers, of lists entry by entry, of dictionaries key by key; None is left out."""
+    """The mean of numbers, of lists entry by entry, of dictionaries key by key; None is left out.
+
+    It is rounded once, at the end: the order of the images, and with it the number of ranks, changes no bit.
+    """
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -119,22 +93,13 @@ def mean_of(values: list[Any]) -> Any:
         return {key: mean_of([value[key] for value in known]) for key in known[0]}
     if isinstance(known[0], list):
         return [mean_of(list(column)) for column in zip(*known)]
-    return mean(known)
+    return fmean(known)
 
 
 def scale_label(scale: tuple[float, float]) -> str:
     """'x2', 'x3.3', or 'x2x3.5' for (rows, columns) that differ."""
     rows, cols = (f'{factor:.4g}' for factor in scale)
     return f'x{rows}' if rows == cols else f'x{rows}x{cols}'
-
-
-def factor_pair(
-    nominal: float | list[float] | None, lq_size: tuple[int, int], size: tuple[int, int]
-) -> tuple[float, float]:
-    """(row factor, column factor): the nominal ones, or those of the sizes where there are none."""
-    if nominal is None:
-        return size[0] / lq_size[0], size[1] / lq_size[1]
-    return tuple(map(float, nominal)) if isinstance(nominal, (list, tuple)) else (float(nominal), float(nominal))
 
 
 def image_name(path: str, root: str | None) -> str:

@@ -24,19 +24,24 @@ def describe_input(dataset_opt: dict) -> str:
     return 'LR images of the dataset'
 
 
+def metric_options(metric_opt: dict, crop_border: int | list[int] | None) -> dict:
+    """`type` and the metric's own options; a dataset's `crop_border` wins over the metric's."""
+    options = {key: value for key, value in metric_opt.items() if key != 'better'}
+    return options if crop_border is None else {**options, 'crop_border': crop_border}
+
+
 def describe_metric(metric_opt: dict, crop_border: int | list[int] | None = None) -> str:
     """What `measure` compares, for readers of its figures; the same for all scales of a protocol."""
-    options = {key: value for key, value in metric_opt.items() if key not in ('better', 'type')}
-    if crop_border is not None:
-        options['crop_border'] = crop_border
-    if not metric_opt['type'].endswith('_sr'):
-        return ', '.join([f'{metric_opt["type"]} on 8 bits', *(f'{key} {options[key]}' for key in sorted(options))])
-    name = options.get('protocol', 'benchmark')
-    colours, border = PROTOCOL[name]
+    options = metric_options(metric_opt, crop_border)
+    name = options.pop('type')
+    if not name.endswith('_sr'):
+        return ', '.join([f'{name} on 8 bits', *(f'{key} {options[key]}' for key in sorted(options))])
+    protocol = options.get('protocol', 'benchmark')
+    colours, border = PROTOCOL[protocol]
     border = options.get('crop_border', border)
     border = ' x '.join(map(str, border)) if isinstance(border, (list, tuple)) else border
     rounded = ', rounded to 8 bits' if options.get('rounded') else ''
-    return f'{name}: {colours}, shave {border}{rounded}'
+    return f'{protocol}: {colours}, shave {border}{rounded}'
 
 
 def measure(
@@ -45,24 +50,23 @@ def measure(
     """The value of one metric.
 
     Args:
-        metric_opt: `type` and the metric's own options; `better` is not the metric's.
+        metric_opt: See `metric_options`.
         sr: The result, not clipped.
         gt: The truth.
         scale: Nominal (row factor, column factor), for metrics that have a protocol.
-        crop_border: The dataset's own shave, one or (rows, columns), in place of the metric's.
+        crop_border: The dataset's own shave, one or (rows, columns).
     """
-    options = {key: value for key, value in metric_opt.items() if key != 'better'}
+    options = metric_options(metric_opt, crop_border)
     takes = inspect.signature(METRIC_REGISTRY.get(options['type'])).parameters
-    if crop_border is not None:
-        options['crop_border'] = crop_border
     if 'scale' in takes:
-        options.setdefault('scale', scale)
-        return float(calculate_metric({'img': sr, 'img2': gt}, options))
+        return float(calculate_metric({'img': sr, 'img2': gt}, {'scale': scale, **options}))
     images = {'img': tensor2img([sr]), 'img2': tensor2img([gt])}  # (H, W, 3) BGR, uint8
-    if isinstance(options.get('crop_border'), (list, tuple)):
+    if isinstance(options.get('crop_border'), (list, tuple)):  # BasicSR's metrics know one border only
         rows, cols = options['crop_border']
         images = {
             name: image[rows : image.shape[0] - rows, cols : image.shape[1] - cols] for name, image in images.items()
         }
         options['crop_border'] = 0
-    return float(calculate_metric({name: images[name] for name in images if name in takes or name == 'img'}, options))
+    if 'img2' not in takes:  # such as NIQE
+        del images['img2']
+    return float(calculate_metric(images, options))

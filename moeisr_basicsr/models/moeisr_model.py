@@ -7,7 +7,6 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from basicsr.losses import build_loss
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor
@@ -16,7 +15,7 @@ from moeisr_basicsr.core import Draw, Predictions, make_cell, make_coord, mix
 from moeisr_basicsr.core.mapper import route_gumbel
 from moeisr_basicsr.errors import UserError
 
-from .arbitrary_scale_model import ArbitraryScaleModel
+from .arbitrary_scale_model import ArbitraryScaleModel, average_over_ranks
 from .batch import Batch
 from .parts import is_in
 from .training_draws import batch_noise, check_tau, tau_at
@@ -64,7 +63,7 @@ class MoEISRModel(ArbitraryScaleModel):
         """The objective of one part, and statistics of its routing: which loss teaches whom is decided here."""
         predictions = self.predict(part, drawn.draw)
         gate = predictions.routing.gate
-        if self.cri_experts is None:
+        if self.cri_experts is None:  # noqa: SIM108  two objectives, each with its sentence
             # The paper: the reconstruction loss teaches encoder, chosen experts and, through the gates, the mapper.
             output = predictions.mixture()
         else:
@@ -125,7 +124,7 @@ class MoEISRModel(ArbitraryScaleModel):
             self.model_ema(0)
 
     def shares(self, gate: Tensor, drawn: PartDraw) -> Tensor:
-        """(J,): each expert's share of the queries of this rank's whole batch, with the gradient of this part's gates."""
+        """(J,): each expert's share of this rank's whole batch, with the gradient of this part's gates."""
         if drawn.gate_sum is None:
             return gate.float().mean(dim=(0, 1))
         return (gate.float().sum(dim=(0, 1)) + drawn.gate_sum) / drawn.queries
@@ -139,19 +138,6 @@ class MoEISRModel(ArbitraryScaleModel):
         if self.tau[0] != self.tau[1]:
             values['tau'] = torch.as_tensor(tau)
         return values
-
-
-def average_over_ranks(values: Tensor) -> Tensor:
-    """The mean over all ranks, differentiable.
-
-    Forward the global mean, backward the identity: DDP averages the ranks' parameter gradients afterwards, which
-    supplies the 1 / world_size that the mean's own derivative has.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return values
-    mean = values.detach().clone()
-    dist.all_reduce(mean)
-    return (values - values.detach()) + mean / dist.get_world_size()  # in this order: the same bits on every rank
 
 
 def queries_of(part: Batch) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedulers from their options. The names that there are: see `options.typed`."""
 
-import inspect
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,67 +11,46 @@ from moeisr_basicsr.errors import UserError, did_you_mean
 from moeisr_basicsr.options.typed import optimizer_classes, scheduler_classes
 
 
-def check_options(where: str, options: dict, classes: dict[str, type]) -> tuple[type, dict]:
-    """The class named by `type`, and the other options as its keyword arguments.
+def build(where: str, options: dict, classes: dict[str, type], first: Any) -> Any:
+    """The class that `type` names, made of `first` and of the other options.
 
     Raises:
-        UserError: An unknown `type` or an option that the class does not have.
+        UserError: An unknown `type`, or options that the class does not take.
     """
-    arguments = {key: value for key, value in options.items() if key != 'type'}
-    name = options.get('type')
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    name = str(arguments.pop('type', None))
     if name not in classes:
         raise UserError(
             f'{where}: type must be one of {", ".join(sorted(classes))}; got {name!r}.{did_you_mean(name, classes)}'
         )
-    known = [key for key in inspect.signature(classes[name]).parameters if key not in ('params', 'optimizer')]
-    for key in arguments:
-        if key not in known:
-            raise UserError(
-                f'{where}: {name} has no option {key!r}; it has {", ".join(known)}.{did_you_mean(key, known)}'
-            )
-    return classes[name], arguments
+    try:
+        return classes[name](first, **arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f'{where}: {name} does not take these options: {error}') from error
 
 
 def build_optimizer(options: dict, params: Iterable[nn.Parameter]) -> Optimizer:
-    """An optimizer from `{'type': 'AdamW', 'lr': 1e-4, ...}`.
-
-    Raises:
-        UserError: An unknown type or option, or a value that the optimizer refuses.
-    """
-    optimizer, arguments = check_options('train: optim_g', options, optimizer_classes())
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}  # betas
-    try:
-        return optimizer(params, **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f'train: optim_g: {options["type"]} refuses its options: {error}') from error
+    """An optimizer from `{'type': 'AdamW', 'lr': 1e-4, ...}`; errors as `build`."""
+    return build('train: optim_g', options, optimizer_classes(), params)
 
 
 def build_scheduler(options: dict, optimizer: Optimizer, total_iter: int = 0) -> LRScheduler:
     """A scheduler from `{'type': 'MultiStepLR', 'milestones': [...], ...}`, stepped once per iteration.
 
     Args:
+        options: `type` and its arguments.
+        optimizer: Whose learning rates it sets.
         total_iter: Iterations that it has to last for.
 
     Raises:
-        UserError: An unknown type or option, a value that the scheduler refuses, or a schedule that ends too early.
+        UserError: As `build`; or a schedule that ends before the run, in the middle of which it would fail.
     """
-    scheduler, arguments = check_options('train: scheduler', options, scheduler_classes())
-    ends = {
-        'CosineAnnealingRestartLR': ('periods', sum(arguments.get('periods', []))),
-        'OneCycleLR': (
-            'total_steps',
-            arguments.get('total_steps') or (arguments.get('epochs') or 0) * (arguments.get('steps_per_epoch') or 0),
-        ),
-    }
-    key, end = ends.get(options['type'], ('', total_iter))
-    if end < total_iter:  # both fail in the middle of the run
-        raise UserError(
-            f'train: scheduler: {key} of {options["type"]} cover {end} iterations; total_iter is {total_iter}.'
-        )
-    try:
-        return scheduler(optimizer, **arguments)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise UserError(f'train: scheduler: {options["type"]} refuses its options: {error}') from error
+    scheduler = build('train: scheduler', options, scheduler_classes(), optimizer)
+    periods = getattr(scheduler, 'periods', None)  # of CosineAnnealingRestartLR
+    end = getattr(scheduler, 'total_steps', total_iter) if periods is None else sum(periods)  # of OneCycleLR
+    if end < total_iter:
+        raise UserError(f'train: scheduler: {options["type"]} ends after {end} iterations; total_iter is {total_iter}.')
+    return scheduler
 
 
 def step_schedulers(schedulers: list[LRScheduler], iteration: int, warmup_iter: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moeisr_basicsr.errors import UserError, did_you_mean
 
-AMP_DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+AMP_DTYPES = {'none': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 class Precision:
@@ -25,15 +25,17 @@ class Precision:
 
     def __init__(self, train_opt: dict, device: torch.device):
         amp = train_opt.get('amp') or 'none'
-        if amp != 'none' and amp not in AMP_DTYPES:
-            raise UserError(
-                f'train: amp must be one of none, {", ".join(AMP_DTYPES)}; got {amp!r}.'
-                f'{did_you_mean(amp, ["none", *AMP_DTYPES])}'
-            )
+        if amp not in AMP_DTYPES:
+            allowed = ', '.join(AMP_DTYPES)
+            raise UserError(f'train: amp must be one of {allowed}; got {amp!r}.{did_you_mean(amp, AMP_DTYPES)}')
         self.device_type = device.type
-        self.dtype = AMP_DTYPES.get(amp)
+        self.dtype = AMP_DTYPES[amp]
         self.channels_last = bool(train_opt.get('channels_last', False))
-        self.scaler = _grad_scaler(device.type, enabled=self.dtype is torch.float16)
+        scaled = self.dtype is torch.float16
+        if hasattr(torch.amp, 'GradScaler'):  # torch >= 2.3
+            self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        else:
+            self.scaler = torch.cuda.amp.GradScaler(enabled=scaled)
         if 'tf32' in train_opt:
             torch.backends.cuda.matmul.allow_tf32 = bool(train_opt['tf32'])
             torch.backends.cudnn.allow_tf32 = bool(train_opt['tf32'])
@@ -44,31 +46,23 @@ class Precision:
 
     def network(self, net: nn.Module) -> nn.Module:
         """`net` in the chosen memory layout."""
-        return net.to(memory_format=torch.channels_last) if self.channels_last else net
+        if self.channels_last:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's own stubs
+        return net
 
     def images(self, images: Tensor) -> Tensor:
         """A batch (B, C, H, W) in the chosen memory layout."""
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 
-def _grad_scaler(device_type: str, enabled: bool):
-    if hasattr(torch.amp, 'GradScaler'):  # torch >= 2.3
-        return torch.amp.GradScaler(device_type, enabled=enabled)
-    if enabled and device_type != 'cuda':
-        raise UserError(
-            f'train: amp: fp16 on {device_type} needs torch 2.3 or newer; this is torch '
-            f'{torch.__version__}. bf16 needs no scaler.'
-        )
-    return torch.cuda.amp.GradScaler(enabled=enabled)
-
-
 def compile_network(net: nn.Module, options: bool | dict) -> None:
     """torch.compile in place, names of the parameters unchanged.
 
-    Only the encoder is compiled where the network has one: which expert answers which query depends on the data, and
+    Only the encoder is compiled where the network has one: which expert decodes which query depends on the data, and
     a compiled decoder would be made anew for every batch.
 
     Args:
+        net: The network.
         options: True, or keyword arguments of torch.compile.
     """
     part = getattr(net, 'encoder', net)

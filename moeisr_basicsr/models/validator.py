@@ -2,17 +2,17 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import get_dist_info
+from mmengine.dist import all_gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .evaluation import Evaluated, gather_records, iterate_jobs, my_jobs, summarize
+from .evaluation import Evaluated, Record, iterate_jobs, my_jobs, scale_label, summarize
 from .image_evaluation import ImageEvaluator
-
-GIVEN_UP = {'loader': -1, 'index': 0}  # the record of a rank that was asked to stop
 
 
 def run_validation(
@@ -20,7 +20,7 @@ def run_validation(
     net: nn.Module,
     dataloaders: list[DataLoader],
     current_iter: int | str,
-    tb_logger: object,
+    tb_logger: Any,
     save_img: bool,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Evaluated] | None:
@@ -40,7 +40,8 @@ def run_validation(
     """
     evaluate = ImageEvaluator(opt)
     rank, world_size = get_dist_info()
-    jobs = my_jobs([len(loader.dataset) for loader in dataloaders], rank, world_size)
+    datasets: list[Any] = [loader.dataset for loader in dataloaders]
+    jobs = my_jobs([len(dataset) for dataset in datasets], rank, world_size)
     shown = (opt.get('val') or {}).get('pbar', sys.stderr.isatty())
     records, stopped = [], False
     with tqdm(total=sum(map(len, jobs)), unit='image', disable=not shown or rank != 0) as bar:
@@ -49,46 +50,37 @@ def run_validation(
                 stopped = stopped or (should_stop is not None and should_stop())
                 if stopped:
                     break
-                record = evaluate(net, item, loader.dataset.opt, current_iter, save_img, index)
-                records.append({'loader': position, 'index': index, **record})
-                bar.set_description(f'{record["dataset"]} {record["name"]}')
+                row, pictures = evaluate(net, item, datasets[position].opt, current_iter, save_img, index)
+                records.append(Record(position, index, row, pictures))
+                bar.set_description(f'{row["dataset"]} {row["image"]}')
                 bar.update()
-    records = gather_records(records + [GIVEN_UP] * stopped)
-    if GIVEN_UP in records:
+    of_ranks = all_gather_object(None if stopped else records)
+    if None in of_ranks:  # a rank was asked to stop: all give up
         return None
-    show_pictures(records, current_iter, tb_logger)
-    groups = [[record for record in records if record['loader'] == position] for position in range(len(dataloaders))]
-    return [summarize(group) for group in groups if group]
+    everything = [record for records in of_ranks for record in records]
+    everything.sort(key=lambda record: (record.dataset, record.place))
+    for _, _, row, pictures in everything if tb_logger else []:
+        for suffix, picture in pictures.items():
+            name = f'{row["dataset"]}_{scale_label(row["scale"])}/{row["image"]}{suffix}'
+            tb_logger.add_image(name, picture[..., ::-1].copy(), current_iter, dataformats='HWC')
+    of_datasets = [[record.row for record in everything if record.dataset == at] for at in range(len(datasets))]
+    return [summarize(rows) for rows in of_datasets if rows]
 
 
-def show_pictures(records: list[dict], current_iter: int | str, tb_logger: object) -> None:
-    """The gathered pictures in TensorBoard, then out of the records."""
-    for record in records:
-        for suffix, picture in record.pop('pictures', {}).items():
-            if tb_logger:
-                name = f'{record["dataset"]}_{record["scale"]}/{record["name"]}{suffix}'
-                tb_logger.add_image(name, picture[..., ::-1].copy(), current_iter, dataformats='HWC')
-
-
-def report(result: Evaluated, best: dict, current_iter: int | str, tb_logger: object) -> None:
-    """One dataset's results in the log and in TensorBoard.
-
-    Args:
-        best: BasicSR's `best_metric_results`.
-    """
+def report(result: Evaluated, best: dict, current_iter: int | str, tb_logger: Any) -> None:
+    """One dataset's results in the log and in TensorBoard; `best` is BasicSR's `best_metric_results`."""
     lines = [f'Validation {result.dataset} {result.scale}, {result.count} images']
+    scalars: dict[str, float | None] = {}
     for name, value in result.metrics.items():
-        line = f'\t # {name}: {value:.4f}'
         record = best.get(result.dataset, {}).get(name)
-        lines.append(line if record is None else f'{line}\tBest: {record["val"]:.4f} @ {record["iter"]} iter')
+        known = '' if record is None else f'\tBest: {record["val"]:.4f} @ {record["iter"]} iter'
+        lines.append(f'\t # {name}: {value:.4f}{known}')
+        scalars[f'metrics/{result.dataset}/{name}'] = value
     if result.loads:
         loads = ' '.join(f'{load:.1%}' for load in result.loads)
         lines.append(f'\t # experts: {loads}\tmean cost: {result.mean_cost:.4f}')
+        scalars[f'val_cost/{result.dataset}'] = result.mean_cost
+        scalars |= {f'val_load/{result.dataset}/expert_{j}': load for j, load in enumerate(result.loads, 1)}
     get_root_logger().info('\n'.join(lines))
-    if tb_logger:
-        for name, value in result.metrics.items():
-            tb_logger.add_scalar(f'metrics/{result.dataset}/{name}', value, current_iter)
-        for j, load in enumerate(result.loads, 1):
-            tb_logger.add_scalar(f'val_load/{result.dataset}/expert_{j}', load, current_iter)
-        if result.mean_cost is not None:
-            tb_logger.add_scalar(f'val_cost/{result.dataset}', result.mean_cost, current_iter)
+    for tag, scalar in scalars.items() if tb_logger else ():
+        tb_logger.add_scalar(tag, scalar, current_iter)
