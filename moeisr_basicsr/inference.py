@@ -180,14 +180,17 @@ def upscale_strips(
         clock: Told of the stages 'encode', 'map' and 'decode'.
 
     Raises:
-        UserError: See `make_control`, `make_shuffle` and `encoder_tiles`.
+        UserError: See `make_control`, `make_shuffle` and `encoder_tiles`; or an unknown MOEISR_KERNELS in the environment.
     """
     lq_size = tuple(lq.shape[-2:])
     control = make_control(net, cost_weight, budget)
     shuffle = make_shuffle(net, size, shuffle_seed, lq.device)
     row_spans, col_spans = encoder_tiles(net, lq_size, size, tile)
     with evaluation(net, lq.device.type, precision):
-        backend = fused_backend(net.decoder, lq.device, precision) or TORCH
+        try:
+            backend = fused_backend(net.decoder, lq.device, precision) or TORCH
+        except ValueError as error:  # an unknown MOEISR_KERNELS
+            raise UserError(str(error)) from None
         renderer = Renderer(
             net.decoder,
             size,

@@ -86,19 +86,22 @@ class MoEISR(nn.Module):
     ):
         super().__init__()
         if skip not in SKIPS:
-            raise ValueError(f'skip must be one of {SKIPS}; got {skip!r}.')
+            raise UserError(f'skip must be one of {SKIPS}; got {skip!r}.')
         if skip != 'none' and in_channels != out_channels:
-            raise ValueError(f"skip '{skip}' needs in_channels = out_channels; got {in_channels} and {out_channels}.")
+            raise UserError(f"skip '{skip}' needs in_channels = out_channels; got {in_channels} and {out_channels}.")
         if hidden_dim is not None and decoder != 'lte':
-            raise ValueError(f"hidden_dim belongs to the decoder 'lte'; the decoder is {decoder!r}.")
+            raise UserError(f"hidden_dim belongs to the decoder 'lte'; the decoder is {decoder!r}.")
         self.skip = skip
         self.scale = scale
         self.cell_scale_max = (LTE_SCALE_MAX if decoder == 'lte' else 0) if cell_scale_max is None else cell_scale_max
         self.encoder = build_encoder(encoder, in_channels)
         family = {} if hidden_dim is None else {'hidden_dim': hidden_dim}
-        self.decoder = MoEDecoder(
-            self.encoder.num_feat, out_channels, decoder, experts, mapper, shared_layers=shared_layers, **family
-        )
+        try:
+            self.decoder = MoEDecoder(
+                self.encoder.num_feat, out_channels, decoder, experts, mapper, shared_layers=shared_layers, **family
+            )
+        except ValueError as error:  # the method knows nothing of users
+            raise UserError(str(error)) from error
         if skip == 'bicubic':
             self.decoder.pool.zero_output()
 
@@ -152,7 +155,7 @@ class MoEISR(nn.Module):
     def upscale(self, lq: Tensor) -> Tensor:
         """The whole image at the network's `scale`, with gradients in training: (B, C_out, R, S)."""
         if self.scale is None:
-            raise ValueError('net(lq) without coordinates needs `scale` in network_g.')
+            raise UserError('net(lq) without coordinates needs `scale` in network_g.')
         size = output_size(tuple(lq.shape[-2:]), self.scale)
         if not self.training:
             return self.decode_image(lq, self.encode(lq), size).output

@@ -7,6 +7,8 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
+from moeisr_basicsr.errors import UserError
+
 CONFIGS = {'A': (20, 6, 32), 'B': (16, 8, 64)}  # blocks D, convolutions per block C, growth rate G (RDN, section 5)
 
 
@@ -57,7 +59,7 @@ class RDNEncoder(nn.Module):
     ):
         super().__init__()
         if config not in CONFIGS:
-            raise ValueError(f'RDNEncoder config must be one of {sorted(CONFIGS)}; got {config!r}.')
+            raise UserError(f'RDNEncoder config must be one of {sorted(CONFIGS)}; got {config!r}.')
         given = (num_block, num_conv, growth)
         num_block, num_conv, growth = (own or default for own, default in zip(given, CONFIGS[config]))
         self.num_feat = num_feat

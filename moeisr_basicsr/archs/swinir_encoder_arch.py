@@ -10,6 +10,8 @@ from basicsr.archs.swinir_arch import SwinIR
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
+from moeisr_basicsr.errors import UserError
+
 NUM_FEAT = 64  # channels after SwinIR's own `conv_before_upsample`
 
 
@@ -32,7 +34,7 @@ class SwinIREncoder(SwinIR):
         use_checkpoint: Trade time for memory in training.
 
     Raises:
-        ValueError: The sizes do not fit together; see `unfit`.
+        UserError: The sizes do not fit together; see `unfit`.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class SwinIREncoder(SwinIR):
         use_checkpoint: bool = False,
     ):
         if problem := self.unfit(embed_dim, depths, num_heads, window_size, img_size):
-            raise ValueError(f'SwinIREncoder {problem}')
+            raise UserError(f'SwinIREncoder {problem}')
         super().__init__(
             img_size=img_size,
             in_chans=num_in_ch,

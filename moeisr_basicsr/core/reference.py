@@ -6,9 +6,9 @@
     s(x) = sum_j g_j f_j(z, x, cell)          `mixture` of the experts' `predict`
 
 (Oh et al., arXiv 2311.12077, section 3.) The experts f_j are LIIF's (Chen et al., CVPR 2021) or LTE's (Lee and Jin,
-CVPR 2022) decoders of different depth. No folding, no dispatch, no tiles: every expert answers every query with a full pass
-per corner, over PyTorch's own `unfold` and `grid_sample`. The weights are those of our modules, so this is the truth
-that tests compare the fast code with, in output and gradients, and the plain algorithm that benchmarks time.
+CVPR 2022) decoders of different depth. No folding, no dispatch, no tiles: every expert answers every query with a full
+pass per corner, over PyTorch's own `unfold` and `grid_sample`. The weights are those of our modules, so this is the
+truth that tests compare the fast code with, in output and gradients, and the plain algorithm that benchmarks time.
 
 Shapes: B images, C feature channels, (H, W) LR size, Q queries, J experts, C_out output channels. `coord` (B, Q, 2)
 lies in [-1, 1], rows first; `cell` (B, Q, 2) is 2 / output size.

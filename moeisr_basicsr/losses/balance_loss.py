@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
+from moeisr_basicsr.errors import UserError
+
 
 @LOSS_REGISTRY.register()
 class MoEBalanceLoss(nn.Module):
@@ -19,18 +21,18 @@ class MoEBalanceLoss(nn.Module):
         target: 'uniform' as in the paper, or the share of each expert, J fractions that add up to 1.
 
     Raises:
-        ValueError: A negative weight, or another target.
+        UserError: A negative weight, or another target.
     """
 
     def __init__(self, loss_weight: float = 1.0, target: str | Sequence[float] = 'uniform'):
         super().__init__()
         if loss_weight < 0:
-            raise ValueError(f'MoEBalanceLoss loss_weight must not be negative; got {loss_weight}.')
+            raise UserError(f'MoEBalanceLoss loss_weight must not be negative; got {loss_weight}.')
         shares = [] if target == 'uniform' else target
         if isinstance(shares, str) or not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"MoEBalanceLoss target must be 'uniform' or fractions that add up to 1; got {target!r}.")
+            raise UserError(f"MoEBalanceLoss target must be 'uniform' or fractions that add up to 1; got {target!r}.")
         if target != 'uniform' and abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f'MoEBalanceLoss target must add up to 1; {list(shares)} add up to {sum(shares):.6g}.')
+            raise UserError(f'MoEBalanceLoss target must add up to 1; {list(shares)} add up to {sum(shares):.6g}.')
         self.loss_weight = loss_weight
         self.target = list(shares)
 
@@ -38,11 +40,11 @@ class MoEBalanceLoss(nn.Module):
         """The weighted loss, a scalar; `shares` (J,) add up to 1.
 
         Raises:
-            ValueError: The target lists another number of experts.
+            UserError: The target lists another number of experts.
         """
         num_experts = len(shares)
         if self.target and len(self.target) != num_experts:
-            raise ValueError(f'MoEBalanceLoss target lists {len(self.target)} experts; the network has {num_experts}.')
+            raise UserError(f'MoEBalanceLoss target lists {len(self.target)} experts; the network has {num_experts}.')
         target = shares.new_tensor(self.target) if self.target else 1 / num_experts
         # times J: the same pull per expert whatever their number
         return self.loss_weight * num_experts * (shares - target).square().sum()

@@ -6,6 +6,8 @@ Shapes: B images, Q queries, J experts, C channels.
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
+from moeisr_basicsr.errors import UserError
+
 
 @LOSS_REGISTRY.register()
 class MoEExpertLoss(nn.Module):
@@ -26,14 +28,14 @@ class MoEExpertLoss(nn.Module):
             balance loss.
 
     Raises:
-        ValueError: A negative weight.
+        UserError: A negative weight.
     """
 
     def __init__(self, loss_weight: float = 1.0, routing_weight: float = 1.0):
         super().__init__()
         for name, weight in (('loss_weight', loss_weight), ('routing_weight', routing_weight)):
             if weight < 0:
-                raise ValueError(f'MoEExpertLoss {name} must not be negative; got {weight}.')
+                raise UserError(f'MoEExpertLoss {name} must not be negative; got {weight}.')
         self.loss_weight = loss_weight
         self.routing_weight = routing_weight
 
