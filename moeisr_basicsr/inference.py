@@ -180,7 +180,7 @@ def upscale_strips(
         clock: Told of the stages 'encode', 'map' and 'decode'.
 
     Raises:
-        UserError: See `make_control`, `make_shuffle` and `encoder_tiles`; or an unknown MOEISR_KERNELS in the environment.
+        UserError: See `make_control`, `make_shuffle` and `encoder_tiles`; an unknown MOEISR_KERNELS.
     """
     lq_size = tuple(lq.shape[-2:])
     control = make_control(net, cost_weight, budget)
