@@ -25,7 +25,7 @@ import lmdb
 import numpy as np
 from tqdm import tqdm
 
-from moeisr_basicsr.data.image_io import is_image_name, read_image
+from moeisr_basicsr.data.image_reader import is_image_name, read_image
 from moeisr_basicsr.data.resize import imresize
 from moeisr_basicsr.errors import UserError
 
@@ -304,7 +304,7 @@ def results(jobs: list[Job], workers: int) -> Iterator[Made]:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context('forkserver' if 'forkserver' in methods else 'spawn')
     if context.get_start_method() == 'forkserver':
-        context.set_forkserver_preload([make.__module__, 'moeisr_basicsr.data.image_io'])  # torch is imported once
+        context.set_forkserver_preload([make.__module__, 'moeisr_basicsr.data.image_reader'])  # torch is imported once
     # Ctrl-C is the parent's business: it stops the workers.
     with context.Pool(min(workers, len(jobs)), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from pool.imap_unordered(make, jobs)

@@ -25,7 +25,7 @@ import lmdb
 import numpy as np
 
 from moeisr_basicsr.atomic_file import write_atomic
-from moeisr_basicsr.data.image_io import is_image_name, read_header, read_image
+from moeisr_basicsr.data.image_reader import is_image_name, read_header, read_image
 from moeisr_basicsr.errors import UserError
 
 WHOLE = ('BSDS500_train', 'BSDS500_test')

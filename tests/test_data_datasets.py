@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from moeisr_basicsr.core.coords import make_coord
 from moeisr_basicsr.data import cache as cache_module
-from moeisr_basicsr.data.image_io import write_image
+from moeisr_basicsr.data.image_writer import write_image
 from moeisr_basicsr.data.resize import imresize, pil_resize
 from moeisr_basicsr.errors import UserError
 
@@ -212,16 +212,15 @@ def test_a_fixed_scale_in_training_and_a_scale_range_beside_it(folder):
     [
         ({'dataroot_gt': None}, "images: the key 'dataroot_gt' is missing"),
         ({'dataroot_gt': '/nowhere'}, '/nowhere is not a folder'),
-        ({'scale_range': [4, 1]}, r'scale_range must rise: \[1, 4\]'),
+        ({'scale_range': [4, 1]}, r'scale_range must rise; got \[4, 1\]'),
         ({'scale_range': [0.5, 2]}, 'at least 1'),
-        ({'scale_range': 4}, 'least, greatest'),
+        ({'scale_range': [2]}, 'least, greatest'),
         ({'scale_range': [1, float('inf')]}, 'at least 1'),
-        ({'scale': 0.5}, 'scale must be a factor of at least 1'),
+        ({'scale': 0.5}, 'scale must be one factor or two .* of at least 1; got 0.5'),
         ({'scale': [2, 3, 4]}, 'rows, columns'),
         ({'sample_q': 65}, 'sample_q must be at most lq_size squared, 64'),
         ({'sample_q': 0}, 'at least 1'),
         ({'lq_size': 2.5}, 'whole number'),
-        ({'use_flip': 'yes'}, 'true or false'),
         ({'downsample': 'matlb'}, "Did you mean 'matlab'"),
         ({'cache': 'ram'}, 'none, memory'),
         ({'phase': 'trian'}, "Did you mean 'train'"),

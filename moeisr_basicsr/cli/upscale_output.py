@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeisr_basicsr.data.image_io import ImageData, join_channels, write_image
-from moeisr_basicsr.data.strip_writer import FORMATS, StripWriter
+from moeisr_basicsr.data.image_reader import ImageData
+from moeisr_basicsr.data.image_writer import join_channels, strip_writer
 from moeisr_basicsr.inference import Strip
 
 from .expert_map import ExpertMapPicture
@@ -109,65 +109,25 @@ def write_files(target: Target, parts: queue.Queue) -> list[float]:
         Aborted: As the queue says; no file appears.
         UserError: The disk is full or fails.
     """
-    job, picture = target.job, None
+    job, source, picture = target.job, target.source, None
+    channels = (1 if source.was_grey else 3) + (source.alpha is not None)
     with ExitStack() as stack:
         if job.expert_map is not None:
             picture = ExpertMapPicture(target.size[1], target.costs)
-        image = stack.enter_context(ImageFile(target))  # left last, so that it appears last: then everything is there
+        image = stack.enter_context(  # left last, so that it appears last: then everything is there
+            strip_writer(job.target, *target.size, channels, source.bit_depth, source.icc_profile, source.exif)
+        )
         drawing = (
             None
             if picture is None
-            else stack.enter_context(StripWriter(job.expert_map, target.size[0] + picture.legend_rows, picture.width))
+            else stack.enter_context(strip_writer(job.expert_map, target.size[0] + picture.legend_rows, picture.width))
         )
         while (part := parts.get()) is not END:
             if isinstance(part, Aborted):
                 raise part
-            image.write(part)
+            image(part.pixels)
             if drawing is not None:
-                drawing.write(picture.rows(part.expert_map))
+                drawing(picture.rows(part.expert_map))
         if drawing is not None:
-            drawing.write(picture.legend())
+            drawing(picture.legend())
     return [] if picture is None else picture.shares()
-
-
-class ImageFile:
-    """The output image: PNG and TIFF strip by strip, other formats at the end."""
-
-    def __init__(self, target: Target):
-        self.target = target
-        self.waiting: list[np.ndarray] = []
-        self.writer: StripWriter | None = None
-
-    def __enter__(self) -> 'ImageFile':
-        target, source = self.target, self.target.source
-        if target.job.target.suffix.lower() in FORMATS:
-            channels = (1 if source.was_grey else 3) + (source.alpha is not None)
-            self.writer = StripWriter(
-                target.job.target, *target.size, channels, source.bit_depth, self.profile, source.exif
-            )
-        return self
-
-    @property
-    def profile(self) -> bytes | None:
-        """The colour profile, if it is one for this number of channels."""
-        profile = self.target.source.icc_profile
-        return profile if profile is not None and (profile[16:20] == b'GRAY') == self.target.source.was_grey else None
-
-    def write(self, part: Part) -> None:
-        """Append a block."""
-        if self.writer is None:
-            self.waiting.append(part.pixels)
-        else:
-            self.writer.write(part.pixels)
-
-    def __exit__(self, kind, error, trace) -> None:
-        if self.writer is not None:
-            self.writer.__exit__(kind, error, trace)
-        elif kind is None:
-            source = self.target.source
-            pixels = np.concatenate(self.waiting)  # (R, S, C)
-            colours, alpha = (pixels, None) if source.alpha is None else (pixels[..., :-1], pixels[..., -1])
-            rgb = np.broadcast_to(colours, (*colours.shape[:2], 3))
-            write_image(
-                self.target.job.target, rgb, alpha, source.bit_depth, source.was_grey, self.profile, source.exif
-            )

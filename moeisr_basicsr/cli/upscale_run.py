@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from moeisr_basicsr.checkpoint import load_model
 from moeisr_basicsr.compat import default_device
-from moeisr_basicsr.data.image_io import ImageData, check_writable, read_image, to_float
+from moeisr_basicsr.data.image_reader import ImageData, read_image, to_float
+from moeisr_basicsr.data.image_writer import check_writable
 from moeisr_basicsr.data.resize import resize
 from moeisr_basicsr.errors import UserError, did_you_mean
 from moeisr_basicsr.inference import make_control, target_size, upscale_strips

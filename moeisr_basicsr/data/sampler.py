@@ -8,17 +8,11 @@ from torch.utils.data import Dataset
 
 
 class EnlargedSampler(BasicSREnlargedSampler):
-    """BasicSR's sampler: the same order on every rank. For datasets with `set_epoch` (see `SeededDataset`) it also
+    """BasicSR's sampler: the same order on every rank. For datasets with `set_epoch` (see `RepeatableDataset`) it also
 
     - yields an index of its own for every repeat of an image (BasicSR takes it modulo the number of images), so that
       repeats differ in their draws;
     - tells the dataset the epoch, which its draws depend on.
-
-    Args:
-        dataset: The training set.
-        num_replicas: Number of ranks.
-        rank: This one.
-        ratio: How often an epoch shows each image; need not be whole.
 
     Attributes:
         start: Samples of this rank to leave out at the beginning of the next epoch, for a resumed run; `set_epoch`

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from moeisr_basicsr.analysis.routing_stats import gradient_energy
-from moeisr_basicsr.data.image_io import read_image, to_float, to_unsigned
+from moeisr_basicsr.data.image_reader import read_image, to_float
+from moeisr_basicsr.data.image_writer import to_unsigned
 
 from .charts import hex_colours, swatches
 from .collect import BICUBIC, Column, Report, Run, columns_of, main_metric, scale_label
