@@ -162,9 +162,9 @@ def test_pil_is_pillow():
 @pytest.mark.parametrize(
     'image, size, words',
     [
-        (np.zeros((4, 4, 3), np.uint8), (0, 3), 'not be empty'),
-        (np.zeros((0, 4, 3), np.uint8), (2, 2), 'not be empty'),
-        (np.zeros((4, 4, 3), np.int64), (2, 2), 'int64'),
+        (np.zeros((4, 4, 3), np.uint8), (0, 3), 'cannot be resized'),
+        (np.zeros((0, 4, 3), np.uint8), (2, 2), 'cannot be resized'),
+        (np.zeros((4, 4, 3), np.int64), (2, 2), 'int64 cannot be resized'),
     ],
 )
 def test_wrong_arguments(image, size, words):

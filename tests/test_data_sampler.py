@@ -6,9 +6,8 @@ import torch
 from basicsr.data.data_sampler import EnlargedSampler as Original
 from torch.utils.data import DataLoader, Dataset
 
-from moeisr_basicsr.data.sampler import EnlargedSampler
+from moeisr_basicsr.data.repeatable import EnlargedSampler, item_generator
 from moeisr_basicsr.data.sampling import draw_queries, draw_scale
-from moeisr_basicsr.data.seeded import item_generator
 
 
 class Plain(Dataset):

@@ -12,8 +12,7 @@ from PIL import Image
 
 from moeisr_basicsr.data.resize import imresize
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.metrics.psnr_ssim_sr_metric import calculate_psnr_sr, calculate_ssim_sr
-from moeisr_basicsr.metrics.shave import shave
+from moeisr_basicsr.metrics.psnr_ssim_sr_metric import calculate_psnr_sr, calculate_ssim_sr, shave
 
 
 def pair(height=60, width=72, channels=3, seed=0):

@@ -1,6 +1,6 @@
 """Data. Importing this package registers every `*_dataset.py` in BasicSR's DATASET_REGISTRY.
 
-It also puts `sampler.EnlargedSampler` in the place of BasicSR's in BasicSR's own training loop: without it the repeats
+It also puts `repeatable.EnlargedSampler` in the place of BasicSR's in BasicSR's own training loop: without it the repeats
 of an image within an epoch, and the epochs themselves, would draw the same patches.
 """
 
@@ -8,7 +8,7 @@ import basicsr.train
 
 from moeisr_basicsr.registration import import_by_suffix
 
-from .sampler import EnlargedSampler
+from .repeatable import EnlargedSampler
 
 import_by_suffix(__name__, __path__, '_dataset')
 basicsr.train.EnlargedSampler = EnlargedSampler

@@ -16,7 +16,7 @@ from .base import ArbitraryScaleDataset, to_tensor, too_small
 from .dataset_options import fail
 from .pairs import align_pair, find_pairs, patch_axis
 from .resize import resize
-from .sampling import draw_crop, draw_queries, draw_scale, round_half_up
+from .sampling import draw_augmentation, draw_crop, draw_queries, draw_scale, round_half_up
 
 EPS_FLOOR = 1e-9  # LIIF, SRImplicitDownsampled: H / s may fall short of a whole number by rounding
 
@@ -33,12 +33,7 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
     Validation takes the whole image at the fixed `scale`: the LR size is floor(HR / s), the HR image is cropped to
     round(LR * s); for a whole s that is floor(HR / s) * s.
 
-    Args:
-        opt: `dataroot_gt` (required); `io_backend`; `meta_info_file`; `downsample`: matlab or pil (default: pil in
-            training, matlab in validation, as the published protocols); `seed`, `repeat`, `cache`: none or memory.
-            Training: `scale_range` [least, greatest] (default [1, 4], or the fixed `scale`); `asymmetric`: rows and
-            columns get factors of their own; `lq_size` 48; `sample_q` 2304; `use_flip`, `use_rot`: true.
-            Validation: `scale`, a factor or [rows, columns] (required).
+    Options: see `dataset_options`; `dataroot_gt` is required, `scale` to validate.
 
     Raises:
         UserError: An option is missing or not allowed, or an image is damaged or too small.
@@ -69,18 +64,17 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
 
     def train_item(self, image: np.ndarray, path: str, index: int) -> dict[str, Tensor]:
         rng = self.generator(index)
-        scale = self.options.scale
+        options, scale = self.options, self.options.scale
         if self.draws_scale:
-            scale = draw_scale(rng, self.scale_range, self.options.asymmetric)
+            scale = draw_scale(rng, self.scale_range, options.asymmetric)
         rows, cols = self.crop_size(scale, image.shape[:2], path)
         top, left = draw_crop(rng, image.shape, (rows, cols))
         hr_patch = image[top : top + rows, left : left + cols]  # (R, S, 3)
-        size = (self.lq_size, self.lq_size)
-        lq_patch = resize(np.ascontiguousarray(hr_patch), size, self.options.downsample)
+        lq_patch = resize(np.ascontiguousarray(hr_patch), (self.lq_size, self.lq_size), options.downsample)
         self.lap('resize')
-        augment = self.augmentation(rng)
+        augment = draw_augmentation(rng, options.use_flip, options.use_rot)
         hr_patch, lq_patch = augment(hr_patch), augment(lq_patch)
-        queries = draw_queries(rng, hr_patch, self.options.sample_q)
+        queries = draw_queries(rng, hr_patch, options.sample_q)
         self.lap('queries')
         factors = torch.tensor(hr_patch.shape[:2], dtype=torch.float32) / self.lq_size
         item = {'lq': to_tensor(lq_patch), **queries._asdict(), 'scale': factors}
@@ -91,17 +85,14 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
         """(rows, columns) of the HR patch; a drawn factor that `size` does not allow is lowered, on both axes if they
         are to be equal."""
         largest = [n / self.lq_size for n in size]
-        if self.draws_scale:
-            if not self.options.asymmetric:
-                largest = [min(largest)] * 2
-            lowered = [min(s, most) for s, most in zip(scale, largest)]
-            least = [self.scale_range[0]] * 2
-        else:
-            lowered = least = scale
-        if any(factor < at_least or factor > most for factor, at_least, most in zip(lowered, least, largest)):
-            rows, cols = (round_half_up(self.lq_size * factor) for factor in least)
+        if self.draws_scale and not self.options.asymmetric:
+            largest = [min(largest)] * 2
+        least = [self.scale_range[0]] * 2 if self.draws_scale else scale
+        lowered = [min(s, most) for s, most in zip(scale, largest)]
+        if any(s < needed for s, needed in zip(lowered, least)):
+            rows, cols = (round_half_up(self.lq_size * s) for s in least)
             raise too_small(path, size, f'lq_size {self.lq_size} and the least factor need {rows} x {cols}')
-        return tuple(round_half_up(self.lq_size * factor) for factor in lowered)
+        return tuple(round_half_up(self.lq_size * s) for s in lowered)
 
     def val_item(self, image: np.ndarray, path: str) -> dict[str, Tensor]:
         scale = self.options.scale
@@ -124,11 +115,7 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
     Training cuts out an LR patch of lq_size at random; the queries are drawn from the HR pixels whose centres lie
     inside it, at any real factor. Validation takes whole images.
 
-    Args:
-        opt: `dataroot_lq`, `dataroot_gt` (required); `filename_tmpl`: name of the LR image from that of its HR image,
-            without suffix (default '{}'); `io_backend`; `meta_info_file`: lists the HR images; `scale`: factor or
-            [rows, columns], HR images are cropped to round(LR * scale); `seed`, `repeat`, `cache`.
-            Training: `lq_size` 48; `sample_q` 2304; `use_flip`, `use_rot`: true.
+    Options: see `dataset_options`; `dataroot_lq` and `dataroot_gt` are required, `meta_info_file` lists HR images.
 
     Raises:
         UserError: An option is missing or not allowed, an image has no partner, or an image is damaged, too small, or
@@ -166,7 +153,7 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
     def train_item(self, lq: np.ndarray, gt: np.ndarray, index: int) -> dict[str, Tensor]:
         rng, size = self.generator(index), self.lq_size
         top, left = draw_crop(rng, lq.shape, (size, size))
-        augment = self.augmentation(rng)
+        augment = draw_augmentation(rng, self.options.use_flip, self.options.use_rot)
         rows = patch_axis(top, size, lq.shape[0], gt.shape[0], augment.flip_rows)
         cols = patch_axis(left, size, lq.shape[1], gt.shape[1], augment.flip_cols)
         lq_patch = augment(lq[top : top + size, left : left + size])

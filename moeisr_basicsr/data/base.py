@@ -12,19 +12,11 @@ from .cache import SharedImages
 from .dataset_options import fail, read_options
 from .image_reader import to_float
 from .image_source import ImageSource
-from .sampling import Augmentation, draw_augmentation
-from .seeded import RepeatableDataset
+from .repeatable import RepeatableDataset
 
 
 class ArbitraryScaleDataset(RepeatableDataset):
-    """Base of the arbitrary-scale datasets.
-
-    Args:
-        opt: The dataset's options; not changed.
-
-    Raises:
-        UserError: An option is missing or not allowed.
-    """
+    """Base of the arbitrary-scale datasets."""
 
     def __init__(self, opt: dict):
         self.opt = deepcopy(dict(opt))
@@ -44,23 +36,12 @@ class ArbitraryScaleDataset(RepeatableDataset):
         """`source` itself, or with `cache: memory` the same images from memory."""
         return SharedImages(source, names) if self.options.cache == 'memory' else source
 
-    def augmentation(self, rng: np.random.Generator) -> Augmentation:
-        return draw_augmentation(rng, self.options.use_flip, self.options.use_rot)
-
     def lap(self, stage: str) -> None:
-        """Called at the end of each stage of a training item; does nothing. `basicsr profile --data` puts a clock here.
-
-        Args:
-            stage: 'read' (read and decode), 'resize' (crop, shrink to LR), 'queries' (augment, draw queries and their
-                coordinates) or 'tensor' (the LR patch as a tensor). Pairs are cut out and drawn in 'queries'.
-        """
+        """Called at the end of each stage of a training item: 'read', 'resize', 'queries', 'tensor'. Does nothing;
+        `basicsr profile --data` puts a clock here."""
 
     def position(self, index: int, count: int) -> int:
-        """Which of `count` images `index` means.
-
-        Raises:
-            IndexError: Below 0, or beyond the end in validation, where items do not repeat.
-        """
+        """Which of `count` images `index` means; in training beyond the end too, see `RepeatableDataset`."""
         if index < 0 or (not self.training and index >= count * self.options.repeat):
             raise IndexError(f'index {index} of {count * self.options.repeat}')
         return index % count

@@ -14,16 +14,14 @@ from .image_source import ImageSource
 class SharedImages:
     """Decodes each image of a source once, into memory shared by the processes that have this object.
 
-    It fills up as images are asked for. Two workers that ask for the same image at the same time both write it: the
-    same bytes, so nobody needs to wait.
+    Two workers that ask for the same image at the same time both write it: the same bytes, so nobody needs to wait.
 
     Args:
         source: The images.
         names: Those to keep room for.
 
     Raises:
-        UserError: An image's header is damaged, or the images need more shared memory than there is for the ranks of
-            this machine, each of which has them for itself.
+        UserError: An image's header is damaged, or there is not enough shared memory.
     """
 
     def __init__(self, source: ImageSource, names: list[str]):
@@ -52,19 +50,15 @@ class SharedImages:
 
 
 def _check_room(total: int, source: ImageSource) -> None:
-    """Writing past the end of /dev/shm kills the process without a word; containers often have 64 MB of it.
-
-    The pages are taken as they are written: a rank that looks first sees the room that the others will want.
-    """
-    ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    """Writing past the end of /dev/shm kills the process without a word; containers often have 64 MB of it."""
+    ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # each has the images for itself, and takes pages as it writes
     try:
         free = shutil.disk_usage('/dev/shm').free
     except OSError:  # not Linux: shared memory has no such limit
         return
     if total * ranks > free:
-        each = f' on each of {ranks} ranks' if ranks > 1 else ''
         raise UserError(
-            f'cache: memory needs {total / 2**30:.1f} GiB of shared memory{each} for the images of '
+            f'cache: memory needs {total / 2**30:.1f} GiB of shared memory on each of {ranks} ranks for the images of '
             f'{source.root}, /dev/shm has {free / 2**30:.1f} GiB free. Enlarge it (docker: --shm-size), or '
             'use cache: none with sub-images in an LMDB.'
         )

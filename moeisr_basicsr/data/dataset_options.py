@@ -33,10 +33,7 @@ CHOICES = {'phase': ('train', 'val', 'test'), 'cache': ('none', 'memory'), 'down
 
 
 def read_options(opt: dict) -> SimpleNamespace:
-    """A dataset's options with their defaults; factors as pairs (rows, columns).
-
-    Args:
-        opt: The `datasets: <section>` mapping; it is read, never changed.
+    """The `datasets: <section>` mapping with defaults, and `scale` as a pair; `opt` is not changed.
 
     Raises:
         UserError: A value is not allowed. The message names the dataset, the key, the value, and what is allowed.
@@ -54,26 +51,18 @@ def read_options(opt: dict) -> SimpleNamespace:
         if not isinstance(value, int) or value < least:
             raise fail(opt, f'{key} must be a whole number of at least {least}; got {value}.')
     if options.sample_q > options.lq_size**2:
-        raise fail(
-            opt,
-            f'sample_q must be at most lq_size squared, {options.lq_size**2}: at a factor of 1 an HR patch has no '
-            f'more pixels; got {options.sample_q}.',
-        )
-    for key in ('scale', 'scale_range'):
+        most = f'{options.lq_size**2}: at a factor of 1 an HR patch has no more pixels'
+        raise fail(opt, f'sample_q must be at most lq_size squared, {most}; got {options.sample_q}.')
+    if isinstance(options.scale, (int, float)):
+        options.scale = [options.scale] * 2
+    for key, pair in (('scale', 'a factor, or [rows, columns],'), ('scale_range', '[least, greatest]')):
         value = getattr(options, key)
-        pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
-        if value is not None and not (len(pair) == 2 and all(map(_is_factor, pair))):
-            kind = 'two factors [least, greatest]' if key == 'scale_range' else 'one factor or two [rows, columns]'
-            raise fail(opt, f'{key} must be {kind} of at least 1; got {value}.')
-        setattr(options, key, None if value is None else pair)
+        if value is not None and not (len(value) == 2 and 1 <= min(value) <= max(value) < math.inf):
+            raise fail(opt, f'{key} must be {pair} of at least 1; got {given[key]}.')
     if options.scale_range is not None and options.scale_range[0] > options.scale_range[1]:
-        raise fail(opt, f'scale_range must rise; got {list(options.scale_range)}.')
+        raise fail(opt, f'scale_range must rise; got {options.scale_range}.')
     return options
 
 
 def fail(opt: dict, message: str) -> UserError:
     return UserError(f'dataset {opt.get("name", opt.get("type", ""))}: {message}')
-
-
-def _is_factor(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 1

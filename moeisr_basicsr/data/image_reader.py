@@ -26,6 +26,9 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.webp', '.bmp')
 MAX_PIXELS = 1 << 30  # OpenCV's own limit; a few bytes of a hostile file could ask for more memory than there is
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANAR, TIFF_EXTRA = 258, 262, 284, 338  # tag numbers
 _pillow_lock = threading.Lock()
+if hasattr(os, 'register_at_fork'):  # a forked worker must not get a lock that another thread holds
+    _unlock = _pillow_lock.release
+    os.register_at_fork(before=_pillow_lock.acquire, after_in_parent=_unlock, after_in_child=_unlock)
 
 
 class ImageHeader(NamedTuple):
@@ -65,6 +68,7 @@ def read_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
 
     Raises:
         UserError: The file is missing, empty, damaged, no image, or of a kind that is not supported (32-bit or float).
+        MemoryError: There is not enough to decode it.
     """
     with _opened(source, name) as (image, name):
         bit_depth = _bit_depth(image)
@@ -120,15 +124,13 @@ def _opened(source: str | os.PathLike | bytes, name: str | None) -> Iterator[tup
                     yield image, name
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except UnidentifiedImageError:
         kinds = ', '.join(suffix[1:] for suffix in SUFFIXES)
         raise UserError(
             f'{name}: not an image that can be read, or its beginning is damaged; {kinds} of 8 or 16 bits can be.'
         ) from None
-    except MemoryError as error:
-        raise UserError(f'{name}: not enough memory to decode this image.') from error
     except Exception as error:  # a damaged file can end in almost any exception
         if isinstance(error, OSError) and error.strerror is not None:
             raise UserError(f'{name}: cannot be read ({error.strerror}).') from error

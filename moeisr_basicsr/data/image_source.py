@@ -1,8 +1,9 @@
-"""Where a dataset's images come from: a folder, a list in a meta_info file, or an LMDB, by BasicSR's FileClient."""
+"""Where a dataset's images come from: a folder, or an LMDB, which BasicSR's FileClient reads."""
 
 import os
 from pathlib import Path
 
+import lmdb
 import numpy as np
 from basicsr.utils import FileClient
 
@@ -10,17 +11,18 @@ from moeisr_basicsr.errors import UserError, did_you_mean
 
 from .image_reader import SUFFIXES, ImageHeader, is_image_name, read_header, read_image
 
+BACKENDS = ('disk', 'lmdb')
 CLIENT_KEY = 'images'
-_clients: dict[str, FileClient] = {}  # by their options, shared: a process may open an LMDB only once
+_clients: dict[Path, FileClient] = {}  # shared by all datasets: a process may open an LMDB only once
 
 
 class ImageSource:
-    """The images of one folder or LMDB, by name, in sorted order.
+    """The images of one folder or LMDB, by name.
 
     Args:
         root: Folder, or LMDB folder with its meta_info.txt.
         option: The option that gave `root`, for errors.
-        io_backend: BasicSR's `io_backend` section; `type` is disk (default), lmdb or memcached.
+        io_backend: BasicSR's `io_backend` section; `type` is disk (default) or lmdb.
         meta_info_file: Text file; the first word of each line names an image below `root`, or an LMDB record with or
             without its suffix. Without it: every image of the folder itself, or every record.
 
@@ -33,47 +35,31 @@ class ImageSource:
 
     def __init__(self, root: str, option: str, io_backend: dict | None = None, meta_info_file: str | None = None):
         self.root = Path(root).expanduser()
-        self.client_options = {'backend': 'disk', **(io_backend or {})}
-        self.backend = self.client_options['backend'] = self.client_options.pop('type', 'disk')
-        known = sorted(FileClient._backends)
-        if self.backend not in known:
+        self.backend = (io_backend or {}).get('type', 'disk')
+        if self.backend not in BACKENDS:
             raise UserError(
-                f"io_backend: type '{self.backend}' is not one of {', '.join(known)}."
-                f'{did_you_mean(self.backend, known)}'
+                f"io_backend: type '{self.backend}' is not one of {', '.join(BACKENDS)}."
+                f'{did_you_mean(self.backend, BACKENDS)}'
             )
         if not self.root.is_dir():
             raise UserError(f'{option}: {root} is not a folder.')
-        listed = None if meta_info_file is None else _first_words(meta_info_file, 'meta_info_file')
-        if self.backend == 'lmdb':
-            self.client_options.update(db_paths=[str(self.root.resolve())], client_keys=[CLIENT_KEY])
-            _clients.pop(str(self.client_options), None)  # the LMDB may have been made anew since
-            self.names = self._records(option)
-            if listed is not None:
-                listed = [os.path.splitext(name)[0] for name in listed]
-                records = set(self.names)
-                if missing := next((name for name in listed if name not in records), None):
-                    raise UserError(
-                        f'{meta_info_file}: there is no record {missing} in {self.root}.'
-                        f'{did_you_mean(missing, self.names)}'
-                    )
-        elif listed is None:
-            self.names = self._files(option)
-        elif self.backend == 'disk' and (
-            missing := next((name for name in listed if not (self.root / name).is_file()), None)
-        ):
-            raise UserError(f'{meta_info_file}: {missing} is not in {self.root}.')
-        self.names = listed or self.names
-
-    def _files(self, option: str) -> list[str]:
-        names = sorted(
-            entry.name
-            for entry in os.scandir(self.root)
-            if is_image_name(entry.name) and not entry.name.startswith('.') and entry.is_file()
-        )
+        _clients.pop(self.root, None)  # an LMDB may have been made anew since
+        names = self._records(option) if self.backend == 'lmdb' else self._files()
+        if meta_info_file is not None:
+            listed = _first_words(meta_info_file, 'meta_info_file', with_suffix=self.backend != 'lmdb')
+            known_names = set(names)
+            for name in listed:
+                if name not in known_names and (self.backend == 'lmdb' or not (self.root / name).is_file()):
+                    raise UserError(f'{meta_info_file}: {name} is not in {self.root}.{did_you_mean(name, names)}')
+            names = listed
         if not names:
             kinds = ', '.join(suffix[1:] for suffix in SUFFIXES)
             raise UserError(f'{option}: {self.root} has no image directly in it ({kinds}).')
-        return names
+        self.names = names
+
+    def _files(self) -> list[str]:
+        entries = (entry for entry in os.scandir(self.root) if is_image_name(entry.name) and entry.is_file())
+        return sorted(entry.name for entry in entries if not entry.name.startswith('.'))
 
     def _records(self, option: str) -> list[str]:
         own_list = self.root / 'meta_info.txt'
@@ -81,7 +67,7 @@ class ImageSource:
             raise UserError(
                 f'{option}: {self.root} is not an LMDB with a meta_info.txt; scripts/create_lmdb.py makes one.'
             )
-        return [os.path.splitext(name)[0] for name in _first_words(own_list, option)]
+        return _first_words(own_list, option, with_suffix=False)
 
     def path(self, name: str) -> str:
         """What items call an image: its file, or its record's key inside the LMDB's folder."""
@@ -105,28 +91,24 @@ class ImageSource:
 
     def _read(self, name: str) -> tuple[bytes | str, str]:
         """The path or the bytes of an image, and its name in errors."""
-        path = self.path(name)
+        path, label = self.path(name), f'{self.root}: record {name}'
         if self.backend == 'disk':
             return path, path
-        label = f'{self.root}: record {name}' if self.backend == 'lmdb' else path
-        key = str(self.client_options)
-        if key not in _clients:
-            _clients[key] = FileClient(**self.client_options)
         try:
-            data = _clients[key].get(name if self.backend == 'lmdb' else path, CLIENT_KEY)
-        except Exception as error:  # the backends let through whatever their library raises
-            raise UserError(f'{label}: cannot be read ({" ".join(str(error).split())}).') from error
+            if self.root not in _clients:
+                _clients[self.root] = FileClient('lmdb', db_paths=str(self.root), client_keys=CLIENT_KEY)
+            data = _clients[self.root].get(name, CLIENT_KEY)
+        except lmdb.Error as error:
+            raise UserError(f'{label}: cannot be read ({error}).') from error
         if data is None:
             raise UserError(f'{label}: the LMDB has no such record, although its meta_info.txt lists it.')
-        return bytes(data), label
+        return data, label
 
 
 def _close_clients() -> None:
     """In a forked worker: what the parent opened must be neither used nor left open, or it cannot be opened again."""
     for client in _clients.values():
-        if client.backend == 'lmdb':
-            for environment in client.client._client.values():
-                environment.close()
+        client.client._client[CLIENT_KEY].close()
     _clients.clear()
 
 
@@ -134,7 +116,7 @@ if hasattr(os, 'register_at_fork'):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_close_clients)
 
 
-def _first_words(path: str | os.PathLike, option: str) -> list[str]:
+def _first_words(path: str | os.PathLike, option: str, with_suffix: bool) -> list[str]:
     """The first word of every line that is not empty."""
     try:
         lines = Path(path).expanduser().read_text(encoding='utf-8').splitlines()
@@ -144,4 +126,4 @@ def _first_words(path: str | os.PathLike, option: str) -> list[str]:
     words = [line.split()[0] for line in lines if line.strip()]
     if not words:
         raise UserError(f'{option}: {path} lists no image.')
-    return words
+    return words if with_suffix else [os.path.splitext(word)[0] for word in words]

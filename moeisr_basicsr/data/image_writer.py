@@ -11,7 +11,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,37 +18,25 @@ from moeisr_basicsr.atomic_file import temporary_path
 from moeisr_basicsr.errors import UserError, did_you_mean
 
 from .image_reader import to_float
-from .strip_encoders import block_rows, pillow_encoder, png_encoder, tiff_encoder
+from .strip_encoders import ENCODERS, pillow_encoder
 
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # BT.601; the three channels of a grey image hardly differ after upscaling
 
 
-class Format(NamedTuple):
-    """What a file format can hold."""
-
-    name: str  # Pillow's
-    longest: int  # side, in pixels
-    alpha: bool = False
-    deep: bool = False  # 16 bits
-
-
+# suffix -> Pillow's name, longest side in pixels, whether it holds 16 bits, whether transparency
 FORMATS = {
-    '.png': Format('PNG', 2**31 - 1, alpha=True, deep=True),
-    '.jpg': Format('JPEG', 65535),
-    '.jpeg': Format('JPEG', 65535),
-    '.tif': Format('TIFF', 2**31 - 1, alpha=True, deep=True),
-    '.tiff': Format('TIFF', 2**31 - 1, alpha=True, deep=True),
-    '.webp': Format('WEBP', 16383, alpha=True),
-    '.bmp': Format('BMP', 2**31 - 1),
+    '.png': ('PNG', 2**31 - 1, True, True),
+    '.jpg': ('JPEG', 65535, False, False),
+    '.jpeg': ('JPEG', 65535, False, False),
+    '.tif': ('TIFF', 2**31 - 1, True, True),
+    '.tiff': ('TIFF', 2**31 - 1, True, True),
+    '.webp': ('WEBP', 16383, False, True),
+    '.bmp': ('BMP', 2**31 - 1, False, False),
 }
 
 
 def check_writable(path: str | os.PathLike, size: tuple[int, int], bit_depth: int = 8, has_alpha: bool = False) -> None:
-    """Whether an image of this kind can be written to `path` without loss of what it has; before any work is done.
-
-    Args:
-        path: The file; its suffix says the format.
-        size: (rows, columns).
+    """Whether an image of `size` (rows, columns) can be written to `path` without loss; before any work is done.
 
     Raises:
         UserError: An unknown suffix, a missing folder, or a format that has no 16 bits, transparency or such a size.
@@ -62,14 +49,14 @@ def check_writable(path: str | os.PathLike, size: tuple[int, int], bit_depth: in
         )
     if not Path(path).absolute().parent.is_dir():
         raise UserError(f'{path}: the folder {Path(path).parent} does not exist.')
-    form = FORMATS[suffix]
+    name, longest, holds_16_bits, holds_alpha = FORMATS[suffix]
     for lacks, what in (
-        (bit_depth > 8 and not form.deep, '16 bits'),
-        (has_alpha and not form.alpha, 'transparency'),
-        (max(size) > form.longest, f'{size[0]} x {size[1]} pixels'),
+        (bit_depth == 16 and not holds_16_bits, '16 bits'),
+        (has_alpha and not holds_alpha, 'transparency'),
+        (max(size) > longest, f'{size[0]} x {size[1]} pixels'),
     ):
         if lacks:
-            raise UserError(f'{path}: {form.name} cannot hold {what}; write .png or .tif.')
+            raise UserError(f'{path}: {name} cannot hold {what}; write .png or .tif.')
 
 
 def write_image(
@@ -81,16 +68,12 @@ def write_image(
     icc_profile: bytes | None = None,
     exif: bytes | None = None,
 ) -> None:
-    """Write a whole image; an existing file is replaced.
+    """Write a whole image; an existing file is replaced. Other arguments and errors are those of `strip_writer`.
 
     Args:
-        path, bit_depth, icc_profile, exif: As `strip_writer`.
         rgb: (H, W, 3) float in [0, 1], uint8 or uint16.
         alpha: (H, W), of the same kinds.
         grey: Write one channel, the luma of `rgb`.
-
-    Raises:
-        UserError: As `strip_writer`.
     """
     pixels = join_channels(rgb, alpha, bit_depth, grey)
     with strip_writer(path, *pixels.shape, bit_depth, icc_profile, exif) as write:
@@ -151,20 +134,12 @@ def strip_writer(
         nonlocal row
         assert rows.shape[1:] == shape[1:] and rows.dtype == dtype and row + len(rows) <= height, (rows.shape, shape)
         row += len(rows)
-        step = block_rows(shape, dtype)
-        for start in range(0, len(rows), step):
-            encode(np.ascontiguousarray(rows[start : start + step]))
+        encode(np.ascontiguousarray(rows))
 
     try:
         with open(temporary, 'wb') as file:
-            kind = FORMATS[Path(path).suffix.lower()].name
-            if kind == 'PNG':
-                encoder = png_encoder(file, shape, dtype, icc_profile, exif)
-            elif kind == 'TIFF':
-                encoder = tiff_encoder(file, shape, dtype, icc_profile)
-            else:
-                encoder = pillow_encoder(file, shape, kind, icc_profile, exif)
-            with encoder as encode:
+            kind = FORMATS[Path(path).suffix.lower()][0]
+            with ENCODERS.get(kind, pillow_encoder)(file, kind, shape, dtype, icc_profile, exif) as encode:
                 yield write
                 assert row == height, (row, height)
             file.flush()

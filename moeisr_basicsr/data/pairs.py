@@ -38,8 +38,7 @@ def find_pairs(lq: ImageSource, gt: ImageSource, template: str) -> list[tuple[st
     """
     by_stem: dict[str, str] = {}
     for name in lq.names:
-        other = by_stem.setdefault(lq.stem(name), name)
-        if other != name:
+        if (other := by_stem.setdefault(lq.stem(name), name)) != name:
             raise UserError(f'{lq.path(name)} and {other} could both be the partner of one HR image.')
     pairs, taken = [], {}  # taken: LR name -> its HR image
     for name in gt.names:

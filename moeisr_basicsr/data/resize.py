@@ -32,14 +32,9 @@ def imresize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     Integer images are rounded (halves up) and clipped after each of the two passes, as MATLAB does: the published
     low-resolution images are reproduced bit for bit. Sums are in float64.
-
-    Raises:
-        ValueError: A size below 1, an empty image, or another type of values.
     """
-    if image.ndim not in (2, 3) or 0 in image.shape or min(size) < 1:
-        raise ValueError(f'image and size must not be empty; got shape {image.shape} and size {size}.')
-    if image.dtype not in (np.uint8, np.uint16, np.float32, np.float64):
-        raise ValueError(f'The image must be uint8, uint16, float32 or float64; got {image.dtype}.')
+    if 0 in image.shape or min(size) < 1 or image.dtype not in (np.uint8, np.uint16, np.float32, np.float64):
+        raise ValueError(f'{image.shape} {image.dtype} cannot be resized to {size}.')
     factors = [m / n for m, n in zip(size, image.shape)]
     result = image.copy()
     for axis in (0, 1) if factors[0] <= factors[1] else (1, 0):

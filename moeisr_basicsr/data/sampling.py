@@ -1,4 +1,4 @@
-"""Random draws of a training item: scale, crop, augmentation, queries. All come from one generator (see `seeded`).
+"""Random draws of a training item: scale, crop, augmentation, queries. All come from one generator (see `repeatable`).
 
 Shapes: (R, S) HR patch, Q queries.
 """

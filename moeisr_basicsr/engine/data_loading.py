@@ -12,8 +12,7 @@ import torch
 from basicsr.data import build_dataset
 from torch.utils.data import DataLoader, get_worker_info
 
-from moeisr_basicsr.data.sampler import EnlargedSampler
-from moeisr_basicsr.data.seeded import SeededDataset
+from moeisr_basicsr.data.repeatable import EnlargedSampler, SeededDataset
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.models.worker_errors import clear_worker_errors
 
