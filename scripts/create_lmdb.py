@@ -65,8 +65,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         '--skip-damaged', action='store_true', help='leave out files that cannot be read, and list them'
     )
     args = parser.parse_args(argv)
-    if not args.output.endswith('.lmdb'):
-        raise UserError(f'--output: {args.output} must end in .lmdb, which BasicSR asks for.')
     for option, _, _, least, _ in NUMBERS:
         value = getattr(args, option[2:].replace('-', '_'))
         if value is not None and not value >= least:
@@ -125,7 +123,9 @@ def make(job: Job) -> tuple[dict, dict[str, bytes]]:
     Returns:
         An entry of the log: `key`, `lines` of meta_info.txt, `notes` of what was left out. And key -> PNG file.
     """
-    lines, notes, images = [], [], {}
+    lines: list[str] = []
+    notes: list[str] = []
+    images: dict[str, bytes] = {}
     entry = {'key': job.key, 'lines': lines, 'notes': notes}
     try:
         source = read_image(job.path)
@@ -156,6 +156,8 @@ def build(jobs: list[Job], settings: dict, output: str, resume: bool, workers: i
     The result depends on `settings`; a resumed run must have the same.
     """
     folder = Path(f'{output}.partial')
+    if not output.endswith('.lmdb'):
+        raise UserError(f'--output: {output} must end in .lmdb, which BasicSR asks for.')
     if Path(output).exists():
         raise UserError(f'{output} exists already; it is never overwritten. Remove it, or choose another name.')
     if folder.exists() and not resume:

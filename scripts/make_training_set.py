@@ -123,9 +123,7 @@ def run(args: argparse.Namespace) -> None:
     }
     log = Path(args.output).with_suffix('.json')
     log.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
-    print(
-        f'{len(tests)} test images compared; the nearest pair that is left differs in {least} of {HASH_SIDE**2} bits.'
-    )
+    print(f'{len(tests)} test images compared; the nearest pair left differs in {least} of {HASH_SIDE**2} bits.')
     print(f'Checksums: {log}; of the content: {record["content_sha256"]}')
 
 

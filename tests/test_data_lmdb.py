@@ -117,6 +117,8 @@ def test_an_interrupted_run_goes_on(script, folder, tmp_path, monkeypatch, capsy
     assert '--resume goes on' in capsys.readouterr().err
     assert script.main([*arguments, '--resume', '--step', '4']) == 2
     assert 'other settings' in capsys.readouterr().err
+    with open(tmp_path / 'out.lmdb.partial' / 'progress.jsonl', 'a') as log:
+        log.write('\n{"key": "gr')  # the machine went down
     again = []
     monkeypatch.setattr(script, 'make', lambda job: again.append(job.key) or original(job))
     assert script.main([*arguments, '--resume']) == 0

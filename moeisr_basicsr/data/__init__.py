@@ -1,7 +1,7 @@
 """Data. Importing this package registers every `*_dataset.py` in BasicSR's DATASET_REGISTRY.
 
-It also puts `repeatable.EnlargedSampler` in the place of BasicSR's in BasicSR's own training loop: without it the repeats
-of an image within an epoch, and the epochs themselves, would draw the same patches.
+It also puts `EnlargedSampler` in the place of BasicSR's in BasicSR's own training loop: without it the repeats of an
+image within an epoch, and the epochs themselves, would draw the same patches.
 """
 
 import basicsr.train

@@ -52,7 +52,7 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
         self.images = self.open_cache(self.source, self.names)
 
     def __len__(self) -> int:
-        return len(self.names) * self.options.repeat
+        return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         name = self.names[self.position(index, len(self.names))]
@@ -77,7 +77,7 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
         queries = draw_queries(rng, hr_patch, options.sample_q)
         self.lap('queries')
         factors = torch.tensor(hr_patch.shape[:2], dtype=torch.float32) / self.lq_size
-        item = {'lq': to_tensor(lq_patch), **queries._asdict(), 'scale': factors}
+        item = {'lq': to_tensor(lq_patch), **queries, 'scale': factors}
         self.lap('tensor')
         return item
 
@@ -134,7 +134,7 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
         self.lq_images = self.open_cache(self.lq_source, [lq for lq, _ in self.pairs])
 
     def __len__(self) -> int:
-        return len(self.pairs) * self.options.repeat
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         lq_name, gt_name = self.pairs[self.position(index, len(self.pairs))]
@@ -164,6 +164,6 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
         cell = torch.tensor([rows.cell, cols.cell])
         queries = draw_queries(rng, gt_patch, self.options.sample_q, (rows.coord, cols.coord), cell)
         self.lap('queries')
-        item = {'lq': to_tensor(lq_patch), **queries._asdict(), 'scale': torch.tensor(scale)}
+        item = {'lq': to_tensor(lq_patch), **queries, 'scale': torch.tensor(scale)}
         self.lap('tensor')
         return item

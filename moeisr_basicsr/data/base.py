@@ -30,7 +30,7 @@ class ArbitraryScaleDataset(RepeatableDataset):
         if self.opt.get(root_key) is None:
             raise fail(self.opt, f"the key '{root_key}' is missing.")
         where = str(fail(self.opt, root_key))
-        return ImageSource(self.opt[root_key], where, self.options.io_backend, meta_info_file)
+        return ImageSource(self.opt[root_key], where, self.options.backend == 'lmdb', meta_info_file)
 
     def open_cache(self, source: ImageSource, names: list[str]) -> SharedImages | ImageSource:
         """`source` itself, or with `cache: memory` the same images from memory."""
@@ -42,8 +42,8 @@ class ArbitraryScaleDataset(RepeatableDataset):
 
     def position(self, index: int, count: int) -> int:
         """Which of `count` images `index` means; in training beyond the end too, see `RepeatableDataset`."""
-        if index < 0 or (not self.training and index >= count * self.options.repeat):
-            raise IndexError(f'index {index} of {count * self.options.repeat}')
+        if index < 0 or (not self.training and index >= count):
+            raise IndexError(f'index {index} of {count}')
         return index % count
 
 

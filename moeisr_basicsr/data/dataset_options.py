@@ -13,10 +13,9 @@ from .resize import METHODS
 
 DEFAULTS: dict[str, Any] = {
     'phase': 'train',
-    'io_backend': None,
+    'io_backend': {},
     'meta_info_file': None,
     'cache': 'none',
-    'repeat': 1,
     'lq_size': 48,
     'sample_q': 2304,
     'use_flip': True,
@@ -29,7 +28,12 @@ DEFAULTS: dict[str, Any] = {
     'seed': None,  # `manual_seed` of the run, which the training loop hands on, or 0
     'manual_seed': None,
 }
-CHOICES = {'phase': ('train', 'val', 'test'), 'cache': ('none', 'memory'), 'downsample': tuple(METHODS)}
+CHOICES = {
+    'phase': ('train', 'val', 'test'),
+    'backend': ('disk', 'lmdb'),
+    'cache': ('none', 'memory'),
+    'downsample': tuple(METHODS),
+}
 
 
 def read_options(opt: dict) -> SimpleNamespace:
@@ -40,13 +44,14 @@ def read_options(opt: dict) -> SimpleNamespace:
     """
     given = {key: value for key, value in opt.items() if value is not None}
     options = SimpleNamespace(**DEFAULTS | given)
+    options.backend = options.io_backend.get('type', 'disk')
     options.downsample = options.downsample or ('pil' if options.phase == 'train' else 'matlab')
     options.seed = (options.manual_seed or 0) if options.seed is None else options.seed
     for key, allowed in CHOICES.items():
         value = getattr(options, key)
         if value not in allowed:
             raise fail(opt, f"{key} must be one of {', '.join(allowed)}; got '{value}'.{did_you_mean(value, allowed)}")
-    for key, least in (('repeat', 1), ('lq_size', 1), ('sample_q', 1), ('seed', 0)):
+    for key, least in (('lq_size', 1), ('sample_q', 1), ('seed', 0)):
         value = getattr(options, key)
         if not isinstance(value, int) or value < least:
             raise fail(opt, f'{key} must be a whole number of at least {least}; got {value}.')

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from moeisr_basicsr.errors import UserError
 
@@ -103,7 +104,7 @@ def to_float(image: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _opened(source: str | os.PathLike | bytes, name: str | None) -> Iterator[tuple[Image.Image, str]]:
+def _opened(source: str | os.PathLike | bytes, name: str | None) -> Iterator[tuple[ImageFile, str]]:
     """Pillow's image, not decoded yet, and its name, which every error inside gets.
 
     Pillow's own limit on the size of images is global; it is off as long as this one is open, one at a time.
@@ -138,22 +139,22 @@ def _opened(source: str | os.PathLike | bytes, name: str | None) -> Iterator[tup
         raise UserError(f'{name}: the image is damaged or of an unsupported kind ({reason:.120}).') from error
 
 
-def _bit_depth(image: Image.Image) -> int:
+def _bit_depth(image: ImageFile) -> int:
     """8 or 16; smaller depths count as 8."""
     if image.format == 'TIFF':
-        return 16 if max(image.tag_v2.get(TIFF_BITS, (8,))) == 16 else 8
+        return 16 if max(getattr(image, 'tag_v2', {}).get(TIFF_BITS, (8,))) == 16 else 8
     # Pillow's mode does not tell it: the raw mode of its PNG decoder does, 'RGB;16B'.
     return 16 if image.format == 'PNG' and any('16' in str(tile[3]) for tile in image.tile) else 8
 
 
 def _decode_8_bit(image: Image.Image, profile: bytes | None, name: str) -> np.ndarray:
-    """(H, W, 3) or (H, W, 4) uint8."""
+    """(H, W, 3) or (H, W, 4) uint8; `profile` is that of a CMYK image."""
     if image.mode in ('I', 'F', 'LAB'):
         raise UserError(f"{name}: images of mode '{image.mode}' are not supported; store it with 8 or 16 bits.")
     if image.mode == 'CMYK' and profile is not None:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile('sRGB'), outputMode='RGB')
+            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile('sRGB'), outputMode='RGB') or image
         except (ImageCms.PyCMSError, OSError):
             pass  # a broken or wrong profile: as if there were none
     has_alpha = image.mode.endswith(('A', 'a')) or 'transparency' in image.info

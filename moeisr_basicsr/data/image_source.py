@@ -11,7 +11,6 @@ from moeisr_basicsr.errors import UserError, did_you_mean
 
 from .image_reader import SUFFIXES, ImageHeader, is_image_name, read_header, read_image
 
-BACKENDS = ('disk', 'lmdb')
 CLIENT_KEY = 'images'
 _clients: dict[Path, FileClient] = {}  # shared by all datasets: a process may open an LMDB only once
 
@@ -22,7 +21,7 @@ class ImageSource:
     Args:
         root: Folder, or LMDB folder with its meta_info.txt.
         option: The option that gave `root`, for errors.
-        io_backend: BasicSR's `io_backend` section; `type` is disk (default) or lmdb.
+        is_lmdb: Whether it is one.
         meta_info_file: Text file; the first word of each line names an image below `root`, or an LMDB record with or
             without its suffix. Without it: every image of the folder itself, or every record.
 
@@ -30,36 +29,30 @@ class ImageSource:
         names: File names below `root`, or LMDB keys.
 
     Raises:
-        UserError: A missing folder, file or record list, an unknown backend, or no image.
+        UserError: A missing folder, file or record list, or no image.
     """
 
-    def __init__(self, root: str, option: str, io_backend: dict | None = None, meta_info_file: str | None = None):
+    def __init__(self, root: str, option: str, is_lmdb: bool = False, meta_info_file: str | None = None):
         self.root = Path(root).expanduser()
-        self.backend = (io_backend or {}).get('type', 'disk')
-        if self.backend not in BACKENDS:
-            raise UserError(
-                f"io_backend: type '{self.backend}' is not one of {', '.join(BACKENDS)}."
-                f'{did_you_mean(self.backend, BACKENDS)}'
-            )
+        self.is_lmdb, self.database = is_lmdb, self.root.resolve()
         if not self.root.is_dir():
             raise UserError(f'{option}: {root} is not a folder.')
-        _clients.pop(self.root, None)  # an LMDB may have been made anew since
-        names = self._records(option) if self.backend == 'lmdb' else self._files()
+        _clients.pop(self.database, None)  # an LMDB may have been made anew since
+        self.names = self._records(option) if is_lmdb else self._files(option)
         if meta_info_file is not None:
-            listed = _first_words(meta_info_file, 'meta_info_file', with_suffix=self.backend != 'lmdb')
-            known_names = set(names)
+            known, listed = set(self.names), _first_words(meta_info_file, 'meta_info_file', is_lmdb)
             for name in listed:
-                if name not in known_names and (self.backend == 'lmdb' or not (self.root / name).is_file()):
-                    raise UserError(f'{meta_info_file}: {name} is not in {self.root}.{did_you_mean(name, names)}')
-            names = listed
+                if name not in known and (is_lmdb or not (self.root / name).is_file()):
+                    raise UserError(f'{meta_info_file}: {name} is not in {self.root}.{did_you_mean(name, known)}')
+            self.names = listed
+
+    def _files(self, option: str) -> list[str]:
+        entries = (entry for entry in os.scandir(self.root) if is_image_name(entry.name) and entry.is_file())
+        names = sorted(entry.name for entry in entries if not entry.name.startswith('.'))
         if not names:
             kinds = ', '.join(suffix[1:] for suffix in SUFFIXES)
             raise UserError(f'{option}: {self.root} has no image directly in it ({kinds}).')
-        self.names = names
-
-    def _files(self) -> list[str]:
-        entries = (entry for entry in os.scandir(self.root) if is_image_name(entry.name) and entry.is_file())
-        return sorted(entry.name for entry in entries if not entry.name.startswith('.'))
+        return names
 
     def _records(self, option: str) -> list[str]:
         own_list = self.root / 'meta_info.txt'
@@ -67,7 +60,7 @@ class ImageSource:
             raise UserError(
                 f'{option}: {self.root} is not an LMDB with a meta_info.txt; scripts/create_lmdb.py makes one.'
             )
-        return _first_words(own_list, option, with_suffix=False)
+        return _first_words(own_list, option, is_lmdb=True)
 
     def path(self, name: str) -> str:
         """What items call an image: its file, or its record's key inside the LMDB's folder."""
@@ -75,7 +68,7 @@ class ImageSource:
 
     def stem(self, name: str) -> str:
         """File name without folder and suffix, or the record's key."""
-        return name if self.backend == 'lmdb' else Path(name).stem
+        return name if self.is_lmdb else Path(name).stem
 
     def rgb(self, name: str) -> np.ndarray:
         """(H, W, 3) uint8 or uint16. Transparency is left out: training and evaluation compare colours.
@@ -91,14 +84,14 @@ class ImageSource:
 
     def _read(self, name: str) -> tuple[bytes | str, str]:
         """The path or the bytes of an image, and its name in errors."""
-        path, label = self.path(name), f'{self.root}: record {name}'
-        if self.backend == 'disk':
-            return path, path
+        if not self.is_lmdb:
+            return self.path(name), self.path(name)
+        label = f'{self.root}: record {name}'
         try:
-            if self.root not in _clients:
-                _clients[self.root] = FileClient('lmdb', db_paths=str(self.root), client_keys=CLIENT_KEY)
-            data = _clients[self.root].get(name, CLIENT_KEY)
-        except lmdb.Error as error:
+            if self.database not in _clients:
+                _clients[self.database] = FileClient('lmdb', db_paths=str(self.database), client_keys=CLIENT_KEY)
+            data = _clients[self.database].get(name, CLIENT_KEY)
+        except (lmdb.Error, UnicodeError) as error:
             raise UserError(f'{label}: cannot be read ({error}).') from error
         if data is None:
             raise UserError(f'{label}: the LMDB has no such record, although its meta_info.txt lists it.')
@@ -116,8 +109,8 @@ if hasattr(os, 'register_at_fork'):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_close_clients)
 
 
-def _first_words(path: str | os.PathLike, option: str, with_suffix: bool) -> list[str]:
-    """The first word of every line that is not empty."""
+def _first_words(path: str | os.PathLike, option: str, is_lmdb: bool) -> list[str]:
+    """The first word of every line that is not empty; keys have no suffix."""
     try:
         lines = Path(path).expanduser().read_text(encoding='utf-8').splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -126,4 +119,4 @@ def _first_words(path: str | os.PathLike, option: str, with_suffix: bool) -> lis
     words = [line.split()[0] for line in lines if line.strip()]
     if not words:
         raise UserError(f'{option}: {path} lists no image.')
-    return words if with_suffix else [os.path.splitext(word)[0] for word in words]
+    return [os.path.splitext(word)[0] for word in words] if is_lmdb else words

@@ -76,7 +76,8 @@ def write_image(
         grey: Write one channel, the luma of `rgb`.
     """
     pixels = join_channels(rgb, alpha, bit_depth, grey)
-    with strip_writer(path, *pixels.shape, bit_depth, icc_profile, exif) as write:
+    height, width, channels = pixels.shape
+    with strip_writer(path, height, width, channels, bit_depth, icc_profile, exif) as write:
         write(pixels)
 
 

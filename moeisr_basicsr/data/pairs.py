@@ -40,7 +40,8 @@ def find_pairs(lq: ImageSource, gt: ImageSource, template: str) -> list[tuple[st
     for name in lq.names:
         if (other := by_stem.setdefault(lq.stem(name), name)) != name:
             raise UserError(f'{lq.path(name)} and {other} could both be the partner of one HR image.')
-    pairs, taken = [], {}  # taken: LR name -> its HR image
+    pairs: list[tuple[str, str]] = []
+    taken: dict[str, str] = {}  # LR name -> its HR image
     for name in gt.names:
         wanted = template.format(gt.stem(name))
         if wanted not in by_stem:

@@ -28,14 +28,6 @@ class Augmentation(NamedTuple):
         return image.swapaxes(0, 1) if self.transpose else image
 
 
-class Queries(NamedTuple):
-    """Output positions and their true colours, in LIIF's convention."""
-
-    gt: Tensor  # (Q, C) fp32 in [0, 1]
-    coord: Tensor  # (Q, 2) fp32 in [-1, 1], rows first
-    cell: Tensor  # (Q, 2) fp32, 2 / output size
-
-
 def round_half_up(value: float) -> int:
     return math.floor(value + 0.5)
 
@@ -63,8 +55,8 @@ def draw_queries(
     count: int,
     coords: tuple[Tensor, Tensor] | None = None,
     cell: Tensor | None = None,
-) -> Queries:
-    """`count` different pixels of an HR patch, each as likely as any other.
+) -> dict[str, Tensor]:
+    """`count` different pixels of an HR patch as queries in LIIF's convention, each as likely as any other.
 
     Args:
         hr_patch: (R, S, C) uint8 or uint16.
@@ -72,6 +64,9 @@ def draw_queries(
         coords: (R,) fp32 coordinates of the patch's rows in the LR patch and (S,) of its columns; by default the HR
             patch covers exactly the LR patch.
         cell: (2,) fp32, given with `coords`.
+
+    Returns:
+        `gt` (Q, C) in [0, 1]; `coord` (Q, 2) in [-1, 1]; `cell` (Q, 2), 2 / output size; fp32.
     """
     size = hr_patch.shape[:2]
     if coords is None or cell is None:
@@ -79,4 +74,4 @@ def draw_queries(
     row, col = np.divmod(rng.choice(size[0] * size[1], count, replace=False), size[1])  # (Q,)
     coord = torch.stack([coords[0][torch.from_numpy(row)], coords[1][torch.from_numpy(col)]], dim=-1)  # (Q, 2)
     gt = torch.from_numpy(to_float(hr_patch[row, col]))  # (Q, C)
-    return Queries(gt, coord, cell.expand(count, 2).contiguous())
+    return {'gt': gt, 'coord': coord, 'cell': cell.expand(count, 2).contiguous()}
