@@ -12,11 +12,8 @@ import math
 from functools import lru_cache
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy import sparse
-
-from moeisr_basicsr.core.skip import keys_kernel
 
 KERNEL_WIDTH = 4.0  # support of the cubic kernel
 BLOCK = 1 << 16  # values per input block and pass: the block in float64 and its result stay in the cache
@@ -63,6 +60,14 @@ def pil_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 METHODS = {'matlab': imresize, 'pil': pil_resize}
 
 
+def cubic(distance: np.ndarray) -> np.ndarray:
+    """`core.skip.keys_kernel` in MATLAB's order of operations: halves are rounded up or down by the last bit."""
+    near = np.abs(distance)
+    near2, near3 = near**2, near**3
+    inner = (1.5 * near3 - 2.5 * near2 + 1) * (near <= 1)
+    return inner + (-0.5 * near3 + 2.5 * near2 - 4 * near + 2) * ((near > 1) & (near <= 2))
+
+
 @lru_cache(maxsize=1024)  # a training run meets a few hundred (crop, patch) sizes
 def _tap_matrix(n: int, m: int) -> sparse.csr_matrix:
     """Weights of one axis as a sparse (m, n) matrix, as `contributions` in MATLAB's imresize.m."""
@@ -73,7 +78,7 @@ def _tap_matrix(n: int, m: int) -> sparse.csr_matrix:
     centre = np.arange(1, m + 1) / scale + 0.5 * (1 - 1 / scale)  # (m,)
     left = np.floor(centre - width / 2)
     index = left[:, None] + np.arange(math.ceil(width) + 2)  # (m, T)
-    weight = keys_kernel(torch.from_numpy(stretch * (centre[:, None] - index))).numpy() * stretch
+    weight = stretch * cubic(stretch * (centre[:, None] - index))
     weight /= weight.sum(axis=1, keepdims=True)
     mirrored = np.concatenate([np.arange(n), np.arange(n)[::-1]])
     index = mirrored[(index.astype(np.int64) - 1) % (2 * n)]
@@ -88,7 +93,7 @@ def _resize_axis(image: np.ndarray, axis: int, matrix: sparse.csr_matrix) -> np.
     m, n = matrix.shape
     result = np.empty((*image.shape[:axis], m, *image.shape[axis + 1 :]), image.dtype)
     source, target = (array.swapaxes(0, axis) for array in (image, result))  # (n, lines, C), (m, lines, C)
-    step = max(BLOCK // (n * math.prod(source.shape[2:])), 1)
+    step = max(BLOCK // (n * math.prod(source.shape[2:])), 16)  # products with fewer lines are slow
     for start in range(0, source.shape[1], step):
         block = source[:, start : start + step].astype(np.float64, order='C')
         _store((matrix @ block.reshape(n, -1)).reshape(m, *block.shape[1:]), target[:, start : start + step])
