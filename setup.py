@@ -30,6 +30,7 @@ setup(
         'numpy>=1.24',
         'opencv-python>=4.8',
         'Pillow>=9.1',
+        'tifffile>=2022.4.22',  # comes with scikit-image, which BasicSR needs
         'lmdb>=1.4',
         'einops>=0.7',
         'safetensors>=0.4',

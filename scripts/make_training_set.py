@@ -24,16 +24,14 @@ import cv2
 import lmdb
 import numpy as np
 
-from moeisr_basicsr.atomic_file import write_atomic
-from moeisr_basicsr.data.image_io import is_image_name, read_header, read_image
+from moeisr_basicsr.data.image_reader import is_image_name, read_header, read_image
 from moeisr_basicsr.errors import UserError
 
 WHOLE = ('BSDS500_train', 'BSDS500_test')
 PHOTOGRAPHS = ('HiRes',)
 TEST_SETS = ('Set5', 'Set14', 'B100_jpg', 'DIV2K_valid_crop256')  # B100 is BSDS500's validation split
 LONGEST, LEAST_SHRINK = 1920, 2.0
-CROP, STEP, REST = 320, 320, 160
-MIN_DETAIL = 3.0
+CUT = {'crop': 320, 'step': 320, 'thresh': 160, 'min_detail': 3.0}
 HASH_SIDE = 16
 # Of 256 bits. Among these folders unrelated pictures differ in 67 and more; the one that is twice there, cropped at one
 # side, in 18.
@@ -41,16 +39,15 @@ SAME_PICTURE = 40
 
 
 class Fingerprint(NamedTuple):
-    """What tells whether two files hold the same picture."""
-
     path: str
     pixels: str  # SHA-256 of size and RGB values
     bits: np.ndarray  # (256,) bool, difference hash of the luma
 
 
 def fingerprint(path: Path) -> Fingerprint:
+    """What tells whether two files hold the same picture."""
     rgb = read_image(path).rgb
-    pixels = hashlib.sha256(repr(rgb.shape).encode() + np.ascontiguousarray(rgb).tobytes()).hexdigest()
+    pixels = hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()
     luma = rgb.mean(axis=2).astype(np.float32)
     small = cv2.resize(luma, (HASH_SIDE + 1, HASH_SIDE), interpolation=cv2.INTER_AREA)
     return Fingerprint(str(path), pixels, (small[:, 1:] > small[:, :-1]).ravel())
@@ -61,47 +58,32 @@ def images_in(folders: Iterable[Path]) -> list[Path]:
 
 
 def same_pictures(sources: list[Path], tests: list[Path]) -> tuple[dict[Path, str], int]:
-    """The sources that show a test image.
-
-    Returns:
-        source -> test image, and the least number of differing bits between any other source and a test image.
-    """
-    test_prints = [fingerprint(path) for path in tests]
-    test_pixels = {each.pixels for each in test_prints}
-    test_bits = np.stack([each.bits for each in test_prints])  # (tests, 256)
+    """Source -> the test image that it shows, and the bits between the nearest other source and a test image."""
+    prints = [fingerprint(path) for path in tests]
+    test_pixels = {each.pixels for each in prints}
+    test_bits = np.stack([each.bits for each in prints])  # (tests, 256)
     found, least = {}, HASH_SIDE**2
     for source in sources:
         print_ = fingerprint(source)
         distance = (test_bits != print_.bits).sum(axis=1)
         if distance.min() < SAME_PICTURE or print_.pixels in test_pixels:
-            found[source] = test_prints[int(distance.argmin())].path
+            found[source] = prints[int(distance.argmin())].path
         else:
             least = min(least, int(distance.min()))
     return found, least
 
 
-def shrink_factor(path: Path) -> float:
-    size = read_header(path)
-    return max(LEAST_SHRINK, max(size.height, size.width) / LONGEST)
-
-
-def find_jobs(root: Path, output: str) -> list[create_lmdb.Job]:
-    def jobs_of(names: Iterable[str], *options: str) -> list[create_lmdb.Job]:
+def find_jobs(root: Path) -> list[create_lmdb.Job]:
+    def jobs_of(names: Iterable[str], **options: float) -> list[create_lmdb.Job]:
         folders = [str(root / name) for name in names]
-        return create_lmdb.find_jobs(create_lmdb.parse_arguments([*folders, '-o', output, *options]))
+        whole = {'crop': None, 'step': None, 'thresh': 0, 'min_detail': 0, 'jpeg_shrink': 1, 'skip_damaged': False}
+        return create_lmdb.find_jobs(argparse.Namespace(folders=folders, **whole | options))
 
-    photographs = jobs_of(
-        PHOTOGRAPHS, '--crop', str(CROP), '--step', str(STEP), '--thresh', str(REST), '--min-detail', str(MIN_DETAIL)
-    )
-    return jobs_of(WHOLE) + [job._replace(jpeg_shrink=shrink_factor(Path(job.path))) for job in photographs]
+    def shrunk(job: create_lmdb.Job) -> create_lmdb.Job:
+        height, width, _ = read_header(job.path)
+        return job._replace(jpeg_shrink=max(LEAST_SHRINK, max(height, width) / LONGEST))
 
-
-def _below(root: Path, path: str | Path) -> str:
-    return Path(path).relative_to(root).as_posix()
-
-
-def sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return jobs_of(WHOLE) + [shrunk(job) for job in jobs_of(PHOTOGRAPHS, **CUT)]
 
 
 def content_sha256(path: str) -> str:
@@ -115,7 +97,7 @@ def content_sha256(path: str) -> str:
 
 def run(args: argparse.Namespace) -> None:
     root = Path(args.root)
-    jobs = find_jobs(root, args.output)
+    jobs = find_jobs(root)
     tests = images_in(root / name for name in TEST_SETS)
     if not tests:
         raise UserError(
@@ -126,30 +108,23 @@ def run(args: argparse.Namespace) -> None:
     for source, test in same.items():
         print(f'{source} is left out: it shows the test image {test}.')
     jobs = [job for job in jobs if Path(job.path) not in same]
-    settings = {
-        'script': Path(__file__).name,
-        'longest': LONGEST,
-        'least_shrink': LEAST_SHRINK,
-        'crop': CROP,
-        'step': STEP,
-        'thresh': REST,
-        'min_detail': MIN_DETAIL,
-    }
+    settings = {'script': Path(__file__).name, 'longest': LONGEST, 'least_shrink': LEAST_SHRINK, **CUT}
     create_lmdb.build(jobs, settings, args.output, args.resume, args.workers)
+
+    def below(path: str | Path) -> str:
+        return Path(path).relative_to(root).as_posix()
+
     record = {
         **settings,
         'content_sha256': content_sha256(args.output),
         'compared_with_test_images': len(tests),
-        'left_out': {_below(root, source): _below(root, test) for source, test in same.items()},
-        'sources': {_below(root, job.path): sha256(job.path) for job in jobs},
+        'left_out': {below(source): below(test) for source, test in same.items()},
+        'sources': {below(job.path): hashlib.sha256(Path(job.path).read_bytes()).hexdigest() for job in jobs},
     }
     log = Path(args.output).with_suffix('.json')
-    write_atomic(log, lambda file: file.write(json.dumps(record, indent=1, sort_keys=True).encode() + b'\n'))
-    print(
-        f'{len(tests)} test images compared; the nearest pair that is left differs in {least} of {HASH_SIDE**2} '
-        f'bits. Checksums: {log}'
-    )
-    print(f'content SHA-256 {record["content_sha256"]}')
+    log.write_text(json.dumps(record, indent=1, sort_keys=True) + '\n')
+    print(f'{len(tests)} test images compared; the nearest pair left differs in {least} of {HASH_SIDE**2} bits.')
+    print(f'Checksums: {log}; of the content: {record["content_sha256"]}')
 
 
 def main(argv: list[str] | None = None) -> int:

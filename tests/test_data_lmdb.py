@@ -11,7 +11,7 @@ from basicsr.data.data_util import paths_from_lmdb
 from basicsr.utils import FileClient, imfrombytes
 from PIL import Image
 
-from moeisr_basicsr.data.image_io import write_image
+from moeisr_basicsr.data.image_writer import write_image
 from moeisr_basicsr.data.resize import imresize
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'scripts' / 'create_lmdb.py'
@@ -117,6 +117,8 @@ def test_an_interrupted_run_goes_on(script, folder, tmp_path, monkeypatch, capsy
     assert '--resume goes on' in capsys.readouterr().err
     assert script.main([*arguments, '--resume', '--step', '4']) == 2
     assert 'other settings' in capsys.readouterr().err
+    with open(tmp_path / 'out.lmdb.partial' / 'progress.jsonl', 'a') as log:
+        log.write('\n{"key": "gr')  # the machine went down
     again = []
     monkeypatch.setattr(script, 'make', lambda job: again.append(job.key) or original(job))
     assert script.main([*arguments, '--resume']) == 0

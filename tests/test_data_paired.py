@@ -8,7 +8,7 @@ from data_cases import locate, make_lmdb, noise, options, paired, same
 from helpers import shared_data
 
 from moeisr_basicsr.core.coords import make_coord
-from moeisr_basicsr.data.image_io import write_image
+from moeisr_basicsr.data.image_writer import write_image
 from moeisr_basicsr.data.pairs import patch_axis
 from moeisr_basicsr.errors import UserError
 
@@ -72,7 +72,9 @@ def test_paired_validation(pair_folders):
     assert item['lq'].shape == (3, 32, 30) and item['scale'].tolist() == [2.5, 3]
     item = build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=[2, 2.9]))[1]
     assert item['gt'].shape == (3, 64, 87)
-    with pytest.raises(UserError, match='b.png .80 x 90.*too small for 32 x 30 times the scale of 3 x 3 .*bx.png'):
+    with pytest.raises(
+        UserError, match='b.png .80 x 90.*smaller than its LR image .*bx.png .32 x 30. times the scale of 3 x 3'
+    ):
         build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=3))[1]
 
 

@@ -9,7 +9,6 @@ from helpers import shared_data
 from PIL import Image
 
 from moeisr_basicsr.data.resize import imresize, pil_resize, resize
-from moeisr_basicsr.errors import UserError
 
 SET5 = ('baby', 'bird', 'butterfly', 'head', 'woman')
 # SHA-256 of the pixels (RGB, 8 bit, row-major) of the x2 images that the SwinIR repository publishes.
@@ -64,7 +63,7 @@ def slow_imresize(image, size, scales):
 def test_reproduces_the_published_images_bit_for_bit(name):
     hr = load('Set5', f'{name}.png')
     hr = hr[: hr.shape[0] // 2 * 2, : hr.shape[1] // 2 * 2]
-    lq = imresize(hr, scale=0.5)
+    lq = imresize(hr, (hr.shape[0] // 2, hr.shape[1] // 2))
     np.testing.assert_array_equal(lq, load('Set5_LRx2_reference', f'{name}x2.png'))
     assert hashlib.sha256(lq.tobytes()).hexdigest() == PUBLISHED_X2[name]
 
@@ -75,7 +74,8 @@ def test_bicubic_baseline_of_set5(scale, published):
     for name in SET5:
         hr = load('Set5', f'{name}.png')
         hr = hr[: hr.shape[0] // scale * scale, : hr.shape[1] // scale * scale]
-        up = imresize(imresize(hr, scale=1 / scale), size=hr.shape[:2])
+        lq = imresize(hr, (hr.shape[0] // scale, hr.shape[1] // scale))
+        up = imresize(lq, hr.shape[:2])
         difference = ((up.astype(float) - hr) @ luma)[scale:-scale, scale:-scale]
         values.append(10 * np.log10(255**2 / np.mean(difference**2)))
     assert abs(np.mean(values) - published) < 0.02
@@ -108,12 +108,11 @@ def test_equals_the_slow_twin(size, out, dtype):
         np.testing.assert_allclose(imresize(image, size=out), expected, atol=1e-9)
 
 
-@pytest.mark.parametrize('scale', [0.3, 1 / 3, 0.77, 1.0, 2.5, (0.5, 1.7)])
-def test_a_factor_rounds_the_size_up_and_keeps_its_own_value(scale):
-    image = np.random.default_rng(3).random((19, 22, 3))
-    scales = scale if isinstance(scale, tuple) else (scale, scale)
-    out = (math.ceil(19 * scales[0]), math.ceil(22 * scales[1]))
-    np.testing.assert_allclose(imresize(image, scale=scale), slow_imresize(image, out, scales), atol=1e-12)
+def test_halves_stay_rounded_as_they_are():
+    """Reduced by 1.5, many sums lie on a half, and the last bit of the kernel decides: training items depend on it."""
+    image = np.random.default_rng(7).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    digest = hashlib.sha256(imresize(image, (40, 60)).tobytes()).hexdigest()
+    assert digest == '4511d6ecbdeec639e20a126ca983896cf165629a372bc145617910726f1d7f80'
 
 
 def test_the_axis_with_the_smaller_factor_goes_first():
@@ -155,13 +154,6 @@ def test_the_input_is_never_changed_or_shared():
     np.testing.assert_array_equal(image, before)
 
 
-def test_without_antialias_it_interpolates():
-    image = np.arange(64, dtype=np.float64).reshape(8, 8)
-    assert not np.allclose(imresize(image, scale=0.25), imresize(image, scale=0.25, antialias=False))
-    upper = imresize(image, scale=2)
-    np.testing.assert_array_equal(upper, imresize(image, scale=2, antialias=False))
-
-
 def test_pil_is_pillow():
     image = load('Set5', 'bird.png')
     expected = np.asarray(Image.fromarray(image).resize((71, 100), Image.Resampling.BICUBIC))
@@ -175,21 +167,13 @@ def test_pil_is_pillow():
 
 
 @pytest.mark.parametrize(
-    'call, words',
+    'image, size, words',
     [
-        (lambda image: imresize(image), 'either scale or size'),
-        (lambda image: imresize(image, scale=0), 'above 0'),
-        (lambda image: imresize(image, scale=float('nan')), 'above 0'),
-        (lambda image: imresize(image, size=(0, 3)), 'at least 1'),
-        (lambda image: imresize(image[:0], size=(2, 2)), 'empty'),
-        (lambda image: imresize(image.astype(np.int64), size=(2, 2)), 'int64'),
+        (np.zeros((4, 4, 3), np.uint8), (0, 3), 'cannot be resized'),
+        (np.zeros((0, 4, 3), np.uint8), (2, 2), 'cannot be resized'),
+        (np.zeros((4, 4, 3), np.int64), (2, 2), 'int64 cannot be resized'),
     ],
 )
-def test_wrong_arguments(call, words):
+def test_wrong_arguments(image, size, words):
     with pytest.raises(ValueError, match=words):
-        call(np.zeros((4, 4, 3), np.uint8))
-
-
-def test_an_unknown_method_names_the_nearest():
-    with pytest.raises(UserError, match="Did you mean 'matlab'"):
-        resize(np.zeros((4, 4, 3), np.uint8), (2, 2), 'mathlab')
+        imresize(image, size)

@@ -6,8 +6,8 @@ import torch
 from basicsr.data.data_sampler import EnlargedSampler as Original
 from torch.utils.data import DataLoader, Dataset
 
-from moeisr_basicsr.data.sampler import EnlargedSampler
-from moeisr_basicsr.data.sampling import draw_queries, draw_scale, item_generator
+from moeisr_basicsr.data.repeatable import EnlargedSampler, item_generator
+from moeisr_basicsr.data.sampling import draw_queries, draw_scale
 
 
 class Plain(Dataset):
@@ -110,7 +110,7 @@ def test_scales_are_uniform_and_queries_are_all_pixels_alike():
     patch = torch.arange(64, dtype=torch.uint8).reshape(8, 8, 1).numpy()
     hits = torch.zeros(64)
     for index in range(2000):
-        taken = (draw_queries(item_generator(1, 0, index), patch, 16).gt[:, 0] * 255).round().long()
+        taken = (draw_queries(item_generator(1, 0, index), patch, 16)['gt'][:, 0] * 255).round().long()
         assert len(set(taken.tolist())) == 16
         hits[taken] += 1
     assert hits.min() > 400 and hits.max() < 600  # 500 each, +- 19

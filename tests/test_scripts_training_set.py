@@ -10,7 +10,8 @@ import pytest
 import yaml
 from helpers import shared_data
 
-from moeisr_basicsr.data.image_io import read_image, write_image
+from moeisr_basicsr.data.image_reader import read_image
+from moeisr_basicsr.data.image_writer import write_image
 
 SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
 sys.path.insert(0, str(SCRIPTS))

@@ -13,7 +13,7 @@ from moeisr_basicsr.analysis.baseline import bicubic
 from moeisr_basicsr.analysis.routing_stats import expert_loads
 from moeisr_basicsr.checkpoint import load_model, read_model
 from moeisr_basicsr.core import output_size
-from moeisr_basicsr.data.image_io import read_image, to_float
+from moeisr_basicsr.data.image_reader import read_image, to_float
 from moeisr_basicsr.data.resize import imresize
 from moeisr_basicsr.inference import evaluation, upscale
 from moeisr_basicsr.metrics.psnr_ssim_sr_metric import calculate_psnr_sr

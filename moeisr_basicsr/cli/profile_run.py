@@ -21,7 +21,7 @@ from moeisr_basicsr.analysis.environment import environment
 from moeisr_basicsr.analysis.stages import Setting, Stages
 from moeisr_basicsr.analysis.training import PARTS, make_batch, profile_training
 from moeisr_basicsr.checkpoint import load_model, read_model
-from moeisr_basicsr.data.image_io import read_image, to_float
+from moeisr_basicsr.data.image_reader import read_image, to_float
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import make_control, target_size
 from moeisr_basicsr.options import check_network, read_yaml

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from moeisr_basicsr.data.image_io import SUFFIXES, is_image_name
+from moeisr_basicsr.data.image_reader import SUFFIXES, is_image_name
 from moeisr_basicsr.errors import UserError, did_you_mean, did_you_mean_file
 
 

@@ -9,20 +9,17 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 
-import numpy as np
 import torch
 from basicsr.utils import get_root_logger
 from tqdm import tqdm
 
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.checkpoint import load_model
-from moeisr_basicsr.data.image_io import ImageData, check_writable, join_channels, read_image, to_float, write_image
+from moeisr_basicsr.data.image_reader import read_image, to_float
+from moeisr_basicsr.data.image_writer import join_channels, strip_writer
 from moeisr_basicsr.data.resize import resize
-from moeisr_basicsr.data.strip_writer import FORMATS, StripWriter
 from moeisr_basicsr.errors import ExitCode, UserError
 from moeisr_basicsr.inference import make_control, target_size, upscale_strips
 
@@ -71,7 +68,6 @@ def upscale_file(net: MoEISR, job: Job, args: argparse.Namespace, label: str) ->
         size = target_size(image.rgb.shape[:2], args.scale, args.size)
     except UserError as error:
         raise UserError(f'{job.source}: {error}') from None
-    check_writable(job.target, size, image.bit_depth, image.alpha is not None)
     if image.num_frames > 1:
         note = f'only the first of {image.num_frames} frames is upscaled'
         print(f'basicsr: note: {job.source}: {note}.', file=sys.stderr)
@@ -79,40 +75,24 @@ def upscale_file(net: MoEISR, job: Job, args: argparse.Namespace, label: str) ->
     lq = lq.to(next(net.parameters()).device)
     alpha = None if image.alpha is None else resize(image.alpha, size)  # (R, S)
     with ExitStack() as stack:
-        add_rows = stack.enter_context(image_file(job.target, size, image))  # left last: then everything is there
+        channels = (1 if image.was_grey else 3) + (image.alpha is not None)
+        image_file = strip_writer(job.target, *size, channels, image.bit_depth, image.icc_profile, image.exif)
+        write = stack.enter_context(image_file)  # left last: then everything is there
         if job.expert_map is not None:
             picture = ExpertMapPicture(size[1], net.expert_costs.tolist())
-            map_file = StripWriter(job.expert_map, size[0] + picture.legend_rows, picture.width)
-            stack.enter_context(map_file)
+            map_file = strip_writer(job.expert_map, size[0] + picture.legend_rows, picture.width)
+            write_map = stack.enter_context(map_file)
         bar = stack.enter_context(tqdm(total=size[0], unit='row', desc=label, leave=False, disable=None))
         for strip in upscale_strips(net, lq, size, args.cost_weight, args.budget, args.tile, args.precision):
             rgb = strip.image.permute(1, 2, 0).cpu().numpy()  # (r, S, 3)
             opacity = None if alpha is None else alpha[strip.top : strip.bottom]
-            add_rows(join_channels(rgb, opacity, image.bit_depth, image.was_grey))  # (r, S, C)
+            write(join_channels(rgb, opacity, image.bit_depth, image.was_grey))  # (r, S, C)
             if job.expert_map is not None and strip.expert_map is not None:
-                map_file.write(picture.rows(strip.expert_map.cpu().numpy()))
+                write_map(picture.rows(strip.expert_map.cpu().numpy()))
             bar.update(strip.bottom - strip.top)
         if job.expert_map is not None:
-            map_file.write(picture.legend())
+            write_map(picture.legend())
     return picture.shares() if job.expert_map is not None else []
-
-
-@contextmanager
-def image_file(path: Path, size: tuple[int, int], image: ImageData) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that appends rows, (r, S, C): PNG and TIFF are written as they come, other formats at the end."""
-    if path.suffix.lower() in FORMATS:
-        channels = (1 if image.was_grey else 3) + (image.alpha is not None)
-        fits = ((image.icc_profile or b'')[16:20] == b'GRAY') == image.was_grey
-        profile = image.icc_profile if fits else None
-        with StripWriter(path, *size, channels, image.bit_depth, profile, image.exif) as writer:
-            yield writer.write
-        return
-    rows: list[np.ndarray] = []
-    yield rows.append
-    pixels = np.concatenate(rows)  # (R, S, C)
-    colours, alpha = (pixels, None) if image.alpha is None else (pixels[..., :-1], pixels[..., -1])
-    rgb = np.broadcast_to(colours, (*size, 3))
-    write_image(path, rgb, alpha, image.bit_depth, image.was_grey, image.icc_profile, image.exif)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -1,9 +1,9 @@
-"""Patches of LR and HR images at any real factor, where HR pixel borders need not fall on LR pixel borders.
+"""LR and HR images of the same area: who belongs to whom, and patches at any real factor.
 
-Shapes: (h, w) LR image, (H, W) HR image, one LR patch of (L, L); Q queries.
+HR pixel borders need not fall on LR pixel borders. Shapes: (h, w) LR image, (H, W) HR image.
 """
 
-from collections.abc import Callable
+import difflib
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from moeisr_basicsr.core.coords import pixel_centres
 from moeisr_basicsr.errors import UserError
 
-from .sampling import Augmentation, Queries, draw_crop, queries_at, round_half_up
+from .image_source import ImageSource
+from .sampling import round_half_up
 
 
 class PatchAxis(NamedTuple):
@@ -26,33 +27,53 @@ class PatchAxis(NamedTuple):
     cell: float  # size of an HR pixel in the same units
 
 
-class PairPatch(NamedTuple):
-    """A training patch of a pair."""
+def find_pairs(lq: ImageSource, gt: ImageSource, template: str) -> list[tuple[str, str]]:
+    """(LR name, HR name) for every HR image. Suffixes need not agree: a JPEG may have a PNG partner.
 
-    lq: np.ndarray  # (L, L, 3) uint8 or uint16
-    queries: Queries
-    scale: Tensor  # (2,) fp32 (rows, columns)
+    Args:
+        template: Name of the LR image without suffix, with {} for that of its HR image.
+
+    Raises:
+        UserError: An HR image has no partner, or two images have the same.
+    """
+    by_stem: dict[str, str] = {}
+    for name in lq.names:
+        if (other := by_stem.setdefault(lq.stem(name), name)) != name:
+            raise UserError(f'{lq.path(name)} and {other} could both be the partner of one HR image.')
+    pairs: list[tuple[str, str]] = []
+    taken: dict[str, str] = {}  # LR name -> its HR image
+    for name in gt.names:
+        wanted = template.format(gt.stem(name))
+        if wanted not in by_stem:
+            near = difflib.get_close_matches(wanted, by_stem, n=1)
+            raise UserError(
+                f'{gt.path(name)} has no partner {wanted} in {lq.root}.'
+                + (f" Nearest: '{by_stem[near[0]]}'; check filename_tmpl." if near else '')
+            )
+        partner = by_stem[wanted]
+        if taken.setdefault(partner, name) != name:
+            raise UserError(f'{gt.path(name)} and {taken[partner]} would both have the partner {lq.path(partner)}.')
+        pairs.append((partner, name))
+    return pairs
 
 
 def align_pair(
-    lq_size: tuple[int, int], gt_size: tuple[int, int], scale: tuple[float, float] | None, paths: dict[str, str]
-) -> tuple[int, int]:
+    lq_size: tuple[int, ...], gt_size: tuple[int, ...], scale: tuple[float, float] | None, paths: dict[str, str]
+) -> tuple[int, ...]:
     """(rows, columns) of the HR image that the LR image shows; the rest at the lower and right border is cut off.
 
     Raises:
         UserError: The HR image is smaller than the LR image, or smaller than the LR image times `scale`.
     """
-    label = f'{paths["gt_path"]} ({gt_size[0]} x {gt_size[1]} rows x columns)'
+    shown = lq_size if scale is None else tuple(round_half_up(n * s) for n, s in zip(lq_size, scale))
+    if any(n < m for n, m in zip(gt_size, shown)):
+        times = '' if scale is None else f' times the scale of {scale[0]:g} x {scale[1]:g}'
+        raise UserError(
+            f'{paths["gt_path"]} ({gt_size[0]} x {gt_size[1]} rows x columns): smaller than its LR image '
+            f'{paths["lq_path"]} ({lq_size[0]} x {lq_size[1]}){times}.'
+        )
     if scale is not None:
-        wanted = tuple(round_half_up(n * s) for n, s in zip(lq_size, scale))
-        if any(n < m for n, m in zip(gt_size, wanted)):
-            raise UserError(
-                f'{label}: too small for {lq_size[0]} x {lq_size[1]} times the scale of {scale[0]:g} x '
-                f'{scale[1]:g} ({paths["lq_path"]}).'
-            )
-        return wanted
-    if any(n < m for n, m in zip(gt_size, lq_size)):
-        raise UserError(f'{label}: smaller than its LR image {paths["lq_path"]} ({lq_size[0]} x {lq_size[1]}).')
+        return shown
     whole = [n // m for n, m in zip(gt_size, lq_size)]
     # The same whole factor on both axes, and floor(HR / factor) is the LR size: a rest that the LR image lacks.
     if whole[0] == whole[1] and all(n // whole[0] == m for n, m in zip(gt_size, lq_size)):
@@ -60,7 +81,7 @@ def align_pair(
     return gt_size
 
 
-def patch_axis(first: int, count: int, n_lr: int, n_hr: int) -> PatchAxis:
+def patch_axis(first: int, count: int, n_lr: int, n_hr: int, flip: bool = False) -> PatchAxis:
     """The HR positions whose centres lie in `count` LR positions from `first` on, decided in whole numbers.
 
     Args:
@@ -68,6 +89,7 @@ def patch_axis(first: int, count: int, n_lr: int, n_hr: int) -> PatchAxis:
         count: LR positions of the patch.
         n_lr: LR size of the image.
         n_hr: HR size of the image, at least `n_lr`.
+        flip: The coordinates are those of the reversed axis.
     """
     # The centre of HR position i lies at (2 i + 1) n_lr / (2 n_hr) LR pixels.
     start, stop = (-((n_lr - 2 * edge * n_hr) // (2 * n_lr)) for edge in (first, first + count))
@@ -77,45 +99,5 @@ def patch_axis(first: int, count: int, n_lr: int, n_hr: int) -> PatchAxis:
     else:
         position = (2 * np.arange(start, stop) + 1) * (n_lr / n_hr) - 2 * first  # (R,) twice the distance to `first`
         coord = torch.from_numpy((position / count - 1).astype(np.float32))
+        coord = -coord.flip(0) if flip else coord
     return PatchAxis(start, stop, coord, float(cell))
-
-
-def draw_pair_patch(
-    rng: np.random.Generator,
-    lq: np.ndarray,
-    gt: np.ndarray,
-    patch_size: int,
-    sample_q: int,
-    draw_augmentation: Callable[[np.random.Generator], Augmentation],
-) -> PairPatch:
-    """A random LR patch with `sample_q` queries inside it.
-
-    Args:
-        lq: (h, w, 3) at least `patch_size` on both axes.
-        gt: (H, W, 3) of the same area, at least as large as `lq`.
-        patch_size: L.
-        draw_augmentation: Draws flips and transpose.
-    """
-    top, left = draw_crop(rng, lq.shape[:2], (patch_size, patch_size))
-    lq_patch = lq[top : top + patch_size, left : left + patch_size]
-    rows = patch_axis(top, patch_size, lq.shape[0], gt.shape[0])
-    cols = patch_axis(left, patch_size, lq.shape[1], gt.shape[1])
-    gt_patch = gt[rows.start : rows.stop, cols.start : cols.stop]
-    augment = draw_augmentation(rng)
-    lq_patch, gt_patch = augment(lq_patch), augment(gt_patch)
-    coords = [
-        _mirrored(rows.coord) if augment.flip_rows else rows.coord,
-        _mirrored(cols.coord) if augment.flip_cols else cols.coord,
-    ]
-    cell, scale = [rows.cell, cols.cell], [gt.shape[0] / lq.shape[0], gt.shape[1] / lq.shape[1]]
-    if augment.transpose:
-        coords, cell, scale = coords[::-1], cell[::-1], scale[::-1]
-    position = rng.choice(gt_patch.shape[0] * gt_patch.shape[1], sample_q, replace=False)
-    return PairPatch(lq_patch, queries_at(position, gt_patch, *coords, torch.tensor(cell)), torch.tensor(scale))
-
-
-def _mirrored(coord: Tensor) -> Tensor:
-    """Coordinates of the reversed axis; a symmetric axis keeps its own, to the bit."""
-    if torch.equal(coord, pixel_centres(len(coord))):
-        return coord
-    return -coord.flip(0)

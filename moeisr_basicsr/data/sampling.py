@@ -1,9 +1,6 @@
-"""Random draws of a training item: scale, crop, augmentation, queries.
+"""Random draws of a training item: scale, crop, augmentation, queries. All come from one generator (see `repeatable`).
 
-Every draw of an item comes from one generator seeded by (seed, epoch, index): an item is the same in any worker, on any
-rank and after any resume.
-
-Shapes: (h, w) LR patch, (R, S) HR patch, Q queries.
+Shapes: (R, S) HR patch, Q queries.
 """
 
 import math
@@ -14,6 +11,8 @@ import torch
 from torch import Tensor
 
 from moeisr_basicsr.core.coords import make_cell, pixel_centres
+
+from .image_reader import to_float
 
 
 class Augmentation(NamedTuple):
@@ -29,31 +28,17 @@ class Augmentation(NamedTuple):
         return image.swapaxes(0, 1) if self.transpose else image
 
 
-class Queries(NamedTuple):
-    """Output positions and their true colours, in LIIF's convention."""
-
-    gt: Tensor  # (Q, C) fp32 in [0, 1]
-    coord: Tensor  # (Q, 2) fp32 in [-1, 1], rows first
-    cell: Tensor  # (Q, 2) fp32, 2 / output size
-
-
-def item_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator of one training item; numpy's seed sequence mixes the three numbers."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, index])))
-
-
 def round_half_up(value: float) -> int:
     return math.floor(value + 0.5)
 
 
 def draw_scale(rng: np.random.Generator, scale_range: tuple[float, float], asymmetric: bool) -> tuple[float, float]:
     """(row factor, column factor), uniform in `scale_range`; equal unless `asymmetric`."""
-    low, high = scale_range
-    rows = float(rng.uniform(low, high))
-    return rows, float(rng.uniform(low, high)) if asymmetric else rows
+    rows = float(rng.uniform(*scale_range))
+    return rows, float(rng.uniform(*scale_range)) if asymmetric else rows
 
 
-def draw_crop(rng: np.random.Generator, size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
+def draw_crop(rng: np.random.Generator, size: tuple[int, ...], crop: tuple[int, int]) -> tuple[int, int]:
     """Top row and left column of a crop inside an image of `size`."""
     return int(rng.integers(size[0] - crop[0] + 1)), int(rng.integers(size[1] - crop[1] + 1))
 
@@ -64,35 +49,29 @@ def draw_augmentation(rng: np.random.Generator, use_flip: bool, use_rot: bool) -
     return Augmentation(use_flip and flip_rows, use_flip and flip_cols, use_rot and transpose)
 
 
-def draw_queries(rng: np.random.Generator, hr_patch: np.ndarray, count: int) -> Queries:
-    """`count` different pixels of an HR patch, each as likely as any other.
+def draw_queries(
+    rng: np.random.Generator,
+    hr_patch: np.ndarray,
+    count: int,
+    coords: tuple[Tensor, Tensor] | None = None,
+    cell: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """`count` different pixels of an HR patch as queries in LIIF's convention, each as likely as any other.
 
     Args:
-        hr_patch: (R, S, C) uint8 or uint16; it covers exactly the LR patch.
-        count: Q, at most R * S.
-    """
-    rows, cols = hr_patch.shape[:2]
-    return queries_at(
-        rng.choice(rows * cols, count, replace=False),
-        hr_patch,
-        pixel_centres(rows),
-        pixel_centres(cols),
-        make_cell((rows, cols)),
-    )
-
-
-def queries_at(
-    position: np.ndarray, hr_patch: np.ndarray, row_coord: Tensor, col_coord: Tensor, cell: Tensor
-) -> Queries:
-    """Queries at flat positions of an HR patch.
-
-    Args:
-        position: (Q,) int64, row * S + column.
         hr_patch: (R, S, C) uint8 or uint16.
-        row_coord: (R,) fp32 coordinates of the patch's rows; `col_coord`: (S,) of its columns.
-        cell: (2,) fp32.
+        count: Q, at most R * S.
+        coords: (R,) fp32 coordinates of the patch's rows in the LR patch and (S,) of its columns; by default the HR
+            patch covers exactly the LR patch.
+        cell: (2,) fp32, given with `coords`.
+
+    Returns:
+        `gt` (Q, C) in [0, 1]; `coord` (Q, 2) in [-1, 1]; `cell` (Q, 2), 2 / output size; fp32.
     """
-    row, col = np.divmod(position, hr_patch.shape[1])
-    gt = hr_patch[row, col].astype(np.float32) / np.float32(np.iinfo(hr_patch.dtype).max)  # (Q, C)
-    coord = torch.stack([row_coord[torch.from_numpy(row)], col_coord[torch.from_numpy(col)]], dim=-1)  # (Q, 2)
-    return Queries(torch.from_numpy(gt), coord, cell.expand(len(position), 2).contiguous())
+    size = hr_patch.shape[:2]
+    if coords is None or cell is None:
+        coords, cell = (pixel_centres(size[0]), pixel_centres(size[1])), make_cell(size)
+    row, col = np.divmod(rng.choice(size[0] * size[1], count, replace=False), size[1])  # (Q,)
+    coord = torch.stack([coords[0][torch.from_numpy(row)], coords[1][torch.from_numpy(col)]], dim=-1)  # (Q, 2)
+    gt = torch.from_numpy(to_float(hr_patch[row, col]))  # (Q, C)
+    return {'gt': gt, 'coord': coord, 'cell': cell.expand(count, 2).contiguous()}

@@ -10,8 +10,7 @@ import torch
 from basicsr.data import build_dataset
 from torch.utils.data import DataLoader
 
-from moeisr_basicsr.data.sampler import EnlargedSampler
-from moeisr_basicsr.data.seeded import SeededDataset
+from moeisr_basicsr.data.repeatable import EnlargedSampler, SeededDataset
 from moeisr_basicsr.errors import UserError
 
 from .distributed import Ranks
