@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 # Path in the repository -> path in the site
@@ -25,8 +26,9 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Point the links to them."""
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Point the links to them, and theirs to the pages in `docs/`."""
+    is_outside = page.file.src_uri in OUTSIDE.values()
     for source, target in OUTSIDE.items():
-        markdown = markdown.replace(f'](../{source}', f']({target}')
-    return markdown
+        markdown = markdown.replace(f']({"" if is_outside else "../"}{source}', f']({target}')
+    return markdown.replace('](docs/', '](') if is_outside else markdown

@@ -149,7 +149,7 @@ def test_yaml_blocks_are_sections_of_an_options_file(block):
 
 
 def test_site_builds_without_a_broken_link(tmp_path):
-    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '--site-dir', str(tmp_path)]
+    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {path.parent.name for path in tmp_path.glob('*/index.html')}
