@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import torch  # noqa: E402
 from benchmark_case import Case, Clock, note  # noqa: E402
 from liif_peer import load_peer  # noqa: E402
+from moeisr_basicsr.analysis.rendering import clustered_map, render_fixed  # noqa: E402
+from moeisr_basicsr.analysis.train_steps import PATCH, QUERIES, SCALE, TrainSteps  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moeisr_basicsr.analysis import schema  # noqa: E402
@@ -37,8 +39,6 @@ from moeisr_basicsr.analysis.complexity import decoder_macs, dense_folded_macs, 
 from moeisr_basicsr.analysis.environment import environment  # noqa: E402
 from moeisr_basicsr.analysis.measure import time_ms  # noqa: E402
 from moeisr_basicsr.analysis.plain import CHUNK, plain_image, plain_pixels  # noqa: E402
-from moeisr_basicsr.analysis.rendering import clustered_map, render_fixed  # noqa: E402
-from moeisr_basicsr.analysis.train_steps import PATCH, QUERIES, SCALE, TrainSteps  # noqa: E402
 from moeisr_basicsr.archs.moeisr_arch import MoEISR  # noqa: E402
 from moeisr_basicsr.cli.outputs import check_output, is_results_of  # noqa: E402
 from moeisr_basicsr.core import MoEDecoder, make_cell, output_size  # noqa: E402

@@ -160,7 +160,7 @@ def test_damaged_files(models, capsys):
         assert f'{path} is no whole safetensors file' in error and 'Install moeisr_basicsr again.' in error
     for notes, words in (
         ({'results': '['}, "its metadata 'results' is not JSON"),
-        ({'results': '[{}]'}, "its metadata is wrong: results[0] lacks 'dataset'"),
+        ({'results': '[{}]'}, "its metadata is wrong: results[0]: 'dataset' is a required property"),
         ({'scale_range': '4'}, 'its metadata is wrong: scale_range must be array; got int'),
     ):
         stand_in(models, 'general', **notes)

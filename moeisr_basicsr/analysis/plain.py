@@ -17,8 +17,6 @@ from torch import Tensor
 from moeisr_basicsr.core import MoEDecoder, make_coord
 from moeisr_basicsr.core.coords import EPS_AREA, EPS_SHIFT
 
-CHUNK = 30000  # queries; the official test and demo scripts' default
-
 
 def sample_nearest(image: Tensor, coord: Tensor) -> Tensor:
     """(B, D, H, W) at (B, Q, 2) -> (B, Q, D)."""
@@ -31,7 +29,7 @@ def lte_maps(decoder: MoEDecoder, feat: Tensor) -> list[Tensor] | None:
     return [decoder.pool.coef(feat), decoder.pool.freq(feat)] if decoder.family == 'lte' else None
 
 
-def plain_queries(
+def predict(
     decoder: MoEDecoder, j: int, feat: Tensor, coord: Tensor, cell: Tensor, maps: list[Tensor] | None = None
 ) -> Tensor:
     """Expert j's answers, (B, Q, C_out).
@@ -45,7 +43,7 @@ def plain_queries(
     return ensemble(decoder, feat, coord, cell, lambda inputs: expert_mlp(decoder, j, inputs), maps)
 
 
-def plain_mixture(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, gates: Tensor) -> Tensor:
+def mixture(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, gates: Tensor) -> Tensor:
     """sum_j g_j f_j, every expert on every query under autograd, (B, Q, C_out); `gates` are (B, Q, J).
 
     The experts share what they read: the sum's own cost, not that of four separate decoders.
@@ -114,50 +112,3 @@ def mlp_inputs(decoder: MoEDecoder, sampled: list[Tensor], rel: Tensor, cell: Te
     angle = (freq.unflatten(-1, (-1, 2)) * rel.unsqueeze(-2)).sum(dim=-1)  # (B, Q, K)
     angle = math.pi * (angle + decoder.pool.phase(cell))
     return coef * torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-
-@torch.no_grad()
-def plain_image(
-    decoder: MoEDecoder,
-    j: int,
-    feat: Tensor,
-    size: tuple[int, int],
-    cell: Tensor,
-    chunk: int = CHUNK,
-    max_chunks: int | None = None,
-) -> Tensor:
-    """Expert j's answers for a whole image, (B, Q, C_out) in row-major order.
-
-    Args:
-        size: (R, S).
-        cell: (2,), 2 / size, or what the network is shown in its place.
-        chunk: Queries at once.
-        max_chunks: Stop after that many chunks. All chunks cost the same, so a part is enough to know the time.
-    """
-    coord = make_coord(size, feat.device).expand(feat.shape[0], -1, -1)
-    cells = cell.to(feat).expand_as(coord)
-    stop = coord.shape[1] if max_chunks is None else min(chunk * max_chunks, coord.shape[1])
-    maps = lte_maps(decoder, feat)
-    spans = [slice(at, min(at + chunk, stop)) for at in range(0, stop, chunk)]
-    return torch.cat([plain_queries(decoder, j, feat, coord[:, span], cells[:, span], maps) for span in spans], dim=1)
-
-
-def plain_pixels(
-    decoder: MoEDecoder, feat: Tensor, size: tuple[int, int], cell: Tensor, pixels: Tensor, experts: Tensor
-) -> Tensor:
-    """Chosen output pixels of one image, each from its expert: (N, C_out).
-
-    Args:
-        feat: (1, C, H, W).
-        pixels: (N,) positions in row-major order.
-        experts: (N,) expert of each.
-    """
-    coord = make_coord(size, feat.device)[pixels][None]  # (1, N, 2)
-    output = torch.empty(len(pixels), decoder.out_channels, device=feat.device)
-    with torch.no_grad():
-        for j in range(decoder.num_experts):
-            mine = (experts == j).nonzero().squeeze(1)
-            for part in mine.split(CHUNK):
-                at = coord[:, part]
-                output[part] = plain_queries(decoder, j, feat, at, cell.to(feat).expand_as(at))[0].float()
-    return output

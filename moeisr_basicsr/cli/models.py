@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 def summarize(path: Path) -> dict[str, Any]:
     """Facts of one model file, and whether it is the default model."""
     from moeisr_basicsr import shipped
-    from moeisr_basicsr.analysis.model_summary import summarize_model
+    from moeisr_basicsr.tools.model_summary import summarize_model
 
     is_default = path == shipped.FOLDER / f'{shipped.DEFAULT}.safetensors'
     return {'default': is_default, **summarize_model(path)}
@@ -94,7 +94,7 @@ def overview(summary: dict[str, Any]) -> str:
 
 def psnr_text(row: dict[str, Any]) -> str | None:
     """'Set5_x4 31.93 (+3.52)'; None where no PSNR was measured."""
-    from moeisr_basicsr.analysis.model_summary import psnr_of
+    from moeisr_basicsr.tools.model_summary import psnr_of
 
     psnr = psnr_of(row)
     if psnr is None:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 from basicsr.utils import imwrite, tensor2img
 from torch import Tensor, nn
 
-from moeisr_basicsr.analysis.baseline import bicubic
 from moeisr_basicsr.analysis.complexity import macs_per_pixel
 from moeisr_basicsr.analysis.measure import PeakMeter, StageClock, time_ms
-from moeisr_basicsr.analysis.routing_stats import depth_correlation, expert_loads, mean_cost
+from moeisr_basicsr.analysis.pictures import bicubic
+from moeisr_basicsr.analysis.routing_stats import depth_correlation, expert_shares, mean_cost
 from moeisr_basicsr.core.render import Clock
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import Upscaled, evaluation, upscale
@@ -112,7 +112,7 @@ class ImageEvaluator:
             )
         nominal = dataset_opt.get('scale') or (None if gt is not None else getattr(net, 'scale', None))
         scale = factor_pair(nominal, tuple(lq.shape[-2:]), tuple(sr.shape[-2:]))
-        loads = [] if expert_map is None else expert_loads(expert_map, net.num_experts)
+        loads = [] if expert_map is None else expert_shares(expert_map, net.num_experts)
         name = image_name(item['lq_path'][0], dataset_opt.get('dataroot_lq') or dataset_opt.get('dataroot_gt'))
         record = {
             'dataset': dataset_opt['name'],

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from moeisr_basicsr.analysis.expert_colours import expert_colours
+from moeisr_basicsr.analysis.pictures import expert_colours
 
 
 def expert_map_picture(expert_map: Tensor, num_experts: int, costs: Sequence[float] | None = None) -> np.ndarray:

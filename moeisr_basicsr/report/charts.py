@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from moeisr_basicsr.analysis.chart import nice_step
-from moeisr_basicsr.analysis.expert_colours import expert_colours
+from moeisr_basicsr.analysis.pictures import expert_colours
+from moeisr_basicsr.tools.profile.chart import nice_step
 
 from .collect import Column, Entry, Report, Run, columns_of, main_metric, over_seeds, protocol_of, scale_label
 from .costs import expert_costs, expert_names, mean_loads

@@ -1,0 +1,1 @@
+"""What is no part of training, testing or upscaling: measuring and reporting."""

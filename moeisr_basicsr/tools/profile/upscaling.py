@@ -1,0 +1,165 @@
+"""Where the time, memory and multiply-adds of one upscale go, beside a dense decoder.
+
+Shapes: (1, C, H, W) input, (R, S) output size, J experts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from torch import Tensor, nn
+
+from moeisr_basicsr.analysis.complexity import macs_per_pixel, most_expensive
+from moeisr_basicsr.analysis.measure import StageClock
+from moeisr_basicsr.analysis.routing_stats import expert_shares, mean_cost
+from moeisr_basicsr.analysis.schema import scale_label
+from moeisr_basicsr.core import MoEDecoder, render
+from moeisr_basicsr.core.render import TORCH
+from moeisr_basicsr.inference import evaluation, make_control, target_size, upscale, upscale_strips
+from moeisr_basicsr.kernels import fused_backend
+
+from .chart import Bar, Panel
+from .plain import CHUNK, plain_image
+from .stages import measure_stages, mib_text, show_table
+
+# stage of a row's `time_ms` -> parts of its `macs`; 'other' is the skip image
+STAGES = {'encode': ['encoder'], 'map': ['mapper'], 'decode': ['tables', 'experts'], 'other': []}
+DENSE = ('dense_folded', 'dense_plain')
+
+
+class Setting(NamedTuple):
+    """How an image is upscaled, and what it is compared with."""
+
+    precision: str
+    cost_weight: float
+    budget: float | None
+    repeats: int
+    plain: bool  # measure the plain dense decoder too
+    dense_hidden: Sequence[int] | None  # of the dense decoder; None: as the most expensive expert
+
+
+def profile_scales(net: nn.Module, lq: Tensor, scales: Sequence[tuple[float, float]], setting: Setting) -> list[dict]:
+    """A row of a results document (see `analysis.schema`) for each factor.
+
+    Args:
+        net: `MoEISR`, `LIIF` or `LTE`.
+        lq: (1, C, H, W) RGB in [0, 1] on the network's device.
+        scales: (row factor, column factor).
+        setting: How.
+
+    Raises:
+        UserError: A factor or the routing is wrong; nothing has been measured then.
+    """
+    sizes = [target_size(tuple(lq.shape[-2:]), scale, None) for scale in scales]
+    make_control(net, setting.cost_weight, setting.budget)
+    return [{'scale': list(scale), **profile_size(net, lq, size, setting)} for scale, size in zip(scales, sizes)]
+
+
+def profile_size(net: nn.Module, lq: Tensor, size: tuple[int, int], setting: Setting) -> dict:
+    """The row of one output size, without its factor."""
+    lq_size, device, precision = tuple(lq.shape[-2:]), lq.device, setting.precision
+    control = {'cost_weight': setting.cost_weight, 'budget': setting.budget}
+    expert_map = upscale(net, lq, size=size, precision=precision, **control).expert_map
+    shares = [1.0] if expert_map is None else expert_shares(expert_map, net.num_experts)
+    dense = dense_decoder(net.decoder, setting.dense_hidden)
+    backend, cell = fused_backend(dense, device, precision) or TORCH, net.test_cell(lq_size, size)
+    with evaluation(net, device.type, precision):
+        feat = net.encode(lq)
+
+    def run(clock: StageClock) -> None:
+        with clock('other'):
+            for _ in upscale_strips(net, lq, size, precision=precision, clock=clock, **control):
+                pass
+        with clock('dense_folded'), evaluation(dense, device.type, precision):
+            render(dense, feat, size, cell, backend=backend)
+        if setting.plain:
+            with clock('dense_plain'), evaluation(dense, device.type, 'fp32'):
+                plain_image(dense, 0, feat.float(), size, cell, max_chunks=1)
+        if setting.plain and dense.family == 'lte':
+            with clock('lte_tables'), evaluation(dense, device.type, 'fp32'):
+                dense.pool.tables(feat.float())
+
+    times, peaks = measure_stages(run, device, setting.repeats)
+    if setting.plain:  # one chunk was timed: all cost the same but for LTE's tables, which its own code makes once
+        once = times.pop('lte_tables', 0.0)
+        chunks = max(size[0] * size[1] / CHUNK, 1.0)  # the last one may be shorter
+        times['dense_plain'] = once + (times['dense_plain'] - once) * chunks
+    stages = [stage for stage in STAGES if stage in times]
+    known = [peak for stage in stages if (peak := peaks[stage]) is not None]
+    return {
+        'case': 'profile',
+        'lq_size': list(lq_size),
+        'size': list(size),
+        'precision': precision,
+        **control,
+        'time_ms': {**times, 'total': sum(times[stage] for stage in stages)},
+        'repeats': setting.repeats,
+        'peak_mib': {**{stage: peaks[stage] for stage in stages}, 'total': max(known, default=None)},
+        'macs': macs_per_pixel(net, lq_size, size, shares, dense),
+        'routing': {'loads': shares, 'mean_cost': mean_cost(shares, net.decoder.expert_costs)},
+    }
+
+
+def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int] | None) -> MoEDecoder:
+    """A decoder like `decoder`, of one expert of these hidden widths and random weights, to measure against."""
+    pool = decoder.pool
+    if hidden is None:
+        hidden = [layer.out_features for layer in pool.linears(most_expensive(decoder))[:-1]]
+    family_options = {'hidden_dim': pool.hidden_dim} if decoder.family == 'lte' else {}
+    dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [hidden], **family_options)
+    return dense.to(next(decoder.parameters()).device).eval()
+
+
+def show_upscaling(console: Console, decoder: MoEDecoder, rows: list[dict]) -> None:
+    """A table for each factor; of several experts, one of each expert's cost and share of the output pixels."""
+    for row in rows:
+        show_scale(console, row)
+    if decoder.num_experts > 1:
+        macs, shares = rows[0]['macs']['each_expert'], [row['routing']['loads'] for row in rows]
+        cells = [
+            [str(j + 1), str(depth), thousands(macs[j]), *(f'{100 * of[j]:.1f} %' for of in shares)]
+            for j, depth in enumerate(decoder.depths)
+        ]
+        mean = ['mean', '', '', *(thousands(row['macs']['experts']) for row in rows)]
+        columns = ['expert', 'hidden layers', 'thousand MACs', *(scale_label(row['scale']) for row in rows)]
+        show_table(console, 'Experts', columns, [*cells, mean])
+
+
+def show_scale(console: Console, row: dict) -> None:
+    """The table of one factor, and the dense decoders."""
+    times, peaks, macs = row['time_ms'], row['peak_mib'], row['macs']
+    (height, width), (rows, cols) = row['lq_size'], row['size']
+    title = f'{scale_label(row["scale"])}: {height} x {width} to {rows} x {cols} (rows x columns), {row["precision"]}'
+    cells = [
+        (stage, thousands(sum(macs[part] for part in parts)), f'{times[stage]:.1f}', mib_text(peaks[stage]))
+        for stage, parts in {**STAGES, 'total': ['total']}.items()
+        if stage in times
+    ]
+    show_table(console, title, ('stage', 'thousand MACs / pixel', 'ms', 'peak MiB'), cells)
+    decoder, decoder_ms = macs['mapper'] + macs['tables'] + macs['experts'], times.get('map', 0.0) + times['decode']
+    for name in DENSE:
+        line = f'{name.replace("_", " ")}: {thousands(macs[name])} thousand MACs, {macs[name] / decoder:.2f}x those of '
+        line += 'mapper, tables and experts'
+        line += f'; {times[name]:.1f} ms, {times[name] / decoder_ms:.2f}x their time' if name in times else ''
+        console.print(line)
+
+
+def panels(rows: list[dict]) -> list[Panel]:
+    """Time, multiply-adds and shares of the experts at every factor, for a picture."""
+    times, macs, shares = [], [], []
+    for row in rows:
+        label = scale_label(row['scale'])
+        counts = {name: value / 1e3 for name, value in row['macs'].items() if name != 'each_expert'}
+        times.append(Bar(label, {stage: row['time_ms'][stage] for stage in STAGES if stage in row['time_ms']}))
+        macs.append(Bar(label, {part: counts[part] for parts in STAGES.values() for part in parts}))
+        for name in DENSE:
+            dense = {'encoder': counts['encoder'], 'dense decoder': counts[name]}
+            macs.append(Bar(f'{label} {name.replace("_", " ")}', dense))
+        shares.append(Bar(label, {f'expert {j}': 100 * share for j, share in enumerate(row['routing']['loads'], 1)}))
+    found = [Panel('Time, ms', times), Panel('Thousand multiply-adds per output pixel', macs)]
+    return found + ([Panel('Share of the pixels, %', shares)] if len(shares[0].parts) > 1 else [])
+
+
+def thousands(macs: float) -> str:
+    """Multiply-adds in thousands."""
+    return f'{macs / 1e3:,.1f}'
