@@ -172,10 +172,10 @@ def test_parameters_against_the_modules(net):
         return sum(value.numel() for module in modules for value in module.parameters())
 
     ours, decoder = parameters(net), net.decoder
-    assert ours.total == count(net) == ours.encoder + ours.mapper + ours.shared + sum(ours.experts)
-    assert ours.encoder == count(net.encoder)
-    assert ours.mapper == (0 if decoder.mapper is None else count(decoder.mapper))
-    assert ours.experts == [count(expert) for expert in decoder.pool.experts]
+    assert ours['total'] == count(net) == ours['encoder'] + ours['mapper'] + ours['shared'] + sum(ours['experts'])
+    assert ours['encoder'] == count(net.encoder)
+    assert ours['mapper'] == (0 if decoder.mapper is None else count(decoder.mapper))
+    assert ours['experts'] == [count(expert) for expert in decoder.pool.experts]
 
 
 def test_sum_per_pixel_at_unequal_scales():

@@ -72,7 +72,7 @@ def test_results_agree_with_the_closed_forms(profile, options, tmp_path, capsys)
     rows, results = profile('-opt', options(MOEISR), '--scale', '2', '2x3.5', '--plot', str(tmp_path / 'out.png'))
     net = build(MOEISR)
     assert results['command'] == 'profile' and results['model']['network_g'] == MOEISR
-    assert results['model']['parameters'] == parameters(net)._asdict()
+    assert results['model']['parameters'] == parameters(net)
     assert [row['size'] for row in rows] == [[12, 18], [12, 32]]
     for row in rows:
         lq_size, size, macs = (6, 9), tuple(row['size']), row['macs']
@@ -88,7 +88,7 @@ def test_results_agree_with_the_closed_forms(profile, options, tmp_path, capsys)
     with Image.open(tmp_path / 'out.png') as picture:
         assert picture.format == 'PNG' and picture.size[1] > 300
     shown = capsys.readouterr().out
-    assert f'{parameters(net).total:,}' in shown and 'x2x3.5' in shown and 'dense plain' in shown
+    assert f'{parameters(net)["total"]:,}' in shown and 'x2x3.5' in shown and 'dense_plain' in shown
     numbers = re.findall(r'^│ (\d+) +│', shown.partition('hidden layers')[2], re.MULTILINE)
     assert numbers == [str(number) for number in range(1, len(net.expert_macs) + 1)]  # as in reports and pictures
 

@@ -46,16 +46,6 @@ class DecoderMacs(NamedTuple):
         return self.mapper + self.tables + self.experts_at(shares)
 
 
-class Parameters(NamedTuple):
-    """Number of parameters."""
-
-    encoder: int
-    mapper: int
-    shared: int  # what experts share: LTE's convolutions and phase, hidden layers with shared_layers
-    experts: list[int]  # J
-    total: int
-
-
 def check_shares(shares: Sequence[float], num_experts: int) -> None:
     """One share per expert, adding up to 1.
 
@@ -155,10 +145,9 @@ def macs_per_pixel(
     }
 
 
-def parameters(net: nn.Module) -> Parameters:
-    """Number of parameters of a `MoEISR` by part."""
+def parameters(net: nn.Module) -> dict:
+    """Number of parameters of a `MoEISR` by part, the `parameters` of a results document's model (see `schema`)."""
     count = parameter_count(net)
     experts = [count[f'decoder.pool.experts.{j}'] for j in range(net.num_experts)]
-    return Parameters(
-        count['encoder'], count.get('decoder.mapper', 0), count['decoder.pool'] - sum(experts), experts, count['']
-    )
+    parts = {'encoder': count['encoder'], 'mapper': count.get('decoder.mapper', 0)}
+    return {**parts, 'shared': count['decoder.pool'] - sum(experts), 'experts': experts, 'total': count['']}

@@ -19,7 +19,7 @@ from moeisr_basicsr.kernels import fused_backend
 from moeisr_basicsr.options import parse_options
 from moeisr_basicsr.shipped import find_model
 from moeisr_basicsr.tools.profile import loader, network, training, upscaling
-from moeisr_basicsr.tools.profile.chart import draw_chart
+from moeisr_basicsr.tools.profile.chart import draw_chart, panels_of
 
 from .options import add_import, add_model, import_modules
 from .outputs import check_output, is_picture, is_results_of, save_picture
@@ -135,24 +135,24 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f'--{given[0].replace("step_ms", "step-ms")} needs --{kind}.')
     get_root_logger(log_level=logging.WARNING)  # not one line for each network or dataset that is built
     console = Console(highlight=False)
-    rows, panels, where, model = (profile_data if args.data else profile_network)(args, console)
+    rows, where, model = (profile_data if args.data else profile_network)(args, console)
     if args.json:
         schema.save(args.json, schema.document('profile', where, rows, model))
     if args.plot:
-        save_picture(args.plot, draw_chart(panels))
+        save_picture(args.plot, draw_chart(panels_of(rows)))
     return 0
 
 
-def profile_data(args: argparse.Namespace, console: Console) -> tuple[list, list, dict, None]:
-    """Rows, panels, environment and model of `--data`."""
+def profile_data(args: argparse.Namespace, console: Console) -> tuple[list[dict], dict, None]:
+    """Rows, environment and model of `--data`."""
     args.launcher, args.auto_resume, args.debug = 'none', False, False
     opt = parse_options(args, os.getcwd(), is_train=True)
     rows = loader.profile_loader(opt, args.workers or (0, 1, 2), args.items or 512, args.step_ms)
     loader.show_loader(console, rows)
-    return rows, loader.panels(rows), environment('none'), None
+    return rows, environment('none'), None
 
 
-def profile_network(args: argparse.Namespace, console: Console) -> tuple[list, list, dict, dict]:
+def profile_network(args: argparse.Namespace, console: Console) -> tuple[list[dict], dict, dict]:
     """The same of a network, upscaling or training."""
     device = choose_device(args.device)
     args.model = args.model and str(find_model(args.model))
@@ -163,7 +163,7 @@ def profile_network(args: argparse.Namespace, console: Console) -> tuple[list, l
         shape = {name: value for name in ONLY['train'] if (value := getattr(args, name))}
         rows = [training.profile_training(net, repeats=args.repeats or 3, **shape)]
         training.show_training(console, rows[0])
-        panels, kernel = training.panels(rows[0]), 'torch'
+        kernel = 'torch'
     else:
         setting = upscaling.Setting(
             args.precision, args.cost_weight, args.budget, args.repeats or 5, not args.no_plain, args.dense_hidden
@@ -171,10 +171,10 @@ def profile_network(args: argparse.Namespace, console: Console) -> tuple[list, l
         lq = network.input_image(net, args.image, args.lq_size).to(device)
         rows = upscaling.profile_scales(net, lq, args.scale, setting)
         upscaling.show_upscaling(console, net.decoder, rows)
-        panels, kernel = upscaling.panels(rows), kernel_name(fused_backend(net.decoder, device, args.precision))
+        kernel = kernel_name(fused_backend(net.decoder, device, args.precision))
         if net.num_experts > 1 and not (args.image or args.budget or args.cost_weight):
             console.print(NOISE if args.model else RANDOM)
     where = environment(kernel, device)
     console.print(f'{where["device_name"]}, {where["threads"]} threads, torch {where["torch"]}, decoded by {kernel}.')
-    name, count = Path(args.model or args.opt).stem, parameters(net)._asdict()
-    return rows, panels, where, {'name': name, 'file': args.model, 'network_g': network_opt, 'parameters': count}
+    name, count = Path(args.model or args.opt).stem, parameters(net)
+    return rows, where, {'name': name, 'file': args.model, 'network_g': network_opt, 'parameters': count}

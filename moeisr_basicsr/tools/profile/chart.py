@@ -1,10 +1,12 @@
-"""Horizontal stacked bars as a PNG, drawn with Pillow."""
+"""A profile as a picture: horizontal stacked bars, drawn with Pillow."""
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
+
+from moeisr_basicsr.analysis.schema import scale_label
 
 # Okabe and Ito's palette: told apart with every kind of colour vision
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000')
@@ -31,6 +33,28 @@ class Panel(NamedTuple):
 
     title: str  # with the unit
     bars: Sequence[Bar]
+
+
+def panels_of(rows: Sequence[dict]) -> list[Panel]:
+    """What the rows of one profile have: times, multiply-adds, shares of the experts, speeds of the loader."""
+    times, macs, shares, speeds = [], [], [], []
+    for row in rows:
+        label = scale_label(row['scale']) if 'scale' in row else row['case']
+        if 'time_ms' in row:
+            wholes = ('total', 'dense_folded', 'dense_plain')
+            times.append(Bar(label, {stage: ms for stage, ms in row['time_ms'].items() if stage not in wholes}))
+        if 'macs' in row:
+            counts = {name: value / 1e3 for name, value in row['macs'].items() if name != 'each_expert'}
+            macs.append(Bar(label, {part: counts[part] for part in ('encoder', 'mapper', 'tables', 'experts')}))
+            for name in ('dense folded', 'dense plain'):
+                parts = {'encoder': counts['encoder'], 'dense decoder': counts[name.replace(' ', '_')]}
+                macs.append(Bar(f'{label} {name}', parts))
+            loads = row['routing']['loads']
+            shares.append(Bar(label, {f'expert {j}': 100 * share for j, share in enumerate(loads, 1)}))
+        if 'data' in row:
+            speeds.append(Bar(label, {'items/s': row['data']['items_per_second']}))
+    titles = ('Time, ms', 'Thousand multiply-adds per output pixel', 'Share of the pixels, %', 'Items per second')
+    return [Panel(title, bars) for title, bars in zip(titles, (times, macs, shares, speeds)) if bars]
 
 
 def nice_step(largest: float, count: int = 5) -> float:

@@ -15,7 +15,6 @@ from moeisr_basicsr.analysis.measure import StageClock
 from moeisr_basicsr.engine.data_loading import Place, TrainData
 from moeisr_basicsr.engine.distributed import Ranks
 
-from .chart import Bar, Panel
 from .stages import show_table
 
 # Stages of an item, the first four as far as the dataset tells them apart -> their name for people
@@ -137,11 +136,3 @@ def show_loader(console: Console, rows: list[dict]) -> None:
     show_table(console, f'Training loader, batches of {speeds[0]["batch_size"]}', columns, lines)
     if needed is not None:
         console.print(f'For that step time each process needs {needed:.1f} items/s.')
-
-
-def panels(rows: list[dict]) -> list[Panel]:
-    """The picture: stages of an item, and items per second."""
-    parts = {STAGES[stage]: ms for stage, ms in rows[0]['time_ms'].items() if stage != 'total'}
-    speeds = [row['data'] for row in rows[1:]]
-    bars = [Bar(f'{speed["workers"]} workers', {'items/s': speed['items_per_second']}) for speed in speeds]
-    return [Panel('One item, ms', [Bar('no workers', parts)]), Panel('Items per second', bars)]

@@ -53,7 +53,6 @@ def input_image(net: nn.Module, file: str | None, size: tuple[int, int]) -> Tens
 def show_parameters(console: Console, net: nn.Module) -> None:
     """One line on the screen."""
     count = parameters(net)
-    parts = [('encoder', count.encoder), ('mapper', count.mapper), ('shared', count.shared)]
-    texts = [f'{name} {value:,}' for name, value in parts if value]
-    experts = ' + '.join(f'{value:,}' for value in count.experts)
-    console.print(f'Parameters: {", ".join(texts)}, experts {experts}; in all {count.total:,}')
+    parts = [f'{name} {count[name]:,}' for name in ('encoder', 'mapper', 'shared') if count[name]]
+    experts = ' + '.join(f'{value:,}' for value in count['experts'])
+    console.print(f'Parameters: {", ".join(parts)}, experts {experts}; in all {count["total"]:,}')

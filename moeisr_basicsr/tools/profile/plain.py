@@ -34,23 +34,3 @@ def plain_image(
     coord = make_coord(size, feat.device)[None].split(chunk, dim=1)[:max_chunks]
     parts = [reference.predict(decoder, j, feat, at, cell.to(feat).expand_as(at)) for at in coord]
     return torch.cat(parts, dim=1)
-
-
-@torch.no_grad()
-def plain_pixels(
-    decoder: MoEDecoder, feat: Tensor, size: tuple[int, int], cell: Tensor, pixels: Tensor, experts: Tensor
-) -> Tensor:
-    """Chosen output pixels of one image, each from its expert: (N, C_out).
-
-    Args:
-        feat: (1, C, H, W).
-        pixels: (N,) positions in row-major order.
-        experts: (N,) expert of each.
-    """
-    coord = make_coord(size, feat.device)[pixels]  # (N, 2)
-    output = torch.empty(len(pixels), decoder.out_channels, device=feat.device)
-    for j in range(decoder.num_experts):
-        mine = experts == j
-        at = coord[mine][None]
-        output[mine] = reference.predict(decoder, j, feat, at, cell.to(feat).expand_as(at))[0]
-    return output

@@ -12,7 +12,6 @@ from torch import nn
 
 from moeisr_basicsr.analysis.measure import StageClock
 
-from .chart import Bar, Panel
 from .network import input_channels
 from .stages import measure_stages, mib_text, show_table
 
@@ -87,9 +86,3 @@ def show_training(console: Console, row: dict) -> None:
     """Time and memory of every part."""
     cells = [(part, f'{ms:.1f}', mib_text(row['peak_mib'][part])) for part, ms in row['time_ms'].items()]
     show_table(console, f'Training step: {row["notes"]}', ('part', 'ms', 'peak MiB'), cells)
-
-
-def panels(row: dict) -> list[Panel]:
-    """The parts of the step, for a picture."""
-    parts = {part: ms for part, ms in row['time_ms'].items() if part != 'total'}
-    return [Panel('Training step, ms', [Bar('step', parts)])]

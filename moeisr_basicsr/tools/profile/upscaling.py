@@ -18,13 +18,12 @@ from moeisr_basicsr.core.render import TORCH
 from moeisr_basicsr.inference import evaluation, make_control, target_size, upscale, upscale_strips
 from moeisr_basicsr.kernels import fused_backend
 
-from .chart import Bar, Panel
 from .plain import CHUNK, plain_image
 from .stages import measure_stages, mib_text, show_table
 
 # stage of a row's `time_ms` -> parts of its `macs`; 'other' is the skip image
 STAGES = {'encode': ['encoder'], 'map': ['mapper'], 'decode': ['tables', 'experts'], 'other': []}
-DENSE = ('dense_folded', 'dense_plain')
+WHOLES = {'total': ['total'], 'dense_folded': ['dense_folded'], 'dense_plain': ['dense_plain']}  # dense decoders alone
 
 
 class Setting(NamedTuple):
@@ -126,38 +125,16 @@ def show_upscaling(console: Console, decoder: MoEDecoder, rows: list[dict]) -> N
 
 
 def show_scale(console: Console, row: dict) -> None:
-    """The table of one factor, and the dense decoders."""
+    """The table of one factor."""
     times, peaks, macs = row['time_ms'], row['peak_mib'], row['macs']
     (height, width), (rows, cols) = row['lq_size'], row['size']
     title = f'{scale_label(row["scale"])}: {height} x {width} to {rows} x {cols} (rows x columns), {row["precision"]}'
     cells = [
-        (stage, thousands(sum(macs[part] for part in parts)), f'{times[stage]:.1f}', mib_text(peaks[stage]))
-        for stage, parts in {**STAGES, 'total': ['total']}.items()
+        (stage, thousands(sum(macs[part] for part in parts)), f'{times[stage]:.1f}', mib_text(peaks.get(stage)))
+        for stage, parts in {**STAGES, **WHOLES}.items()
         if stage in times
     ]
     show_table(console, title, ('stage', 'thousand MACs / pixel', 'ms', 'peak MiB'), cells)
-    decoder, decoder_ms = macs['mapper'] + macs['tables'] + macs['experts'], times.get('map', 0.0) + times['decode']
-    for name in DENSE:
-        line = f'{name.replace("_", " ")}: {thousands(macs[name])} thousand MACs, {macs[name] / decoder:.2f}x those of '
-        line += 'mapper, tables and experts'
-        line += f'; {times[name]:.1f} ms, {times[name] / decoder_ms:.2f}x their time' if name in times else ''
-        console.print(line)
-
-
-def panels(rows: list[dict]) -> list[Panel]:
-    """Time, multiply-adds and shares of the experts at every factor, for a picture."""
-    times, macs, shares = [], [], []
-    for row in rows:
-        label = scale_label(row['scale'])
-        counts = {name: value / 1e3 for name, value in row['macs'].items() if name != 'each_expert'}
-        times.append(Bar(label, {stage: row['time_ms'][stage] for stage in STAGES if stage in row['time_ms']}))
-        macs.append(Bar(label, {part: counts[part] for parts in STAGES.values() for part in parts}))
-        for name in DENSE:
-            dense = {'encoder': counts['encoder'], 'dense decoder': counts[name]}
-            macs.append(Bar(f'{label} {name.replace("_", " ")}', dense))
-        shares.append(Bar(label, {f'expert {j}': 100 * share for j, share in enumerate(row['routing']['loads'], 1)}))
-    found = [Panel('Time, ms', times), Panel('Thousand multiply-adds per output pixel', macs)]
-    return found + ([Panel('Share of the pixels, %', shares)] if len(shares[0].parts) > 1 else [])
 
 
 def thousands(macs: float) -> str:
