@@ -8,9 +8,9 @@ cases: <code>-<what>-<precision>, code `plain` (`plain-10000`: in smaller chunks
 `moe-<shares of the four experts>`, LR tables included. `whole-...` are encoder (EDSR-baseline), mapper and decoder
 against the plain algorithm with its encoder. `mac-efficiency-...` is (dense time / MoE time) over (dense MACs / MoE
 MACs). `route-agreement` is the share of pixels that both codes send to the same expert. `train-exact` is a training
-step of the decoder (`train-whole-exact`: with the encoder) against the plain sum of all experts. `memory-mib-...` is no
-ratio but the peak in MiB beyond features and output. A large MALLOC_MMAP_THRESHOLD_ in the environment speeds up the
-plain algorithm's temporaries: run it with and without; --json keeps which.
+step of the decoder (`train-whole-exact`: with the encoder) against the plain sum of all experts. For memory see
+`basicsr profile`. A large MALLOC_MMAP_THRESHOLD_ in the environment speeds up the plain algorithm's temporaries: run it
+with and without; --json keeps which.
 """
 
 import time
@@ -18,9 +18,7 @@ import time
 START = time.perf_counter()  # --quick counts the imports too
 
 import argparse  # noqa: E402
-import json  # noqa: E402
 import math  # noqa: E402
-import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from functools import partial  # noqa: E402
@@ -38,7 +36,7 @@ from torch import Tensor  # noqa: E402
 from moeisr_basicsr.analysis import plain as reference  # noqa: E402
 from moeisr_basicsr.analysis import schema  # noqa: E402
 from moeisr_basicsr.analysis.complexity import decoder_macs, dense_folded_macs  # noqa: E402
-from moeisr_basicsr.analysis.environment import environment  # noqa: E402
+from moeisr_basicsr.analysis.environment import environment, kernel_name  # noqa: E402
 from moeisr_basicsr.archs.moeisr_arch import MoEISR  # noqa: E402
 from moeisr_basicsr.cli.outputs import check_output, is_results_of  # noqa: E402
 from moeisr_basicsr.core import MoEDecoder, make_cell, make_coord, output_size  # noqa: E402
@@ -46,8 +44,7 @@ from moeisr_basicsr.core.render import TORCH, Backend  # noqa: E402
 from moeisr_basicsr.errors import UserError  # noqa: E402
 from moeisr_basicsr.inference import evaluation  # noqa: E402
 from moeisr_basicsr.kernels import fused_backend  # noqa: E402
-from moeisr_basicsr.tools.profile.plain import CHUNK, plain_image  # noqa: E402
-from moeisr_basicsr.tools.profile.rendering import clustered_map, render_fixed, route  # noqa: E402
+from moeisr_basicsr.tools.profile.rendering import CHUNK, clustered_map, plain_image, render_fixed, route  # noqa: E402
 
 QUICK_SECONDS = 44  # of 50, so that a case in progress can end
 SMALL_CHUNK = 10000  # the plain algorithm is faster with it, but 30000 is its authors' default
@@ -82,14 +79,14 @@ class Benchmark:
             self.plain = {'peer': load_peer(args.peer, self.dense, self.device), **self.plain}
             self.check_peer()
         start = time.perf_counter()
-        self.fused: dict[tuple[str, str], Backend] = {}
-        for what, decoder in (('moe', self.moe), ('dense', self.dense)):
-            for precision in args.precisions:
-                backend = fused_backend(decoder, self.device, precision)
-                if backend is None:
-                    note(f'skipped fused {what} {precision}: the fused kernels do not run here')
-                else:
-                    self.fused[what, precision] = backend
+        self.fused = {
+            (what, precision): fused_backend(decoder, self.device, precision)
+            for what, decoder in (('moe', self.moe), ('dense', self.dense))
+            for precision in args.precisions
+        }
+        for (what, precision), backend in self.fused.items():
+            if backend is None:
+                note(f'skipped fused {what} {precision}: the fused kernels do not run here')
         if time.perf_counter() - start > 5:
             note('the kernels were compiled just now; run again for more rounds')
         self.rows: list[dict] = []
@@ -106,7 +103,7 @@ class Benchmark:
         assert difference <= LIMITS['fp32'], f'the peer differs by {difference} from the built-in algorithm'
 
     def report(self, name: str, scale: float, ratio: float, **row) -> None:
-        """Print a case and keep its row."""
+        """Print a case and keep its row of a results document."""
         print(f'{name} x{scale:g} {ratio:.4g}', flush=True)
         self.rows.append({'case': name, 'scale': [float(scale)] * 2, 'ratio': float(ratio), **row})
 
@@ -143,7 +140,7 @@ class Benchmark:
             for code in ('fused',) if few else ('fused', 'torch'):
                 for precision in self.args.precisions:
                     what = 'dense' if name is None else 'moe'
-                    backend = TORCH if code == 'torch' else self.fused.get((what, precision))
+                    backend = TORCH if code == 'torch' else self.fused[what, precision]
                     if backend is None:
                         continue
                     if name == 'whole':
@@ -195,22 +192,14 @@ class Benchmark:
         done = {case.name: case for case in (plain, *others, *ours) if case.times}
         for case in done.values():
             is_whole = case.name.startswith('whole')
-            row = {} if case.backend is None else {'macs': {'total': self.macs(size, case.expert_map)}}
+            row = {'lq_size': list(self.lq_size), 'size': list(size), 'precision': case.precision, 'repeats': rounds}
+            row |= {'time_ms': {'total': case.ms}, 'difference': case.difference}
+            if case.backend is not None:
+                row['macs'] = {'total': self.macs(size, case.expert_map)}
             if case.expert_map is not None:
                 row['routing'] = {'loads': list(MAPS[case.expert_map])}
-            self.report(
-                case.name,
-                scale,
-                (plain.ms + encode.ms * is_whole) / case.ms,
-                time_ms={'total': case.ms},
-                repeats=rounds,
-                baseline='whole-' * is_whole + plain.name,
-                lq_size=list(self.lq_size),
-                size=list(size),
-                difference=case.difference,
-                precision=case.precision,
-                **row,
-            )
+            ratio, baseline = (plain.ms + encode.ms * is_whole) / case.ms, 'whole-' * is_whole + plain.name
+            self.report(case.name, scale, ratio, baseline=baseline, **row)
         saved = self.macs(size, None) / self.macs(size, SKEWED)
         for code in ('torch', 'fused'):  # how much of the saving on paper arrives as time
             for precision in self.args.precisions:
@@ -218,7 +207,7 @@ class Benchmark:
                 if dense is not None and moe is not None:
                     row = {'baseline': dense.name, 'notes': f'on paper {saved:.3f}'}
                     self.report(f'mac-efficiency-{code}-{precision}', scale, dense.ms / moe.ms / saved, **row)
-        backend = self.fused.get(('moe', self.args.precisions[0]))
+        backend = self.fused['moe', self.args.precisions[0]]
         if backend is not None and not few and self.turns.fits():
             with evaluation(self.net, self.device.type, 'fp32'):
                 one, other = (route(self.moe, self.feat, size, code) for code in (TORCH, backend))
@@ -250,22 +239,6 @@ class Benchmark:
                 row |= {'time_ms': {'total': exact.ms + more}, 'baseline': f'train-{name}plain'}
                 self.report(f'train-{name}exact', SCALE, (plain.ms + more) / (exact.ms + more), **row)
 
-    def run_memory(self) -> None:
-        """512x512 at x8, in a process of its own: nothing else is in its memory."""
-        side, threads = self.args.memory_lq_size, torch.get_num_threads()
-        command = [sys.executable, str(Path(__file__).with_name('decode_memory.py'))]
-        command += ['--lq-size', str(side), '--threads', str(threads)]
-        for precision, budget in [*((entry, []) for entry in self.args.precisions), ('fp32', ['--budget', '0.3'])]:
-            child = subprocess.run([*command, '--precision', precision, *budget], capture_output=True, text=True)
-            if child.returncode:
-                raise RuntimeError(f'the memory case failed: {child.stderr.strip().splitlines()[-1]}')
-            result = json.loads(child.stdout.splitlines()[-1])
-            if result['mib'] is None:
-                return note('skipped memory: this system does not say how much a process used')
-            row = {'precision': precision, 'lq_size': [side, side], 'routing': {'loads': result['loads']}}
-            name = f'memory-mib-{result["code"]}-{"budget-" if budget else ""}{precision}'
-            self.report(name, 8, result['mib'], peak_mib={'decode': result['mib']}, **row)
-
 
 def checked_pixels(size: tuple[int, int]) -> Tensor:
     """Pixels on which outputs are compared, row-major: of the outermost three rows and columns, and of all."""
@@ -290,8 +263,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--shared-layers', type=int, choices=range(5), default=0, help=layers)
     add('--peer', metavar='DIR', help='a checkout of yinboc/liif: the ratios are against its own code')
     add('--train', action='store_true', help='training steps too')
-    add('--memory', action='store_true', help='peak memory too (always without --quick)')
-    add('--memory-lq-size', type=int, default=512, metavar='N', help=argparse.SUPPRESS)
     add('--device', default='cpu', help='default cpu')
     add('--threads', type=int, metavar='N', help='default: as many as PyTorch takes')
     add('--json', metavar='FILE', help='keep all results; replaces an earlier benchmark only')
@@ -315,10 +286,8 @@ def main(argv: list[str] | None = None) -> None:
         benchmark.run_scale(scale, few=args.quick and place > 0)
     if args.train:
         benchmark.run_train()
-    if args.memory or not args.quick:
-        benchmark.run_memory()
     if args.json:
-        kernel = ', '.join(sorted({type(backend).__name__ for backend in benchmark.fused.values()})) or 'torch'
+        kernel = ', '.join(sorted({kernel_name(backend) for backend in benchmark.fused.values()}))
         schema.save(args.json, schema.document('benchmark', environment(kernel, benchmark.device), benchmark.rows))
 
 

@@ -3,14 +3,13 @@
     python scripts/fault_drill.py
     python scripts/fault_drill.py --kills 20 --only kill ranks
 
-Trains a tiny network in processes of its own and kills them, cuts off checkpoints, fills the disk, and hands in hostile
-files. Every row says what came of it; the exit code is 1 if one of them failed. About 10 minutes on 2 cores.
+Trains a tiny network in processes of its own and kills them, cuts off checkpoints, fills the disk. Every row says what
+came of it; the exit code is 1 if one of them failed. About 10 minutes on 2 cores.
 """
 
 import argparse
 import json
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -59,7 +58,7 @@ logger: {print_freq: 1, save_checkpoint_freq: 7}
 FULL_DISK = """
 import errno, os, sys
 from moeisr_basicsr import atomic_file
-room, whole_open = [10], open
+room, whole_open = [4], open
 def small_open(path, mode):
     room[0] -= 1
     if room[0] < 0:
@@ -73,16 +72,6 @@ sys.exit(main(sys.argv[1:]))
 
 class Failed(Exception):
     """A fault was not survived."""
-
-
-class Bomb:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, path: Path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 class Drill:
@@ -247,32 +236,8 @@ class Drill:
             found.append(f'{number.name} {code}')
         return f'saved after the step, exit codes {", ".join(found)}, resumed to the same bits'
 
-    def hostile(self) -> str:
-        """YAML tags, --force_yml, weights and resume state that would run code"""
-        marker, bomb = self.work / 'executed', self.work / 'bomb'
-        torch.save({'params': Bomb(marker), 'iter': 1}, f'{bomb}.pth')
-        Path(f'{bomb}.state').write_bytes(pickle.dumps({'iter': 1, 'optimizers': Bomb(marker)}))
-        code = f'__import__("os").mkdir("{marker}")'
-        cases = {
-            'YAML tag': [],
-            '--force_yml': [f'name"]={code}#=1'],
-            '--force_yml value': [f'datasets:train:scale_range=[{code}]'],
-            'weights': [f'path:pretrain_network_g={bomb}.pth'],
-            'resume state': [f'path:resume_state={bomb}.state'],
-        }
-        for place, (what, changes) in enumerate(cases.items()):
-            path = self.options(f'hostile_{place}')
-            if what == 'YAML tag':
-                path.write_text(f'note: !!python/object/apply:os.mkdir ["{marker}"]\n{path.read_text()}')
-            exit_code = self.run(path.stem, *(['--force_yml', *changes] if changes else []))
-            output = self.output(path.stem)
-            check(not marker.exists(), f'{what}: code was run')
-            check(exit_code == 2 and 'Traceback' not in output, f'{what}: exit code {exit_code}')
-            check(output.count('basicsr: error') == 1, f'{what}: no single clear line')
-        return f'{", ".join(cases)}: nothing ran, one clear line, exit code 2'
 
-
-FAULTS = ('kill', 'ranks', 'truncated', 'full_disk', 'signals', 'hostile')
+FAULTS = ('kill', 'ranks', 'truncated', 'full_disk', 'signals')
 
 
 def check(passed: bool, message: str) -> None:

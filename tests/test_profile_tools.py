@@ -13,8 +13,7 @@ from moeisr_basicsr.archs.moeisr_arch import LIIF, MoEISR
 from moeisr_basicsr.core import MoEDecoder, make_cell
 from moeisr_basicsr.tools.profile import training
 from moeisr_basicsr.tools.profile.chart import COLOURS, Bar, Panel, draw_chart, nice_step
-from moeisr_basicsr.tools.profile.plain import plain_image
-from moeisr_basicsr.tools.profile.rendering import clustered_map, render_fixed
+from moeisr_basicsr.tools.profile.rendering import clustered_map, plain_image, render_fixed
 from moeisr_basicsr.tools.profile.stages import measure_stages
 
 EXPERTS = [[16], [24, 16], [16, 32, 8], [32, 16, 24, 16]]

@@ -26,6 +26,7 @@ from mmengine.analysis import parameter_count
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import MoEDecoder
 
 
@@ -120,7 +121,7 @@ def encoder_macs(encoder: nn.Module, lq_size: tuple[int, int]) -> int:
 
 
 def macs_per_pixel(
-    net: nn.Module,
+    net: MoEISR,
     lq_size: tuple[int, int],
     size: tuple[int, int],
     shares: Sequence[float],
@@ -130,7 +131,7 @@ def macs_per_pixel(
 
     The most expensive expert of `dense` is the baseline, of the network's own decoder where it is not given.
     """
-    dense = dense or net.decoder
+    baseline = net.decoder if dense is None else dense
     parts = decoder_macs(net.decoder, lq_size, size)
     encoder = encoder_macs(net.encoder, lq_size) / (size[0] * size[1])
     return {
@@ -139,14 +140,14 @@ def macs_per_pixel(
         'tables': parts.tables,
         'experts': parts.experts_at(shares),
         'total': encoder + parts.total(shares),
-        'dense_folded': dense_folded_macs(dense, lq_size, size),
-        'dense_plain': dense_plain_macs(dense, lq_size, size),
+        'dense_folded': dense_folded_macs(baseline, lq_size, size),
+        'dense_plain': dense_plain_macs(baseline, lq_size, size),
         'each_expert': parts.experts,
     }
 
 
-def parameters(net: nn.Module) -> dict:
-    """Number of parameters of a `MoEISR` by part, the `parameters` of a results document's model (see `schema`)."""
+def parameters(net: MoEISR) -> dict:
+    """Number of parameters by part, the `parameters` of a results document's model (see `schema`)."""
     count = parameter_count(net)
     experts = [count[f'decoder.pool.experts.{j}'] for j in range(net.num_experts)]
     parts = {'encoder': count['encoder'], 'mapper': count.get('decoder.mapper', 0)}

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,9 +99,9 @@ class StageClock:
         if stage is not None:
             self.times[stage] = self.times.get(stage, 0.0) + (time.perf_counter() - self._since) * 1e3
         if self.meter is not None:
-            peak = self.meter.read()
             if stage is not None:
-                self.peaks[stage] = None if peak is None else max(self.peaks.get(stage, 0.0), peak)
+                peak = self.meter.read()
+                self.peaks[stage] = peak and max(self.peaks.get(stage) or 0.0, peak)
             self.meter.start()
         self._since = time.perf_counter()
 
@@ -108,8 +109,7 @@ class StageClock:
 def give_back() -> None:
     """Return unused memory to the system, so that what comes next shows in the resident size."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)  # glibc only
-    if trim is not None:
+    if sys.platform == 'linux' and (trim := getattr(ctypes.CDLL(None), 'malloc_trim', None)):  # glibc only
         trim(ctypes.c_size_t(0))
 
 

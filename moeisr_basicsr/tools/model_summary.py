@@ -6,10 +6,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.analysis.complexity import decoder_macs, dense_folded_macs
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.checkpoint import build, read_model
 from moeisr_basicsr.errors import UserError
 
@@ -43,7 +42,7 @@ def summarize_model(path: str | PathLike) -> dict[str, Any]:
     model = read_model(path)
     net = build(model.network_opt, model.weights, str(path))
     scale_range, results = (_from_json(model.metadata, key, path) for key in (SCALE_RANGE, RESULTS))
-    has_decoder = hasattr(net, 'decoder')
+    ours = net if isinstance(net, MoEISR) else None
     return {
         'name': path.stem,
         'file': str(path),
@@ -51,10 +50,10 @@ def summarize_model(path: str | PathLike) -> dict[str, Any]:
         'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
         'network_g': model.network_opt,
         'encoder': model.network_opt.get('encoder', {}).get('type'),
-        'decoder': net.decoder.family if has_decoder else None,
-        'experts': net.num_experts if has_decoder else None,
+        'decoder': ours and ours.decoder.family,
+        'experts': ours and ours.num_experts,
         'parameters': sum(parameter.numel() for parameter in net.parameters()),
-        'macs_x4': macs_x4(net, results or []) if has_decoder else None,
+        'macs_x4': ours and macs_x4(ours, results or []),
         'scale_range': scale_range,
         'results': results or [],
         'metadata': {key: value for key, value in model.metadata.items() if key not in (*STRUCTURES, 'network_g')},
@@ -67,7 +66,7 @@ def results_of(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: row[key] for key in kept if key in row} for row in document['rows'] if row['case'] == 'mean']
 
 
-def macs_x4(net: nn.Module, results: list[dict[str, Any]]) -> dict[str, float | None]:
+def macs_x4(net: MoEISR, results: list[dict[str, Any]]) -> dict[str, float | None]:
     """Decoder MACs per output pixel at x4: as routed in the first measurement at x4, and dense."""
     measured = [row['routing']['loads'] for row in results if row['scale'] == [4, 4] and 'routing' in row]
     shares = [[1.0]] if net.num_experts == 1 else measured

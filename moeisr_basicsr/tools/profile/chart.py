@@ -50,7 +50,8 @@ def panels_of(rows: Sequence[dict]) -> list[Panel]:
                 parts = {'encoder': counts['encoder'], 'dense decoder': counts[name.replace(' ', '_')]}
                 macs.append(Bar(f'{label} {name}', parts))
             loads = row['routing']['loads']
-            shares.append(Bar(label, {f'expert {j}': 100 * share for j, share in enumerate(loads, 1)}))
+            if len(loads) > 1:
+                shares.append(Bar(label, {f'expert {j}': 100 * share for j, share in enumerate(loads, 1)}))
         if 'data' in row:
             speeds.append(Bar(label, {'items/s': row['data']['items_per_second']}))
     titles = ('Time, ms', 'Thousand multiply-adds per output pixel', 'Share of the pixels, %', 'Items per second')

@@ -1,5 +1,6 @@
 """Speed of the training loader: items per second by number of workers, and the time of one item stage by stage."""
 
+import contextlib
 import copy
 import itertools
 import multiprocessing
@@ -85,16 +86,13 @@ def loader_speed(data: TrainData, batches: int) -> dict[str, float | None]:
     """Items per second, of the clock's and of all processes' CPU time, where nobody does anything but wait for them."""
     # Until the queues have been emptied once, batches come from the time before: workers start and work ahead.
     warm_up = 1 + data.loader.num_workers * (data.loader.prefetch_factor or 0)
-    source = data.batches(Place())
-    try:
+    with contextlib.closing(data.batches(Place())) as source:  # type: ignore[type-var]  # a generator
         for _ in range(warm_up):
             next(source)
         start, cpu_start = time.perf_counter(), cpu_seconds()
         for _ in range(batches):
             next(source)
         seconds, cpu_stop = time.perf_counter() - start, cpu_seconds()
-    finally:
-        source.close()
     items, cpu = batches * data.batch, cpu_start and cpu_stop and cpu_stop - cpu_start
     return {'items_per_second': items / seconds, 'items_per_cpu_second': items / cpu if cpu else None}
 

@@ -6,13 +6,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from moeisr_basicsr.analysis.complexity import parameters
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.checkpoint import load_model, read_model
 from moeisr_basicsr.data.image_io import read_image, to_float
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.options import check_network, read_yaml
 
 
-def load_network(model: str | None, options: str) -> tuple[nn.Module, dict]:
+def load_network(model: str | None, options: str) -> tuple[MoEISR, dict]:
     """The network of a model file, or of an options file with random weights, and its options.
 
     Raises:
@@ -31,26 +32,26 @@ def load_network(model: str | None, options: str) -> tuple[nn.Module, dict]:
         except (TypeError, ValueError) as error:
             reason = ' '.join(str(error).split())
             raise UserError(f'{options}: {network_opt["type"]} cannot be built: {reason}') from error
-    if not hasattr(net, 'decoder'):
+    if not isinstance(net, MoEISR):
         raise UserError(
             f'{model or options}: {type(net).__name__} has no decoder to profile; MoEISR, LIIF and LTE have one.'
         )
     return net, network_opt
 
 
-def input_channels(net: nn.Module) -> int:
+def input_channels(net: MoEISR) -> int:
     """C of the images that the network takes: what its encoder's first convolution reads."""
     return next(module for module in net.encoder.modules() if isinstance(module, nn.Conv2d)).in_channels
 
 
-def input_image(net: nn.Module, file: str | None, size: tuple[int, int]) -> Tensor:
+def input_image(net: MoEISR, file: str | None, size: tuple[int, int]) -> Tensor:
     """(1, C, H, W) RGB in [0, 1]: of a file, or noise of `size` (H, W) where none is named."""
     if file is None:
         return torch.rand(1, input_channels(net), *size, generator=torch.Generator().manual_seed(0))
     return torch.from_numpy(to_float(read_image(file).rgb)).permute(2, 0, 1)[None]
 
 
-def show_parameters(console: Console, net: nn.Module) -> None:
+def show_parameters(console: Console, net: MoEISR) -> None:
     """One line on the screen."""
     count = parameters(net)
     parts = [f'{name} {count[name]:,}' for name in ('encoder', 'mapper', 'shared') if count[name]]

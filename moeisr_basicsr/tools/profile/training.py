@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from moeisr_basicsr.analysis.measure import StageClock
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
 
 from .network import input_channels
 from .stages import measure_stages, mib_text, show_table
@@ -19,7 +19,7 @@ PARTS = ('encoder', 'mapper', 'tables', 'chosen experts', 'unchosen experts', 'o
 SCALE = 2.5  # the mean factor of U(1, 4)
 
 
-def profile_training(net: nn.Module, batch: int = 16, patch: int = 48, queries: int = 2304, repeats: int = 3) -> dict:
+def profile_training(net: MoEISR, batch: int = 16, patch: int = 48, queries: int = 2304, repeats: int = 3) -> dict:
     """A row of a results document (see `analysis.schema`): one step with L1 and Adam, in the shapes of LIIF's recipe.
 
     The images are noise: the work is the same.
@@ -64,7 +64,7 @@ def profile_training(net: nn.Module, batch: int = 16, patch: int = 48, queries: 
     }
 
 
-def watch_network(net: nn.Module, clocks: list[StageClock]) -> None:
+def watch_network(net: MoEISR, clocks: list[StageClock]) -> None:
     """Make the parts of a network's forward tell `clocks[0]`. Unchosen experts are those that run without autograd."""
     pool, mapper = net.decoder.pool, net.decoder.mapper
     watched = [(net.encoder, 'forward', 'encoder'), (pool, 'tables', 'tables')]

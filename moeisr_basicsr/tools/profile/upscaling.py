@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeisr_basicsr.analysis.complexity import macs_per_pixel, most_expensive
 from moeisr_basicsr.analysis.measure import StageClock
 from moeisr_basicsr.analysis.routing_stats import expert_shares, mean_cost
 from moeisr_basicsr.analysis.schema import scale_label
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import MoEDecoder, render
 from moeisr_basicsr.core.render import TORCH
 from moeisr_basicsr.inference import evaluation, make_control, target_size, upscale, upscale_strips
 from moeisr_basicsr.kernels import fused_backend
 
-from .plain import CHUNK, plain_image
+from .rendering import CHUNK, plain_image
 from .stages import measure_stages, mib_text, show_table
 
 # stage of a row's `time_ms` -> parts of its `macs`; 'other' is the skip image
@@ -37,7 +38,7 @@ class Setting(NamedTuple):
     dense_hidden: Sequence[int] | None  # of the dense decoder; None: as the most expensive expert
 
 
-def profile_scales(net: nn.Module, lq: Tensor, scales: Sequence[tuple[float, float]], setting: Setting) -> list[dict]:
+def profile_scales(net: MoEISR, lq: Tensor, scales: Sequence[tuple[float, float]], setting: Setting) -> list[dict]:
     """A row of a results document (see `analysis.schema`) for each factor.
 
     Args:
@@ -49,16 +50,17 @@ def profile_scales(net: nn.Module, lq: Tensor, scales: Sequence[tuple[float, flo
     Raises:
         UserError: A factor or the routing is wrong; nothing has been measured then.
     """
-    sizes = [target_size(tuple(lq.shape[-2:]), scale, None) for scale in scales]
+    lq_size = lq.shape[-2], lq.shape[-1]
+    sizes = [target_size(lq_size, scale, None) for scale in scales]
     make_control(net, setting.cost_weight, setting.budget)
     return [{'scale': list(scale), **profile_size(net, lq, size, setting)} for scale, size in zip(scales, sizes)]
 
 
-def profile_size(net: nn.Module, lq: Tensor, size: tuple[int, int], setting: Setting) -> dict:
+def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Setting) -> dict:
     """The row of one output size, without its factor."""
-    lq_size, device, precision = tuple(lq.shape[-2:]), lq.device, setting.precision
-    control = {'cost_weight': setting.cost_weight, 'budget': setting.budget}
-    expert_map = upscale(net, lq, size=size, precision=precision, **control).expert_map
+    lq_size, device, precision = (lq.shape[-2], lq.shape[-1]), lq.device, setting.precision
+    control = setting.cost_weight, setting.budget
+    expert_map = upscale(net, lq, None, size, *control, precision=precision).expert_map
     shares = [1.0] if expert_map is None else expert_shares(expert_map, net.num_experts)
     dense = dense_decoder(net.decoder, setting.dense_hidden)
     backend, cell = fused_backend(dense, device, precision) or TORCH, net.test_cell(lq_size, size)
@@ -67,7 +69,7 @@ def profile_size(net: nn.Module, lq: Tensor, size: tuple[int, int], setting: Set
 
     def run(clock: StageClock) -> None:
         with clock('other'):
-            for _ in upscale_strips(net, lq, size, precision=precision, clock=clock, **control):
+            for _ in upscale_strips(net, lq, size, *control, precision=precision, clock=clock):
                 pass
         with clock('dense_folded'), evaluation(dense, device.type, precision):
             render(dense, feat, size, cell, backend=backend)
@@ -90,7 +92,8 @@ def profile_size(net: nn.Module, lq: Tensor, size: tuple[int, int], setting: Set
         'lq_size': list(lq_size),
         'size': list(size),
         'precision': precision,
-        **control,
+        'budget': setting.budget,
+        'cost_weight': setting.cost_weight,
         'time_ms': {**times, 'total': sum(times[stage] for stage in stages)},
         'repeats': setting.repeats,
         'peak_mib': {**{stage: peaks[stage] for stage in stages}, 'total': max(known, default=None)},
