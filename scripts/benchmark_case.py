@@ -18,6 +18,7 @@ class Case:
     name: str  # as printed
     work: Callable[[], object]
     part: float = 1.0  # of the whole that `work` does; its time is scaled up
+    guess: float = 0.0  # at most this part of the whole first case's time, to know whether there is time for it
     expert_map: str | None = None  # name of its expert map; None for a dense decoder
     backend: Backend | None = None  # what decodes; None for cases that are not compared with the plain algorithm
     precision: str = 'fp32'
@@ -42,11 +43,9 @@ class Turns:
 
     def __init__(self, start: float, limit: float, repeats: int, device: torch.device):
         self.start, self.limit, self.repeats, self.device = start, limit, repeats, device
-        self.longest = 0.0  # seconds
 
-    def fits(self, seconds: float | None = None) -> bool:
-        """Whether that much time is left; where not given, that of the longest case so far."""
-        seconds = self.longest if seconds is None else seconds
+    def fits(self, seconds: float = 0.0) -> bool:
+        """Whether that much time is left."""
         return time.perf_counter() - self.start + seconds <= self.limit
 
     def take(self, cases: list[Case], warm_up: Callable[[Case], object]) -> int:
@@ -54,14 +53,12 @@ class Turns:
         for done in range(self.repeats):
             began = time.perf_counter()
             for case in [case for case in cases if case.times or done == 0]:
-                if done == 0 and not self.fits():
+                if case is not cases[0] and done == 0 and not self.fits(case.guess * cases[0].ms / 1e3):
                     note(f'skipped {case.name}: no time left')
                     continue
-                start = time.perf_counter()
                 if done == 0:
                     warm_up(case)
                 case.times.append(time_ms(case.work, self.device) / case.part)
-                self.longest = max(self.longest, time.perf_counter() - start)
             if not self.fits((time.perf_counter() - began) * 0.9):  # a later round does not warm up
                 break
         return done + 1

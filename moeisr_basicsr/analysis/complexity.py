@@ -22,7 +22,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from mmengine.analysis import parameter_count
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,6 +147,10 @@ def macs_per_pixel(
 
 def parameters(net: MoEISR) -> dict:
     """Number of parameters by part, the `parameters` of a results document's model (see `schema`)."""
+    from mmengine.analysis import (
+        parameter_count,
+    )  # here: its first import ever must not run in two ranks at once (yapf)
+
     count = parameter_count(net)
     experts = [count[f'decoder.pool.experts.{j}'] for j in range(net.num_experts)]
     parts = {'encoder': count['encoder'], 'mapper': count.get('decoder.mapper', 0)}

@@ -47,9 +47,8 @@ filling it takes. Without workers, training itself waits for each item."""
 # Options that belong to one kind of profile
 ONLY = {'data': ('workers', 'items', 'step_ms', 'force_yml'), 'train': ('batch', 'patch', 'queries')}
 # What to know of the experts' shares where no picture was given and the routing is the network's own
-NOISE = """\
-The input is noise, which a trained network sends nearly all to its most expensive experts; --image FILE gives the
-shares of a picture."""
+NOISE = 'The input is noise, which a trained network sends nearly all to its most expensive experts; --image FILE '
+NOISE += 'gives the shares of a picture.'
 RANDOM = 'The weights are random, and so are the shares; --model FILE gives those of a trained network.'
 
 
