@@ -12,17 +12,13 @@ from moeisr_basicsr.core import MoEDecoder, make_cell, make_coord
 
 
 def load_peer(folder: str, dense: MoEDecoder, device: torch.device) -> Callable[..., Tensor]:
-    """Its decoder with the weights of `dense`.
-
-    Args:
-        folder: The checkout.
-        dense: One LIIF expert of four hidden layers of 256 on 64 feature channels.
+    """Its decoder with the weights of `dense`, one LIIF expert of four hidden layers of 256 on 64 feature channels.
 
     Returns:
-        A function (features (1, C, H, W), size, chunk, number of chunks) -> answers (1, Q, 3) in row-major order.
+        A function (features (1, C, H, W), size, chunk, number of chunks) -> predictions (1, Q, 3) in row-major order.
 
     Raises:
-        SystemExit: There is no such checkout.
+        SystemExit: `folder` is no such checkout.
     """
     if not (Path(folder) / 'models' / 'liif.py').is_file():
         raise SystemExit(f'--peer {folder}: this is no checkout of yinboc/liif (there is no models/liif.py).')
@@ -41,16 +37,8 @@ def load_peer(folder: str, dense: MoEDecoder, device: torch.device) -> Callable[
 
     @torch.no_grad()
     def decode(feat: Tensor, size: tuple[int, int], chunk: int, count: int) -> Tensor:
-        coord = make_coord(size, device)[None]
-        cell = make_cell(size, device).expand_as(coord)
+        coord = make_coord(size, device)[None].split(chunk, dim=1)[:count]
         peer.feat = feat
-        stop = min(chunk * count, coord.shape[1])
-        return torch.cat(
-            [
-                peer.query_rgb(coord[:, at : min(at + chunk, stop)], cell[:, at : min(at + chunk, stop)])
-                for at in range(0, stop, chunk)
-            ],
-            dim=1,
-        )
+        return torch.cat([peer.query_rgb(at, make_cell(size, device).expand_as(at)) for at in coord], dim=1)
 
     return decode

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from moeisr_basicsr import shipped
 from moeisr_basicsr.analysis import schema
-from moeisr_basicsr.analysis.model_summary import psnr_of, results_of, summarize_model
 from moeisr_basicsr.atomic_file import link_or_copy, write_atomic
 from moeisr_basicsr.checkpoint import STORES, convert
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.options import force, read_yaml
+from moeisr_basicsr.tools.model_summary import psnr_of, results_of, summarize_model
 
 # What the metadata and the card say of every model that is shipped.
 NOTES = {

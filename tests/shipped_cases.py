@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from basicsr.archs import build_network
 
-from moeisr_basicsr.analysis.complexity import count
 from moeisr_basicsr.checkpoint import load_model, read_model, save_model
 from moeisr_basicsr.errors import UserError
 
@@ -62,6 +61,11 @@ def stand_in(folder, name, network=NETWORK, **notes):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     path.with_suffix('.md').write_text('\n'.join([f'# {name}', digest, f'{count(net):,}', *HEADINGS]))
     return path
+
+
+def count(net):
+    """Its parameters."""
+    return sum(value.numel() for value in net.parameters())
 
 
 def problems(folder, default):

@@ -1,6 +1,5 @@
 """`basicsr profile` through the command's own entry point, on tiny networks."""
 
-import json
 import re
 
 import pytest
@@ -51,56 +50,50 @@ def options(tmp_path):
     return write
 
 
+@pytest.fixture
+def profile(tmp_path):
+    """The rows and results of a run on the CPU, once measured."""
+
+    def run(*words, size='6x9'):
+        target = tmp_path / 'out.json'
+        size = () if {'--image', '--train'} & set(words) else ('--lq-size', size)
+        assert main(['profile', *words, *size, '--repeats', '1', '--device', 'cpu', '--json', str(target)]) == 0
+        results = schema.load(target)
+        return results['rows'], results
+
+    return run
+
+
 def build(network):
     return MoEISR(**{key: value for key, value in network.items() if key != 'type'}).eval()
 
 
-def test_results_agree_with_the_closed_forms(options, tmp_path, capsys):
-    target = tmp_path / 'out.json'
-    assert (
-        main(
-            [
-                'profile',
-                '-opt',
-                options(MOEISR),
-                '--lq-size',
-                '6x9',
-                '--scale',
-                '2',
-                '2x3.5',
-                '--repeats',
-                '1',
-                '--device',
-                'cpu',
-                '--json',
-                str(target),
-                '--plot',
-                str(tmp_path / 'out.png'),
-            ]
-        )
-        == 0
-    )
-    results, net = schema.load(target), build(MOEISR)
+def test_results_agree_with_the_closed_forms(profile, options, tmp_path, capsys):
+    rows, results = profile('-opt', options(MOEISR), '--scale', '2', '2x3.5', '--plot', str(tmp_path / 'out.png'))
+    net = build(MOEISR)
     assert results['command'] == 'profile' and results['model']['network_g'] == MOEISR
-    assert results['model']['parameters'] == parameters(net)._asdict()
-    assert [row['size'] for row in results['rows']] == [[12, 18], [12, 32]]
-    for row in results['rows']:
+    assert results['model']['parameters'] == parameters(net)
+    assert [row['size'] for row in rows] == [[12, 18], [12, 32]]
+    for row in rows:
         lq_size, size, macs = (6, 9), tuple(row['size']), row['macs']
         assert macs['encoder'] == pytest.approx(encoder_macs(net.encoder, lq_size) / (size[0] * size[1]))
-        counts, loads = decoder_macs(net.decoder, lq_size, size), row['routing']['loads']
-        assert macs['total'] == pytest.approx(macs['encoder'] + counts.total(loads))
+        counts, shares = decoder_macs(net.decoder, lq_size, size), row['routing']['loads']
+        assert macs['total'] == pytest.approx(macs['encoder'] + counts.total(shares))
         assert macs['each_expert'] == net.expert_macs
         assert macs['dense_plain'] == dense_plain_macs(net.decoder, lq_size, size)
-        assert set(row['time_ms']) == {'encode', 'map', 'decode', 'total', 'dense_folded', 'dense_plain'}
+        times, stages = row['time_ms'], {'encode', 'map', 'decode', 'other'}
+        assert set(times) == {*stages, 'total', 'dense_folded', 'dense_plain'}
+        assert times['total'] == pytest.approx(sum(times[stage] for stage in stages))
+        assert set(row['peak_mib']) == {*stages, 'total'}
     with Image.open(tmp_path / 'out.png') as picture:
         assert picture.format == 'PNG' and picture.size[1] > 300
     shown = capsys.readouterr().out
-    assert f'{parameters(net).total:,}' in shown and 'x2x3.5' in shown and 'dense plain' in shown
-    numbers = re.findall(r'^│ +(\d+) │', shown.partition('hidden layers')[2], re.MULTILINE)
+    assert f'{parameters(net)["total"]:,}' in shown and 'x2x3.5' in shown and 'dense_plain' in shown
+    numbers = re.findall(r'^│ (\d+) +│', shown.partition('hidden layers')[2], re.MULTILINE)
     assert numbers == [str(number) for number in range(1, len(net.expert_macs) + 1)]  # as in reports and pictures
 
 
-def test_model_file_image_and_budget(tmp_path):
+def test_model_file_image_and_budget(profile, tmp_path):
     torch.manual_seed(3)
     net = build(MOEISR)
     with torch.no_grad():
@@ -108,32 +101,8 @@ def test_model_file_image_and_budget(tmp_path):
     save_model(tmp_path / 'net.safetensors', net, MOEISR)
     pixels = (torch.rand(8, 10, 3) * 255).byte()
     Image.fromarray(pixels.numpy()).save(tmp_path / 'lq.png')
-    target = tmp_path / 'out.json'
-    assert (
-        main(
-            [
-                'profile',
-                '--model',
-                str(tmp_path / 'net.safetensors'),
-                '--image',
-                str(tmp_path / 'lq.png'),
-                '--scale',
-                '3',
-                '--budget',
-                '0.6',
-                '--repeats',
-                '1',
-                '--no-plain',
-                '--device',
-                'cpu',
-                '--json',
-                str(target),
-            ]
-        )
-        == 0
-    )
-    results = json.loads(target.read_text())
-    (row,) = results['rows']
+    files = '--model', str(tmp_path / 'net.safetensors'), '--image', str(tmp_path / 'lq.png')
+    (row,), results = profile(*files, '--scale', '3', '--budget', '0.6', '--no-plain')
     lq = pixels.permute(2, 0, 1)[None] / 255
     counts = torch.bincount(upscale(net, lq, scale=3, budget=0.6).expert_map.flatten().long(), minlength=3)
     assert row['routing']['loads'] == pytest.approx((counts / counts.sum()).tolist(), abs=1e-6)
@@ -142,33 +111,9 @@ def test_model_file_image_and_budget(tmp_path):
     assert results['model']['file'].endswith('net.safetensors')
 
 
-def test_dense_decoder_of_other_widths(options, tmp_path, capsys):
+def test_dense_decoder_of_other_widths(profile, options, capsys):
     """The baseline is the dense network of those widths: its multiply-adds, and times of its own."""
-    target = tmp_path / 'out.json'
-    assert (
-        main(
-            [
-                'profile',
-                '-opt',
-                options(MOEISR),
-                '--lq-size',
-                '6x9',
-                '--scale',
-                '2',
-                '--repeats',
-                '1',
-                '--device',
-                'cpu',
-                '--dense-hidden',
-                '24',
-                '16',
-                '--json',
-                str(target),
-            ]
-        )
-        == 0
-    )
-    (row,) = schema.load(target)['rows']
+    (row,), _ = profile('-opt', options(MOEISR), '--scale', '2', '--dense-hidden', '24', '16')
     liif = LIIF(MOEISR['encoder'], hidden_list=[24, 16])
     assert row['macs']['dense_plain'] == dense_plain_macs(liif.decoder, (6, 9), (12, 18))
     assert row['macs']['dense_folded'] == dense_folded_macs(liif.decoder, (6, 9), (12, 18))
@@ -196,67 +141,36 @@ def test_shares_that_say_nothing_of_pictures_are_said_to(options, tmp_path, caps
         assert ('The input is noise' in shown, 'The weights are random' in shown) == (noise, random), words
 
 
-def test_dense_network_has_no_mapper(options, tmp_path, capsys):
-    target = tmp_path / 'out.json'
-    assert (
-        main(
-            [
-                'profile',
-                '-opt',
-                options(LTE),
-                '--lq-size',
-                '5x5',
-                '--scale',
-                '2',
-                '--repeats',
-                '1',
-                '--precision',
-                'bf16',
-                '--device',
-                'cpu',
-                '--json',
-                str(target),
-            ]
-        )
-        == 0
-    )
-    (row,) = schema.load(target)['rows']
+def test_dense_network_has_no_mapper(profile, options, capsys):
+    (row,), _ = profile('-opt', options(LTE), '--scale', '2', '--precision', 'bf16', size='5x5')
     assert row['routing'] == {'loads': [1.0], 'mean_cost': 1.0} and row['macs']['mapper'] == 0
     assert row['macs']['tables'] + row['macs']['experts'] == row['macs']['dense_folded']
+    assert set(row['time_ms']) == {'encode', 'decode', 'other', 'total', 'dense_folded', 'dense_plain'}
     shown = capsys.readouterr().out
     assert row['precision'] == 'bf16' and 'map' not in shown.split() and 'random' not in shown
 
 
-def test_training_step(options, tmp_path, capsys):
-    target = tmp_path / 'out.json'
-    assert (
-        main(
-            [
-                'profile',
-                '-opt',
-                options(MOEISR),
-                '--train',
-                '--batch',
-                '2',
-                '--patch',
-                '8',
-                '--queries',
-                '30',
-                '--repeats',
-                '1',
-                '--device',
-                'cpu',
-                '--json',
-                str(target),
-                '--plot',
-                str(tmp_path / 't.png'),
-            ]
-        )
-        == 0
-    )
-    rows = schema.load(target)['rows']
-    assert [row['case'] for row in rows] == ['train-exact', 'train-naive', 'train-sampled']
-    assert all(row['lq_size'] == [8, 8] and row['count'] == 2 for row in rows)
+def test_ltes_tables_are_counted_once(monkeypatch, profile, options):
+    """Its own code makes them once per image, and a chunk of the plain decoder makes them each time."""
+    from moeisr_basicsr.tools.profile import upscaling
+
+    taken = {'lte_tables': 7.0, 'dense_plain': 10.0}
+    measure = upscaling.measure_stages
+
+    def measured(run, device, repeats):
+        times, peaks = measure(run, device, repeats)
+        return {**times, **taken}, peaks
+
+    monkeypatch.setattr(upscaling, 'measure_stages', measured)
+    monkeypatch.setattr(upscaling, 'CHUNK', 25)  # of 100 output pixels
+    (row,), _ = profile('-opt', options(LTE), '--scale', '2', size='5x5')
+    assert row['time_ms']['dense_plain'] == 7 + 4 * 3 and 'lte_tables' not in row['time_ms']
+
+
+def test_training_step(profile, options, tmp_path, capsys):
+    shape = '--batch', '2', '--patch', '8', '--queries', '30'
+    (row,), _ = profile('-opt', options(MOEISR), '--train', *shape, '--plot', str(tmp_path / 't.png'))
+    assert row['case'] == 'train' and row['lq_size'] == [8, 8] and row['count'] == 2
     assert 'unchosen experts' in capsys.readouterr().out and (tmp_path / 't.png').is_file()
 
 
@@ -270,6 +184,7 @@ def test_training_step(options, tmp_path, capsys):
         (['--plot', 'out.pdf'], '.png'),
         (['--image', 'missing.png'], 'missing.png'),
         (['--device', 'tpu'], "'tpu'"),
+        (['--batch', '3'], '--batch needs --train'),
     ],
 )
 def test_mistakes_are_one_line(options, capsys, more, message):

@@ -179,9 +179,9 @@ def test_options_can_be_changed_for_the_run(rows):
     'more, message',
     [
         (['--workers', '-1'], "'-1'"),
-        (['--workers', 'many'], "'many' is not a number of workers"),
+        (['--workers', 'many'], "'many' is not a whole number of at least 0"),
         (['--items', '0'], 'whole number of at least 1'),
-        (['--step-ms', '0'], 'not a time above 0 ms'),
+        (['--step-ms', '0'], 'whole number of at least 1'),
         (['--train'], '--data'),
         (['--plot', 'out.pdf'], '.png'),
         (['--force_yml', 'datasets:train:lq_sise=3'], 'lq_size'),

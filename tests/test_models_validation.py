@@ -12,7 +12,7 @@ from tiny_runs import DENSE, NETWORK, change, parse, run_yaml, weights_of, write
 from torch.utils.data import DataLoader
 
 from moeisr_basicsr.analysis import schema
-from moeisr_basicsr.analysis.expert_colours import expert_colours
+from moeisr_basicsr.analysis.pictures import expert_colours
 from moeisr_basicsr.analysis.routing_stats import depth_correlation
 from moeisr_basicsr.data.resize import imresize
 from moeisr_basicsr.engine.data_loading import evaluation_loaders
@@ -20,7 +20,7 @@ from moeisr_basicsr.engine.test_loop import test as run_test
 from moeisr_basicsr.errors import ExitCode, UserError
 from moeisr_basicsr.inference import upscale
 from moeisr_basicsr.kernels import fused_backend
-from moeisr_basicsr.models.evaluation import mean_of, mean_row, my_jobs, scale_label
+from moeisr_basicsr.models.evaluation import mean_of, mean_row, my_jobs
 from moeisr_basicsr.models.image_evaluation import ImageEvaluator
 from moeisr_basicsr.models.measures import describe_input, describe_metric
 
@@ -146,15 +146,6 @@ def test_means_do_not_depend_on_the_order():
     values = [1e16, 1.0, -1e16, 3.0]
     assert mean_of(values) == mean_of(values[::-1]) == 1.0
     assert mean_of([1.0, math.inf]) == math.inf
-
-
-def test_scale_labels():
-    assert [scale_label(scale) for scale in ((2.0, 2.0), (3.3, 3.3), (2.0, 3.5), (12.0, 12.0))] == [
-        'x2',
-        'x3.3',
-        'x2x3.5',
-        'x12',
-    ]
 
 
 def test_a_stop_request_ends_validation_without_results(root):

@@ -447,7 +447,7 @@ def test_pictures_that_do_not_fit_are_left_out(tested, tmp_path):
         (['none.json', '-o', 'r.html'], 'none.json: cannot read'),
         (['empty', '-o', 'r.html'], 'holds no results.json'),
         (['text.json', '-o', 'r.html'], 'it is no JSON'),
-        (['version.json', '-o', 'r.html'], 'version must be 1'),
+        (['version.json', '-o', 'r.html'], 'results.version: 2 is not one of [1]'),
         (['good.json'], '-o OUT.html'),
         (['good.json', '-o', 'r.html', '--images', '-1'], '0 or more; got -1'),
         (['good.json', '-o', 'no/r.html'], 'folder no does not exist'),

@@ -9,8 +9,8 @@ import torch
 from helpers import shared_data
 
 from moeisr_basicsr import shipped
-from moeisr_basicsr.analysis.baseline import bicubic
-from moeisr_basicsr.analysis.routing_stats import expert_loads
+from moeisr_basicsr.analysis.pictures import bicubic
+from moeisr_basicsr.analysis.routing_stats import expert_shares
 from moeisr_basicsr.checkpoint import load_model, read_model
 from moeisr_basicsr.core import output_size
 from moeisr_basicsr.data.image_reader import read_image, to_float
@@ -81,9 +81,9 @@ def test_every_expert_works_and_none_does_everything(net):
     """Shares of the pixels of all photographs: an expert without any would be dead weight."""
     for factor in (2, 4):
         maps = [upscale(net, shrunk(middle(path), factor), scale=factor).expert_map for path in PHOTOGRAPHS]
-        shares = expert_loads(torch.stack(maps), net.num_experts)
+        shares = expert_shares(torch.stack(maps), net.num_experts)
         assert min(shares) > 0.01 and max(shares) < 0.9, f'x{factor}: {shares}'
-        by_image = torch.tensor([expert_loads(expert_map, net.num_experts) for expert_map in maps])
+        by_image = torch.tensor([expert_shares(expert_map, net.num_experts) for expert_map in maps])
         assert by_image.std(dim=0).max() > 0.01, f'x{factor}: every photograph is routed alike'
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from moeisr_basicsr import inference
-from moeisr_basicsr.analysis.rendering import render_fixed
 from moeisr_basicsr.archs.moeisr_arch import LIIF, MoEISR
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import upscale, upscale_strips
+from moeisr_basicsr.tools.profile.rendering import render_fixed
 
 ENCODERS = [
     {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 2},

@@ -25,106 +25,76 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import MoEDecoder
 
 
 class DecoderMacs(NamedTuple):
-    """MACs of mapper and experts for one image; `*_cell` per LR cell, the others per output pixel."""
+    """MACs of mapper and experts for one image, per output pixel."""
 
-    cells_per_pixel: float  # LR cells per output pixel
-    mapper_cell: int
-    mapper_query: int
-    tables_cell: int  # LR tables of all experts
+    mapper: float
+    tables: float  # LR tables of all experts
     experts: list[int]  # J
 
-    @property
-    def mapper(self) -> float:
-        """The mapper's MACs per output pixel."""
-        return self.mapper_cell * self.cells_per_pixel + self.mapper_query
+    def experts_at(self, shares: Sequence[float]) -> float:
+        """Mean MACs of the chosen expert; `shares` (J) are the experts' shares of the pixels."""
+        check_shares(shares, len(self.experts))
+        return sum(share * macs for share, macs in zip(shares, self.experts))
 
-    @property
-    def tables(self) -> float:
-        """MACs of the LR tables per output pixel."""
-        return self.tables_cell * self.cells_per_pixel
-
-    def experts_at(self, loads: Sequence[float]) -> float:
-        """Mean MACs of the chosen expert per output pixel; `loads` are the experts' shares of the pixels."""
-        check_loads(loads, len(self.experts))
-        return sum(load * macs for load, macs in zip(loads, self.experts))
-
-    def total(self, loads: Sequence[float]) -> float:
-        """Mapper, LR tables and experts per output pixel."""
-        return self.mapper + self.tables + self.experts_at(loads)
+    def total(self, shares: Sequence[float]) -> float:
+        """Mapper, LR tables and experts."""
+        return self.mapper + self.tables + self.experts_at(shares)
 
 
-class Parameters(NamedTuple):
-    """Number of parameters."""
-
-    encoder: int
-    mapper: int
-    shared: int  # what experts share: LTE's convolutions and phase, hidden layers with shared_layers
-    experts: list[int]  # J
-    total: int
-
-
-def check_loads(loads: Sequence[float], num_experts: int) -> None:
+def check_shares(shares: Sequence[float], num_experts: int) -> None:
     """One share per expert, adding up to 1.
 
     Raises:
         ValueError: They are not.
     """
-    if len(loads) != num_experts or abs(sum(loads) - 1) > 1e-6 or min(loads) < 0:
-        raise ValueError(f'loads must be {num_experts} shares that add up to 1; got {list(loads)}.')
+    if len(shares) != num_experts or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
+        raise ValueError(f'there must be {num_experts} shares that add up to 1; got {list(shares)}.')
+
+
+def lr_density(lq_size: tuple[int, int], size: tuple[int, int]) -> float:
+    """LR pixels per output pixel."""
+    return lq_size[0] * lq_size[1] / (size[0] * size[1])
 
 
 def decoder_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[int, int]) -> DecoderMacs:
     """MACs behind the encoder, as the folded code runs them.
 
-    Tiles overlap by one LR cell, which adds a few per cent to the LR tables in practice; not counted.
+    Tiles overlap by one LR pixel, which adds a few per cent to the LR tables in practice; not counted.
 
     Args:
         lq_size: (H, W).
         size: (R, S).
     """
-    mapper = decoder.mapper
-    cells_per_pixel = lq_size[0] * lq_size[1] / (size[0] * size[1])
+    mapper, density = decoder.mapper, lr_density(lq_size, size)
     return DecoderMacs(
-        cells_per_pixel,
-        0 if mapper is None else mapper.table_macs(),
-        0 if mapper is None else mapper.macs(),
-        decoder.pool.table_macs(),
+        0.0 if mapper is None else mapper.table_macs() * density + mapper.macs(),
+        decoder.pool.table_macs() * density,
         decoder.expert_macs,
     )
 
 
-def heaviest(decoder: MoEDecoder) -> int:
+def most_expensive(decoder: MoEDecoder) -> int:
     """The expert with the most MACs; alone it is the dense baseline."""
     return max(range(decoder.num_experts), key=lambda j: decoder.expert_macs[j])
 
 
-def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int]) -> MoEDecoder:
-    """A decoder like `decoder`, of one expert of the given hidden widths and random weights, to measure against."""
-    pool = decoder.pool
-    family_options = {'hidden_dim': pool.hidden_dim} if decoder.family == 'lte' else {}
-    dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [hidden], **family_options)
-    return dense.to(next(decoder.parameters()).device).eval()
-
-
 def dense_folded_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[int, int]) -> float:
-    """MACs per output pixel of the heaviest expert alone, folded as here: its LR tables and its queries."""
-    j = heaviest(decoder)
-    pool = decoder.pool
-    if decoder.family == 'liif':
-        tables_cell = 9 * pool.in_channels * pool.linears(j)[0].out_features
-    else:
-        tables_cell = pool.table_macs()  # all experts share them
-    return tables_cell * lq_size[0] * lq_size[1] / (size[0] * size[1]) + decoder.expert_macs[j]
+    """MACs per output pixel of the most expensive expert alone, folded as here: its LR tables and its queries."""
+    j, pool = most_expensive(decoder), decoder.pool
+    all_tables = pool.table_macs()  # LTE's experts share them
+    tables = 9 * pool.in_channels * pool.linears(j)[0].out_features if decoder.family == 'liif' else all_tables
+    return tables * lr_density(lq_size, size) + decoder.expert_macs[j]
 
 
 def dense_plain_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[int, int]) -> float:
-    """MACs per output pixel of the heaviest expert alone, run as published: four passes per pixel, nothing folded."""
+    """MACs per output pixel of the most expensive expert alone, run as published: four passes, nothing folded."""
     at_lr = decoder.pool.table_macs() if decoder.family == 'lte' else 0
-    return at_lr * lq_size[0] * lq_size[1] / (size[0] * size[1]) + plain_query_macs(decoder, heaviest(decoder))
+    return at_lr * lr_density(lq_size, size) + plain_query_macs(decoder, most_expensive(decoder))
 
 
 def plain_query_macs(decoder: MoEDecoder, j: int) -> int:
@@ -135,63 +105,53 @@ def plain_query_macs(decoder: MoEDecoder, j: int) -> int:
     return 4 * per_corner
 
 
-def encoder_macs(encoder: nn.Module, lq_size: tuple[int, int], in_channels: int = 3) -> int:
+@lru_cache(maxsize=256)  # counting runs the encoder's Python code; a test set repeats its sizes
+def encoder_macs(encoder: nn.Module, lq_size: tuple[int, int]) -> int:
     """MACs of the encoder for a whole image of `lq_size`, without halos of tiles.
 
-    Runs a copy of the encoder on tensors without data, so it takes no memory and no time whatever the size.
+    Runs a copy of the encoder on tensors without data, so it takes no memory and no time whatever the size; the counter
+    of `mmengine.analysis` would run it on the image.
     """
+    in_channels = next(parameter for parameter in encoder.parameters() if parameter.dim() == 4).shape[1]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shadow = copy.deepcopy(encoder).to('meta').eval()
         shadow(torch.empty(1, in_channels, *lq_size, device='meta'))
     return counter.get_total_flops() // 2  # PyTorch counts a multiply-add as two
 
 
-@lru_cache(maxsize=256)  # counting runs the encoder's Python code; a test set repeats its sizes
-def encoder_macs_of(encoder: nn.Module, lq_size: tuple[int, int]) -> int:
-    """`encoder_macs` with the channels of the encoder's first convolution."""
-    in_channels = next(parameter for parameter in encoder.parameters() if parameter.dim() == 4).shape[1]
-    return encoder_macs(encoder, lq_size, in_channels)
-
-
 def macs_per_pixel(
-    net: nn.Module,
+    net: MoEISR,
     lq_size: tuple[int, int],
     size: tuple[int, int],
-    loads: Sequence[float],
+    shares: Sequence[float],
     dense: MoEDecoder | None = None,
 ) -> dict:
-    """The `macs` of a results row (see `schema`): per output pixel by part, as routed; `loads` as in `DecoderMacs`.
+    """The `macs` of a results row (see `schema`): per output pixel by part, as routed; `shares` as in `DecoderMacs`.
 
-    The heaviest expert of `dense` is the baseline, of the network's own decoder where it is not given.
+    The most expensive expert of `dense` is the baseline, of the network's own decoder where it is not given.
     """
-    dense = dense or net.decoder
+    baseline = net.decoder if dense is None else dense
     parts = decoder_macs(net.decoder, lq_size, size)
-    encoder = encoder_macs_of(net.encoder, lq_size) / (size[0] * size[1])
+    encoder = encoder_macs(net.encoder, lq_size) / (size[0] * size[1])
     return {
         'encoder': encoder,
         'mapper': parts.mapper,
         'tables': parts.tables,
-        'experts': parts.experts_at(loads),
-        'total': encoder + parts.total(loads),
-        'dense_folded': dense_folded_macs(dense, lq_size, size),
-        'dense_plain': dense_plain_macs(dense, lq_size, size),
+        'experts': parts.experts_at(shares),
+        'total': encoder + parts.total(shares),
+        'dense_folded': dense_folded_macs(baseline, lq_size, size),
+        'dense_plain': dense_plain_macs(baseline, lq_size, size),
         'each_expert': parts.experts,
     }
 
 
-def parameters(net: nn.Module) -> Parameters:
-    """Number of parameters of a `MoEISR` by part."""
-    pool = net.decoder.pool
-    experts = [count(expert) for expert in pool.experts]
-    return Parameters(
-        count(net.encoder),
-        0 if net.decoder.mapper is None else count(net.decoder.mapper),
-        count(pool) - sum(experts),
-        experts,
-        count(net),
-    )
+def parameters(net: MoEISR) -> dict:
+    """Number of parameters by part, the `parameters` of a results document's model (see `schema`)."""
+    from mmengine.analysis import (
+        parameter_count,
+    )  # here: its first import ever must not run in two ranks at once (yapf)
 
-
-def count(module: nn.Module) -> int:
-    """Number of a module's parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    count = parameter_count(net)
+    experts = [count[f'decoder.pool.experts.{j}'] for j in range(net.num_experts)]
+    parts = {'encoder': count['encoder'], 'mapper': count.get('decoder.mapper', 0)}
+    return {**parts, 'shared': count['decoder.pool'] - sum(experts), 'experts': experts, 'total': count['']}

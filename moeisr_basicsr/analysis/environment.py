@@ -9,6 +9,8 @@ import torch
 import moeisr_basicsr
 from moeisr_basicsr.core.render import TORCH
 
+VARIABLES = ('OMP_', 'MKL_', 'MALLOC_', 'MOEISR_')  # they change the speed of threads and of large temporaries
+
 
 def environment(kernel: str, device: torch.device | str = 'cpu') -> dict:
     """The `environment` of a results document (see `schema`).
@@ -18,7 +20,6 @@ def environment(kernel: str, device: torch.device | str = 'cpu') -> dict:
         device: Where the network ran.
     """
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
     return {
         'moeisr_basicsr': moeisr_basicsr.__version__,
         'torch': torch.__version__,
@@ -28,14 +29,9 @@ def environment(kernel: str, device: torch.device | str = 'cpu') -> dict:
         'cpu_count': os.cpu_count() or 1,
         'threads': torch.get_num_threads(),
         'device': device.type,
-        'device_name': name,
+        'device_name': torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name(),
         'kernel': kernel,
-        # these change the speed of large temporaries and of threads
-        'variables': {
-            key: value
-            for key, value in sorted(os.environ.items())
-            if key.startswith(('OMP_', 'MKL_', 'MALLOC_', 'MOEISR_'))
-        },
+        'variables': {key: value for key, value in sorted(os.environ.items()) if key.startswith(VARIABLES)},
     }
 
 
@@ -46,10 +42,7 @@ def kernel_name(backend: object | None) -> str:
 
 def cpu_name() -> str:
     """The processor's name as the system gives it."""
-    try:
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    except OSError:  # no Linux
-        return platform.processor() or platform.machine()
-    return platform.processor() or platform.machine()
+    info = Path('/proc/cpuinfo')  # Linux; elsewhere `platform` knows
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return (names or [platform.processor() or platform.machine()])[0]

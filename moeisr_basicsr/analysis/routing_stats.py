@@ -1,20 +1,21 @@
-"""What the routing did to an image: loads, cost, and whether depth follows texture.
+"""What the routing did to an image: shares, cost, and whether depth follows texture.
 
-Shapes: (R, S) output size, J experts, N pixels.
+Shapes: (R, S) output size, J experts.
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import Tensor
 
-from .complexity import check_loads
+from .complexity import check_shares
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601, as every edge detector uses it
 
 
-def expert_loads(expert_map: Tensor, num_experts: int) -> list[float]:
+def expert_shares(expert_map: Tensor, num_experts: int) -> list[float]:
     """Each expert's share of the pixels of an expert map of any shape."""
     counts = torch.bincount(expert_map.flatten().long(), minlength=num_experts)
     if len(counts) > num_experts:
@@ -22,10 +23,10 @@ def expert_loads(expert_map: Tensor, num_experts: int) -> list[float]:
     return (counts.double() / counts.sum()).tolist()
 
 
-def mean_cost(loads: Sequence[float], costs: Tensor) -> float:
+def mean_cost(shares: Sequence[float], costs: Tensor) -> float:
     """Mean relative cost of a pixel; `costs` (J,) are `decoder.expert_costs`."""
-    check_loads(loads, len(costs))
-    return float((torch.tensor(loads, dtype=torch.float64) * costs.double().cpu()).sum())
+    check_shares(shares, len(costs))
+    return float((torch.tensor(shares, dtype=torch.float64) * costs.double().cpu()).sum())
 
 
 def gradient_energy(image: Tensor, window: int = 5) -> Tensor:
@@ -48,7 +49,7 @@ def gradient_energy(image: Tensor, window: int = 5) -> Tensor:
 
 
 def depth_correlation(expert_map: Tensor, image: Tensor, depths: Sequence[int], window: int = 5) -> float | None:
-    """Spearman correlation of the chosen expert's depth with the local gradient energy; None if either is constant.
+    """Spearman's correlation of the chosen expert's depth with the local gradient energy; None if either is constant.
 
     Args:
         expert_map: (R, S).
@@ -56,19 +57,8 @@ def depth_correlation(expert_map: Tensor, image: Tensor, depths: Sequence[int], 
         depths: Hidden layers of each expert.
         window: See `gradient_energy`.
     """
-    depth = torch.tensor(depths, dtype=torch.float64)[expert_map.long().cpu()]
-    return spearman(depth.flatten(), gradient_energy(image.cpu(), window).flatten())
-
-
-def spearman(a: Tensor, b: Tensor) -> float | None:
-    """Rank correlation of two vectors (N,), ties at their mean rank; None if either is constant."""
-    first, second = (ranks(x) - (len(x) + 1) / 2 for x in (a, b))
-    norm = (first.square().sum() * second.square().sum()).sqrt()
-    return float((first * second).sum() / norm) if norm > 0 else None
-
-
-def ranks(x: Tensor) -> Tensor:
-    """Ranks from 1, float64; equal values share the mean of their ranks."""
-    _, place, counts = x.unique(return_inverse=True, return_counts=True)  # sorted
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[place]
+    depth = torch.tensor(depths)[expert_map.long().cpu()]
+    energy = gradient_energy(image.cpu(), window)
+    if depth.min() == depth.max() or energy.min() == energy.max():
+        return None
+    return float(spearmanr(depth.flatten().numpy(), energy.flatten().numpy())[0])

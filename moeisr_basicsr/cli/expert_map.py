@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from moeisr_basicsr.analysis.expert_colours import expert_colours
+from moeisr_basicsr.analysis.pictures import expert_colours
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 MARGIN = 6  # pixels

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from basicsr.utils import get_root_logger
 
-    from moeisr_basicsr.analysis.model_summary import summarize_model
+    from moeisr_basicsr.tools.model_summary import summarize_model
 
     get_root_logger(log_level=logging.WARNING)  # not one line for each network that is built
     paths = [shipped.find_model(args.model)] if args.model else [shipped.shipped_file(name) for name in shipped.names()]
@@ -66,7 +66,7 @@ def show(summary: dict[str, Any]) -> None:
 
 def overview(summary: dict[str, Any]) -> str:
     """Three lines or so about one model."""
-    from moeisr_basicsr.analysis.model_summary import psnr_of
+    from moeisr_basicsr.tools.model_summary import psnr_of
 
     kind = summary['network_g']['type']
     if summary['decoder'] is not None:

@@ -1,13 +1,30 @@
 """`basicsr profile`."""
 
 import argparse
+import logging
+import os
 import re
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+from basicsr.utils import get_root_logger
+from rich.console import Console
+
+from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.analysis.complexity import parameters
+from moeisr_basicsr.analysis.environment import environment, kernel_name
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.kernels import fused_backend
+from moeisr_basicsr.options import parse_options
+from moeisr_basicsr.shipped import find_model
+from moeisr_basicsr.tools.profile import loader, network, training, upscaling
+from moeisr_basicsr.tools.profile.chart import draw_chart, panels_of
 
 from .options import add_import, add_model, import_modules
+from .outputs import check_output, is_picture, is_results_of, save_picture
 from .upscale import parse_number, parse_scale
+from .upscale_run import choose_device
 
 EPILOG = """\
 examples:
@@ -17,130 +34,71 @@ examples:
   basicsr profile --data -opt options/moeisr_edsr.yml --workers 0 2 4 8 --step-ms 120
 
 Multiply-adds are those of linear layers, convolutions and attention, one per multiply-add, per output pixel. Times are
-medians of runs that take turns; memory is the peak beyond what was in use before the stage. 'dense' is the decoder's
-heaviest expert on every pixel, or one of the widths that --dense-hidden says: folded by this package's code, plain as
+medians; memory is the peak of a stage beyond what was in use before. 'dense' is one decoder for every pixel, as deep
+as the most expensive expert or of the widths that --dense-hidden says: folded by this package's code, plain as
 published (one chunk timed, times their number). The published LIIF decoder is --dense-hidden 256 256 256 256, LTE's
 256 256 256.
 With -opt the weights are random, and so is the routing. The input is noise unless --image names one; trained networks
-send nearly all of it to their dearest experts.
+send nearly all of it to their most expensive experts.
 
 --data measures the loader that training would build, on the CPU. One batch is not timed, nor what workers load ahead;
 files that the system has not in memory yet count with the time of the disk, and `cache: memory` with the time that
 filling it takes. Without workers, training itself waits for each item."""
-DATA_ONLY = ('workers', 'items', 'step_ms', 'force_yml')
+# Options that belong to one kind of profile
+ONLY = {'data': ('workers', 'items', 'step_ms', 'force_yml'), 'train': ('batch', 'patch', 'queries')}
+# What to know of the experts' shares where no picture was given and the routing is the network's own
+NOISE = 'The input is noise, which a trained network sends nearly all to its most expensive experts; --image FILE '
+NOISE += 'gives the shares of a picture.'
+RANDOM = 'The weights are random, and so are the shares; --model FILE gives those of a trained network.'
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
+    parser.epilog = EPILOG
     model = parser.add_mutually_exclusive_group(required=True)
     add_model(model)
     model.add_argument('-opt', metavar='YAML', help='options file whose network_g is built with random weights')
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        '--lq-size',
-        type=parse_rows_cols,
-        default=(128, 128),
-        metavar='HxW',
-        help='input rows x columns (default 128x128)',
-    )
-    source.add_argument('--image', metavar='FILE', help='an input image in place of noise')
-    parser.add_argument(
-        '--scale',
-        type=parse_scale,
-        nargs='+',
-        default=[(2.0, 2.0), (4.0, 4.0)],
-        metavar='S',
-        help='factors, for example 2 3.3 2x4 (default 2 4)',
-    )
-    routing = parser.add_mutually_exclusive_group()
-    routing.add_argument(
-        '--cost-weight',
-        type=parse_number,
-        default=0.0,
-        metavar='K',
-        help='above 0 cheaper, below 0 dearer than the trained routing (default 0)',
-    )
-    routing.add_argument(
-        '--budget',
-        type=parse_number,
-        metavar='F',
-        help='decoder cost, as a fraction of the dearest expert everywhere, in (0, 1]',
-    )
-    parser.add_argument('--device', metavar='D', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
-    parser.add_argument(
-        '--precision',
-        choices=('fp32', 'bf16', 'fp16'),
-        default='fp32',
-        help='number format of encoder and experts (default fp32)',
-    )
-    parser.add_argument(
-        '--repeats', type=parse_count, metavar='N', help='timed runs behind each median (default 5, with --train 3)'
-    )
-    parser.add_argument(
-        '--dense-hidden',
-        type=parse_count,
-        nargs='+',
-        metavar='N',
-        help="hidden widths of the dense decoder to compare with (default: the heaviest expert's)",
-    )
-    parser.add_argument('--no-plain', action='store_true', help='do not time the plain dense decoder')
-    parser.add_argument('--json', metavar='FILE.json', help='write the results; an earlier profile is replaced')
-    parser.add_argument('--plot', metavar='FILE.png', help='draw the results; an earlier such picture is replaced')
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument(
-        '--train',
-        action='store_true',
-        help="profile a training step by part instead, with every form of the experts' gradient",
-    )
+    kind.add_argument('--train', action='store_true', help='profile a training step by part instead')
     kind.add_argument('--data', action='store_true', help="measure the training loader of -opt's file instead")
-    parser.add_argument(
-        '--batch', type=parse_count, default=16, metavar='N', help='images of a training step (default 16)'
-    )
-    parser.add_argument(
-        '--patch', type=parse_count, default=48, metavar='N', help='input pixels per side in training (default 48)'
-    )
-    parser.add_argument(
-        '--queries',
-        type=parse_count,
-        default=2304,
-        metavar='N',
-        help='output pixels per image in training (default 2304)',
-    )
-    add_data_arguments(parser.add_argument_group('with --data'))
+    add = parser.add_argument
+    add('--json', metavar='FILE.json', help='write the results; an earlier profile is replaced')
+    add('--plot', metavar='FILE.png', help='draw the results; an earlier such picture is replaced')
+    add('--device', metavar='D', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
+    add('--repeats', type=whole(1), metavar='N', help='timed runs behind each median (default 5, with --train 3)')
     add_import(parser)
-    parser.epilog = EPILOG
+
+    group = parser.add_argument_group('upscaling')
+    source = group.add_mutually_exclusive_group()
+    size = 'input rows x columns (default 128x128)'
+    source.add_argument('--lq-size', type=rows_cols, default=(128, 128), metavar='HxW', help=size)
+    source.add_argument('--image', metavar='FILE', help='an input image in place of noise')
+    add, scales = group.add_argument, [(2.0, 2.0), (4.0, 4.0)]
+    add('--scale', type=parse_scale, nargs='+', default=scales, metavar='S', help='such as 2 3.3 2x4 (default 2 4)')
+    weight = 'above 0 cheaper, below 0 more expensive than the trained routing (default 0)'
+    add('--cost-weight', type=parse_number, default=0.0, metavar='K', help=weight)
+    budget = 'decoder cost, as a fraction of the most expensive expert everywhere, in (0, 1]'
+    add('--budget', type=parse_number, metavar='F', help=budget)
+    formats = ('fp32', 'bf16', 'fp16')
+    add('--precision', choices=formats, default='fp32', help='of encoder and experts (default fp32)')
+    widths = "hidden widths of the dense decoder to compare with (default: the most expensive expert's)"
+    add('--dense-hidden', type=whole(1), nargs='+', metavar='N', help=widths)
+    add('--no-plain', action='store_true', help='do not time the plain dense decoder')
+
+    add = parser.add_argument_group('with --train').add_argument
+    add('--batch', type=whole(1), metavar='N', help='images of a step (default 16)')
+    add('--patch', type=whole(1), metavar='N', help='input pixels per side (default 48)')
+    add('--queries', type=whole(1), metavar='N', help='output pixels per image (default 2304)')
+
+    add = parser.add_argument_group('with --data').add_argument
+    add('--workers', type=whole(0), nargs='+', metavar='N', help='loader processes to compare (default 0 1 2)')
+    add('--items', type=whole(1), metavar='N', help='behind each figure, rounded up to whole batches (default 512)')
+    add('--step-ms', type=whole(1), metavar='MS', help='time of a training step: whether the loader keeps up')
+    force = 'change the options file, for example datasets:train:cache=memory'
+    add('--force_yml', nargs='+', metavar='KEY:KEY=VALUE', help=force)
 
 
-def add_data_arguments(group: argparse._ArgumentGroup) -> None:
-    """What only `--data` takes."""
-    group.add_argument(
-        '--workers',
-        type=parse_workers,
-        nargs='+',
-        metavar='N',
-        help='numbers of loader processes to compare (default 0 1 2)',
-    )
-    group.add_argument(
-        '--items',
-        type=parse_count,
-        metavar='N',
-        help='items behind each figure, rounded up to whole batches (default 512)',
-    )
-    group.add_argument(
-        '--step-ms',
-        type=parse_step,
-        metavar='MS',
-        help='time of a training step: says whether the loader keeps up with it',
-    )
-    group.add_argument(
-        '--force_yml',
-        nargs='+',
-        metavar='KEY:KEY=VALUE',
-        help='change the options file, for example datasets:train:cache=memory',
-    )
-
-
-def parse_rows_cols(text: str) -> tuple[int, int]:
+def rows_cols(text: str) -> tuple[int, int]:
     """'180x320' as (180, 320)."""
     match = re.fullmatch(r'(\d+)[xX×](\d+)', text.strip())
     if match is None or not (int(match[1]) and int(match[2])):
@@ -148,52 +106,74 @@ def parse_rows_cols(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number of at least `least`."""
 
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {least}")
+        return int(text)
 
-def parse_workers(text: str) -> int:
-    """A whole number, 0 among them."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of workers: 0, 1, 2, ...")
-    return int(text)
-
-
-def parse_step(text: str) -> float:
-    """Milliseconds above 0."""
-    value = parse_number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a time above 0 ms")
-    return value
+    return parse
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, then show and write."""
     import_modules(args.modules)
-    from .outputs import check_output, is_picture, is_results_of
-
     if args.json:
         check_output('--json', args.json, '.json', partial(is_results_of, 'profile'))
     if args.plot:
         check_output('--plot', args.plot, '.png', is_picture)
-    if args.data:
-        if args.model:
-            raise UserError('--data measures the training data of an options file: -opt instead of --model.')
-        from .profile_data import profile_data
-
-        return profile_data(args)
-    for name in DATA_ONLY:
-        if getattr(args, name) is not None:
-            raise UserError(f'--{name.replace("step_ms", "step-ms")} needs --data.')
+    if args.data and args.model:
+        raise UserError('--data measures the training data of an options file: -opt instead of --model.')
     if args.train and args.dense_hidden:
         raise UserError('--dense-hidden belongs to the profile of upscaling; with --train there is no dense decoder.')
-    from moeisr_basicsr.shipped import find_model
+    for kind, names in ONLY.items():
+        given = [name for name in names if getattr(args, name) is not None]
+        if given and not getattr(args, kind):
+            raise UserError(f'--{given[0].replace("step_ms", "step-ms")} needs --{kind}.')
+    get_root_logger(log_level=logging.WARNING)  # not one line for each network or dataset that is built
+    console = Console(highlight=False)
+    rows, where, model = (profile_data if args.data else profile_network)(args, console)
+    if args.json:
+        schema.save(args.json, schema.document('profile', where, rows, model))
+    if args.plot:
+        save_picture(args.plot, draw_chart(panels_of(rows)))
+    return 0
 
-    from .profile_run import Profiler
 
-    if args.model is not None:
-        args.model = str(find_model(args.model))
-    return Profiler(args).run()
+def profile_data(args: argparse.Namespace, console: Console) -> tuple[list[dict], dict, None]:
+    """Rows, environment and model of `--data`."""
+    args.launcher, args.auto_resume, args.debug = 'none', False, False
+    opt = parse_options(args, os.getcwd(), is_train=True)
+    rows = loader.profile_loader(opt, args.workers or (0, 1, 2), args.items or 512, args.step_ms)
+    loader.show_loader(console, rows)
+    return rows, environment('none'), None
+
+
+def profile_network(args: argparse.Namespace, console: Console) -> tuple[list[dict], dict, dict]:
+    """The same of a network, upscaling or training."""
+    device = choose_device(args.device)
+    args.model = args.model and str(find_model(args.model))
+    net, network_opt = network.load_network(args.model, args.opt)
+    net = net.to(device).eval()
+    network.show_parameters(console, net)
+    if args.train:
+        shape = {name: value for name in ONLY['train'] if (value := getattr(args, name))}
+        rows = [training.profile_training(net, repeats=args.repeats or 3, **shape)]
+        training.show_training(console, rows[0])
+        kernel = 'torch'
+    else:
+        setting = upscaling.Setting(
+            args.precision, args.cost_weight, args.budget, args.repeats or 5, not args.no_plain, args.dense_hidden
+        )
+        lq = network.input_image(net, args.image, args.lq_size).to(device)
+        rows = upscaling.profile_scales(net, lq, args.scale, setting)
+        upscaling.show_upscaling(console, net.decoder, rows)
+        kernel = kernel_name(fused_backend(net.decoder, device, args.precision))
+        if net.num_experts > 1 and not (args.image or args.budget or args.cost_weight):
+            console.print(NOISE if args.model else RANDOM)
+    where = environment(kernel, device)
+    console.print(f'{where["device_name"]}, {where["threads"]} threads, torch {where["torch"]}, decoded by {kernel}.')
+    name, count = Path(args.model or args.opt).stem, parameters(net)
+    return rows, where, {'name': name, 'file': args.model, 'network_g': network_opt, 'parameters': count}

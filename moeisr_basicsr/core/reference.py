@@ -15,6 +15,7 @@ lies in [-1, 1], rows first; `cell` (B, Q, 2) is 2 / output size.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -63,14 +64,38 @@ def gates(logits: Tensor, noise: Tensor | None, tau: float) -> Tensor:
 
 
 def mixture(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, gate: Tensor) -> Tensor:
-    """sum_j g_j f_j, (B, Q, C_out)."""
-    return sum(gate[..., j, None] * predict(decoder, j, feat, coord, cell) for j in range(decoder.num_experts))
+    """sum_j g_j f_j, (B, Q, C_out); the experts read the same."""
+
+    def experts(x: Tensor) -> Tensor:
+        return sum(gate[..., j, None] * mlp(decoder, j, x) for j in range(decoder.num_experts))
+
+    return ensemble(decoder, feat, coord, cell, experts)
 
 
 def predict(
     decoder: MoEDecoder, j: int, feat: Tensor, coord: Tensor, cell: Tensor, maps: list[Tensor] | None = None
 ) -> Tensor:
-    """f_j(z, x, cell), (B, Q, C_out), the local ensemble of four corners; calls may share `maps` from `maps_of`."""
+    """f_j(z, x, cell), (B, Q, C_out); several calls may share `maps` from `maps_of`."""
+    return ensemble(decoder, feat, coord, cell, lambda x: mlp(decoder, j, x), maps)
+
+
+def mlp(decoder: MoEDecoder, j: int, x: Tensor) -> Tensor:
+    """Expert j's layers with ReLU between them: (B, Q, inputs) -> (B, Q, C_out)."""
+    *hidden, last = decoder.pool.linears(j)
+    for linear in hidden:
+        x = F.relu(linear(x))
+    return last(x)
+
+
+def ensemble(
+    decoder: MoEDecoder,
+    feat: Tensor,
+    coord: Tensor,
+    cell: Tensor,
+    predict: Callable[[Tensor], Tensor],
+    maps: list[Tensor] | None = None,
+) -> Tensor:
+    """Local ensemble of four corners: what each reads from its latent code, a full pass, blended by area."""
     maps = maps_of(decoder, feat) if maps is None else maps
     read = {'liif': read_liif, 'lte': read_lte}[decoder.family]
     (height, width), positions = feat.shape[-2:], centres(feat)
@@ -81,10 +106,7 @@ def predict(
             corner = (coord + shift).clamp(-1 + 1e-6, 1 - 1e-6)
             rel = (coord - sample(positions, corner)) * lr_size(feat)
             x = read(decoder, [sample(one, corner) for one in maps], rel, cell * lr_size(feat))
-            *hidden, last = decoder.pool.linears(j)
-            for linear in hidden:
-                x = F.relu(linear(x))
-            predictions.append(last(x))
+            predictions.append(predict(x))
             areas.append((rel[..., 0] * rel[..., 1]).abs() + 1e-9)
     total = torch.stack(areas).sum(dim=0)  # each corner counts by the area diagonally opposite to it
     return sum(one * (area / total).unsqueeze(-1) for one, area in zip(predictions, reversed(areas)))

@@ -76,7 +76,7 @@ def results_document(opt: dict, model: BaseModel, results: list[Evaluated]) -> d
             'name': opt['name'],
             'file': opt['path'].get('pretrain_network_g'),
             'network_g': opt['network_g'],
-            'parameters': parameters(net)._asdict(),
+            'parameters': parameters(net),
         }
     rows = [row for result in results for row in result.rows] + [mean_row(result.rows) for result in results]
     return schema.document('test', environment(kernel, model.device), rows, described)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from moeisr_basicsr.analysis.schema import scale_label
+
 # Keys of a results row (see `analysis.schema`) that are of one image, and those that a dataset has means of.
 OF_IMAGE = ('case', 'image', 'lq_size', 'size', 'pictures')
 AVERAGED = ('metrics', 'time_ms', 'peak_mib', 'macs', 'routing')
@@ -94,12 +96,6 @@ def mean_of(values: list[Any]) -> Any:
     if isinstance(known[0], list):
         return [mean_of(list(column)) for column in zip(*known)]
     return fmean(known)
-
-
-def scale_label(scale: tuple[float, float]) -> str:
-    """'x2', 'x3.3', or 'x2x3.5' for (rows, columns) that differ."""
-    rows, cols = (f'{factor:.4g}' for factor in scale)
-    return f'x{rows}' if rows == cols else f'x{rows}x{cols}'
 
 
 def image_name(path: str, root: str | None) -> str:

@@ -11,16 +11,16 @@ import numpy as np
 from basicsr.utils import imwrite, tensor2img
 from torch import Tensor
 
-from moeisr_basicsr.analysis.baseline import bicubic
 from moeisr_basicsr.analysis.complexity import macs_per_pixel
-from moeisr_basicsr.analysis.expert_colours import expert_colours
 from moeisr_basicsr.analysis.measure import PeakMeter, StageClock, time_ms
-from moeisr_basicsr.analysis.routing_stats import depth_correlation, expert_loads, mean_cost
+from moeisr_basicsr.analysis.pictures import bicubic, expert_colours
+from moeisr_basicsr.analysis.routing_stats import depth_correlation, expert_shares, mean_cost
+from moeisr_basicsr.analysis.schema import scale_label
 from moeisr_basicsr.core.render import Clock
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import Upscaled, evaluation, upscale
 
-from .evaluation import image_name, scale_label
+from .evaluation import image_name
 from .measures import describe_input, describe_metric, measure
 
 # name suffix of a saved picture -> its name in a results document
@@ -156,7 +156,7 @@ class ImageEvaluator:
         """What the routing did to one image and, in testing, the multiply-adds; nothing of other networks."""
         found, loads = {}, [1.0]
         if result.expert_map is not None:
-            loads = expert_loads(result.expert_map, net.num_experts)
+            loads = expert_shares(result.expert_map, net.num_experts)
             found['routing'] = {'loads': loads, 'mean_cost': mean_cost(loads, net.expert_costs)}
             if not self.is_train:
                 # The truth where there is one: where neighbours' experts differ, the output has edges that they made.

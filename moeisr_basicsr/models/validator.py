@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .evaluation import Evaluated, Record, iterate_jobs, my_jobs, scale_label, summarize
+from moeisr_basicsr.analysis.schema import scale_label
+
+from .evaluation import Evaluated, Record, iterate_jobs, my_jobs, summarize
 from .image_evaluation import ImageEvaluator
 
 

@@ -1,1 +1,1 @@
-"""Tools that are no part of training, testing or upscaling."""
+"""What is no part of training, testing or upscaling: measuring and reporting."""

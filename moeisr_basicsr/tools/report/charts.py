@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moeisr_basicsr.analysis.chart import nice_step
+from moeisr_basicsr.tools.profile.chart import nice_step
 
 from .runs import Column, Entry, Measured, Metric, Report, group_by, main_metric
 

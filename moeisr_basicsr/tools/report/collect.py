@@ -8,8 +8,8 @@ from os import PathLike
 from pathlib import Path
 
 from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.analysis.schema import scale_label
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.models.evaluation import scale_label
 
 from .notes import comparability, without_duplicates
 from .runs import (

@@ -3,7 +3,7 @@
 import json
 from typing import NamedTuple
 
-from moeisr_basicsr.analysis.expert_colours import expert_colours
+from moeisr_basicsr.analysis.pictures import expert_colours
 
 from .runs import Measured, Report, group_by
 

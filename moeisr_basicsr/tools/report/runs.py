@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from moeisr_basicsr.models.evaluation import scale_label
+from moeisr_basicsr.analysis.schema import scale_label
 
 BICUBIC = 'bicubic'  # its row; its metrics are bicubic_NAME
 SEED = re.compile(r'(.+)_seed(\d+)((?:[_-].+)?)')  # a control may follow

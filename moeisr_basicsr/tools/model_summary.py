@@ -6,13 +6,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.analysis.complexity import decoder_macs, dense_folded_macs
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.checkpoint import build, read_model
 from moeisr_basicsr.errors import UserError
-
-from . import schema
-from .complexity import count, decoder_macs, dense_folded_macs
 
 # Metadata that is JSON and what it holds: `scripts/ship_model.py` writes it beside plain text such as `recipe`.
 SCALE_RANGE, RESULTS = 'scale_range', 'results'
@@ -20,11 +18,11 @@ STRUCTURES = {
     SCALE_RANGE: {'type': 'array', 'items': {'type': 'number', 'minimum': 1}, 'minItems': 2, 'maxItems': 2},
     RESULTS: {
         'type': 'array',
-        'items': {**schema.SCHEMA['properties']['rows']['items'], 'required': ['dataset', 'scale', 'count', 'metrics']},
+        'items': {**schema.SCHEMA['$defs']['row'], 'required': ['dataset', 'scale', 'count', 'metrics']},
+        '$defs': schema.SCHEMA['$defs'],
     },
 }
 LQ_SIZE, SIZE = (180, 320), (720, 1280)  # of the published costs at x4
-X4 = [4, 4]
 
 
 def summarize_model(path: str | PathLike) -> dict[str, Any]:
@@ -33,7 +31,7 @@ def summarize_model(path: str | PathLike) -> dict[str, Any]:
     Returns:
         `name`, `file`, `bytes`, `sha256`; `network_g`, `encoder`, `decoder` (family), `experts` (their number),
         `parameters`; `macs_x4`, the decoder's MACs per output pixel at x4: `routed` (mapper, LR tables and experts by
-        the measured shares; None where those are not known) and `dense` (the heaviest expert everywhere, folded);
+        the measured shares; None where those are not known) and `dense` (the most expensive expert everywhere, folded);
         `scale_range` of the training, None if unknown; `results`, rows as `results_of` gives them; `metadata`, the
         other entries. Of a network without such a decoder, what belongs to it is None.
 
@@ -44,7 +42,7 @@ def summarize_model(path: str | PathLike) -> dict[str, Any]:
     model = read_model(path)
     net = build(model.network_opt, model.weights, str(path))
     scale_range, results = (_from_json(model.metadata, key, path) for key in (SCALE_RANGE, RESULTS))
-    has_decoder = hasattr(net, 'decoder')
+    ours = net if isinstance(net, MoEISR) else None
     return {
         'name': path.stem,
         'file': str(path),
@@ -52,10 +50,10 @@ def summarize_model(path: str | PathLike) -> dict[str, Any]:
         'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
         'network_g': model.network_opt,
         'encoder': model.network_opt.get('encoder', {}).get('type'),
-        'decoder': net.decoder.family if has_decoder else None,
-        'experts': net.num_experts if has_decoder else None,
-        'parameters': count(net),
-        'macs_x4': macs_x4(net, results or []) if has_decoder else None,
+        'decoder': ours and ours.decoder.family,
+        'experts': ours and ours.num_experts,
+        'parameters': sum(parameter.numel() for parameter in net.parameters()),
+        'macs_x4': ours and macs_x4(ours, results or []),
         'scale_range': scale_range,
         'results': results or [],
         'metadata': {key: value for key, value in model.metadata.items() if key not in (*STRUCTURES, 'network_g')},
@@ -68,16 +66,13 @@ def results_of(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: row[key] for key in kept if key in row} for row in document['rows'] if row['case'] == 'mean']
 
 
-def macs_x4(net: nn.Module, results: list[dict[str, Any]]) -> dict[str, float | None]:
+def macs_x4(net: MoEISR, results: list[dict[str, Any]]) -> dict[str, float | None]:
     """Decoder MACs per output pixel at x4: as routed in the first measurement at x4, and dense."""
-    loads = (
-        [1.0]
-        if net.num_experts == 1
-        else next((row['routing']['loads'] for row in results if row['scale'] == X4 and 'routing' in row), None)
-    )
+    measured = [row['routing']['loads'] for row in results if row['scale'] == [4, 4] and 'routing' in row]
+    shares = [[1.0]] if net.num_experts == 1 else measured
     counts = decoder_macs(net.decoder, LQ_SIZE, SIZE)
     return {
-        'routed': None if loads is None else counts.total(loads),
+        'routed': counts.total(shares[0]) if shares else None,
         'dense': dense_folded_macs(net.decoder, LQ_SIZE, SIZE),
     }
 
@@ -99,7 +94,6 @@ def _from_json(metadata: dict[str, str], key: str, path: Path) -> Any:
         value = json.loads(metadata[key])
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: its metadata '{key}' is not JSON ({error}).") from error
-    found = schema.problems(value, STRUCTURES[key], key)
-    if found:
-        raise UserError(f'{path}: its metadata is wrong: {found[0]}.')
+    if found := schema.problem(value, STRUCTURES[key], key):
+        raise UserError(f'{path}: its metadata is wrong: {found}.')
     return value
