@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moeisr_basicsr.analysis.complexity import parameters
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.checkpoint import load_model, read_model
-from moeisr_basicsr.data.image_io import read_image, to_float
+from moeisr_basicsr.data.image_reader import read_image, to_float
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.options import check_network, read_yaml
 
