@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import torch
 
 from moeisr_basicsr.core import reference
-from moeisr_basicsr.core.reference import mixture
+from moeisr_basicsr.core.reference import mixture, mlp
 
-__all__ = ['FAMILIES', 'grid', 'liif', 'lte', 'mixture']
+__all__ = ['FAMILIES', 'grid', 'liif', 'lte', 'mixture', 'mlp']
 
 
 def _family(name):

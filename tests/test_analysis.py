@@ -31,7 +31,7 @@ from moeisr_basicsr.archs.moeisr_arch import LIIF, LTE, MoEISR
 from moeisr_basicsr.archs.rdn_encoder_arch import RDNEncoder
 from moeisr_basicsr.archs.swinir_encoder_arch import SwinIREncoder
 from moeisr_basicsr.core import MoEDecoder
-from moeisr_basicsr.core.coords import make_corners, make_queries
+from moeisr_basicsr.core.coords import make_corners, make_near, make_queries
 from moeisr_basicsr.errors import UserError
 
 EXPERTS = {
@@ -91,7 +91,7 @@ def test_plain_costs_against_mmengine(family):
     decoder = small(family)
     for j in range(4):
         x = torch.rand(7, decoder.pool.linears(j)[0].in_features)
-        count = mmengine_macs(Call(lambda x, j=j: reference.mlp(decoder.pool.linears(j), x), decoder), x)['linear']
+        count = mmengine_macs(Call(lambda x, j=j: reference.mlp(decoder, j, x), decoder), x)['linear']
         if family == 'lte':
             count += mmengine_macs(decoder.pool.phase, torch.rand(7, 2))['linear']
         assert plain_query_macs(decoder, j) * 7 == 4 * count
@@ -110,7 +110,7 @@ def test_folded_costs_against_mmengine(family):
     for j in range(4):
         with torch.no_grad():
             counted = mmengine_macs(
-                Call(lambda rel, j=j: pool.evaluate(j, built, queries._replace(rel=rel)), pool), queries.rel
+                Call(lambda rel, j=j: pool.predict(j, queries._replace(rel=rel), built), pool), queries.rel
             )
         linear = sum(counted.get(kind, 0) for kind in ('linear', 'conv', 'addmm_'))
         if family != 'lte':
@@ -130,7 +130,7 @@ def test_mapper_costs_against_mmengine():
     assert mmengine_macs(Call(mapper.table, mapper), feat) == {'conv': mapper.table_macs() * 5 * 6}
     coord, cell, count = torch.rand(1, 9, 2), torch.full((1, 9, 2), 0.1), 9
     with torch.no_grad():
-        counted = mmengine_macs(Call(lambda table: mapper(table, coord, cell, (5, 6)), mapper), mapper.table(feat))
+        counted = mmengine_macs(Call(lambda table: mapper(table, make_near(coord, (5, 6)), cell), mapper), mapper.table(feat))
     # the cell's two inputs are constant for an image and not counted
     assert sum(counted.values()) - 2 * 10 * count == mapper.macs() * count
 

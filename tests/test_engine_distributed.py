@@ -176,7 +176,7 @@ def test_two_processes_train_as_one(runs, name, tolerance):
     )
     assert [line['iter'] for line in one] == [line['iter'] for line in two] == list(range(1, 21))
     for line, other in zip(one, two):
-        for key in ('l_pix', 'l_balance', 'grad_norm', 'load/expert_1', 'mean_cost'):
+        for key in ('l_pix', 'l_balance', 'grad_norm', 'share/expert_1', 'mean_cost'):
             assert line[key] == pytest.approx(other[key], abs=tolerance), (line['iter'], key)
     assert one[0]['l_pix'] != one[19]['l_pix']
 

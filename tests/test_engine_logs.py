@@ -125,8 +125,8 @@ def test_tensorboard_has_what_users_plot(tmp_path):
     assert {
         'losses/l_pix',
         'losses/l_balance',
-        'load/expert_1',
-        'load/expert_2',
+        'share/expert_1',
+        'share/expert_2',
         'mean_cost',
         'lr',
         'tau',
@@ -134,7 +134,7 @@ def test_tensorboard_has_what_users_plot(tmp_path):
         'queries_per_s',
         'metrics/tiny_x2/psnr',
         'metrics/tiny_x3.3/psnr',
-        'val_load/tiny_x2/expert_1',
+        'val_share/tiny_x2/expert_1',
     } <= tags
     assert [event.step for event in events.Scalars('losses/l_pix')] == [1, 2, 3, 4]
     assert {'tiny_x2_x2/0', 'tiny_x2_x2/0_experts', 'tiny_x3.3_x3.3/0'} <= set(events.Tags()['images'])

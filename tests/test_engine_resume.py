@@ -333,7 +333,7 @@ def test_the_metrics_file_has_what_users_plot(uninterrupted):
     lines = [json.loads(line) for line in (uninterrupted / 'experiments' / 'run' / 'metrics.jsonl').open()]
     steps = [line for line in lines if line['kind'] == 'train']
     assert [line['iter'] for line in steps] == list(range(1, TOTAL + 1))
-    for key in ('l_pix', 'l_balance', 'load/expert_1', 'load/expert_2', 'mean_cost', 'lr', 'tau', 'queries_per_s'):
+    for key in ('l_pix', 'l_balance', 'share/expert_1', 'share/expert_2', 'mean_cost', 'lr', 'tau', 'queries_per_s'):
         assert all(isinstance(line[key], float) for line in steps), key
     validations = [(line['iter'], line['dataset'], line['scale']) for line in lines if line['kind'] == 'validation']
     assert validations == [(at, f'tiny_{scale}', scale) for at in (9, 18, TOTAL) for scale in ('x2', 'x3.3')]

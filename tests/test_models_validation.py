@@ -190,7 +190,7 @@ def test_expert_maps_and_images_reach_tensorboard(root):
         'tiny_x3.3_x3.3/0': (23, 33, 3),
         'tiny_x3.3_x3.3/0_experts': (23, 33, 3),
     }
-    assert {'metrics/tiny_x2/psnr', 'val_load/tiny_x2/expert_1', 'val_cost/tiny_x3.3'} <= writer.scalars.keys()
+    assert {'metrics/tiny_x2/psnr', 'val_share/tiny_x2/expert_1', 'val_cost/tiny_x3.3'} <= writer.scalars.keys()
 
 
 def test_images_without_truth_use_the_networks_scale(root):

@@ -82,7 +82,7 @@ def report(result: Evaluated, best: dict, current_iter: int | str, tb_logger: An
         loads = ' '.join(f'{load:.1%}' for load in result.loads)
         lines.append(f'\t # experts: {loads}\tmean cost: {result.mean_cost:.4f}')
         scalars[f'val_cost/{result.dataset}'] = result.mean_cost
-        scalars |= {f'val_load/{result.dataset}/expert_{j}': load for j, load in enumerate(result.loads, 1)}
+        scalars |= {f'val_share/{result.dataset}/expert_{j}': load for j, load in enumerate(result.loads, 1)}
     get_root_logger().info('\n'.join(lines))
     for tag, scalar in scalars.items() if tb_logger else ():
         tb_logger.add_scalar(tag, scalar, current_iter)
