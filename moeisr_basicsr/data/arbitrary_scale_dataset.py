@@ -15,6 +15,7 @@ from basicsr.utils.registry import DATASET_REGISTRY
 from torch import Tensor
 
 from .base import ArbitraryScaleDataset, to_tensor, too_small
+from .options import ImageOptions, PairedOptions
 from .pairs import align_pair, draw_pair_patch
 from .resize import METHODS, resize
 from .sampling import draw_crop, draw_queries, draw_scale, round_half_up
@@ -44,6 +45,8 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
     Raises:
         UserError: An option is missing or not allowed, or an image is damaged or too small.
     """
+
+    Options = ImageOptions
 
     def __init__(self, opt: dict):
         super().__init__(opt)
@@ -137,6 +140,8 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
         UserError: An option is missing or not allowed, an image has no partner, or an image is damaged, too small, or
             does not fit its partner.
     """
+
+    Options = PairedOptions
 
     def __init__(self, opt: dict):
         super().__init__(opt)

@@ -3,6 +3,8 @@
 Shapes: (H, W, C) arrays, (C, H, W) or (1, C, H, W) tensors; C is 3, or 1 for grey images.
 """
 
+from typing import Literal
+
 import numpy as np
 import torch
 from basicsr.metrics.psnr_ssim import _ssim
@@ -20,7 +22,7 @@ def calculate_psnr_sr(
     img: torch.Tensor | np.ndarray,
     img2: torch.Tensor | np.ndarray,
     scale: float | tuple[float, float] | None = None,
-    protocol: str = 'benchmark',
+    protocol: Literal['benchmark', 'div2k'] = 'benchmark',
     crop_border: int | tuple[int, int] | None = None,
     rounded: bool = False,
     better: str = 'higher',
@@ -53,7 +55,7 @@ def calculate_ssim_sr(
     img: torch.Tensor | np.ndarray,
     img2: torch.Tensor | np.ndarray,
     scale: float | tuple[float, float] | None = None,
-    protocol: str = 'benchmark',
+    protocol: Literal['benchmark', 'div2k'] = 'benchmark',
     crop_border: int | tuple[int, int] | None = None,
     rounded: bool = False,
     better: str = 'higher',

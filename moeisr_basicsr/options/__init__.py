@@ -8,22 +8,21 @@ import copy
 from os import path as osp
 from typing import Any
 
-from moeisr_basicsr.errors import UserError, did_you_mean
-from moeisr_basicsr.safe_reading import parse_yml_value
-
-from .check import Checker, OptionsError, known_keys
-from .kinds import Choice
-from .reader import Document, KeyPath, join_keys, read_yaml, split_force
-from .schema import Key, Typed
+from .check import OptionsError, check, raise_problems, validate
+from .force import force, parse_value
+from .keys import OneNetwork
+from .reader import Document, KeyPath, PlainLoader, read_yaml
 
 __all__ = [
     'Document',
     'OptionsError',
+    'PlainLoader',
     'check_network',
     'check_options',
     'force',
     'load_options',
     'parse_options',
+    'parse_value',
     'read_yaml',
 ]
 
@@ -43,9 +42,8 @@ def check_options(document: Document, force_yml: list[str] | None = None, is_tra
     data = copy.deepcopy(document.data)
     forced: dict[KeyPath, str] = {}
     for entry in force_yml or []:
-        forced[force(data, entry, is_train)] = f'--force_yml {entry}'
-    Checker(document._replace(data=data), forced, is_train).run()
-    return data
+        forced[force(data, entry)] = f'--force_yml {entry}'
+    return check(document._replace(data=data), forced, is_train)
 
 
 def check_network(network_opt: Any, source: str) -> None:
@@ -59,39 +57,7 @@ def check_network(network_opt: Any, source: str) -> None:
         OptionsError: They have mistakes; all are listed.
     """
     data = {'network_g': copy.deepcopy(network_opt)}
-    checker = Checker(Document(source, data, {}), {}, is_train=False)
-    checker.value(data, 'network_g', Key(Typed('network'), ''), ('network_g',))
-    checker.finish()
-
-
-def force(data: dict[str, Any], entry: str, is_train: bool = True) -> tuple[str, ...]:
-    """Do what one `--force_yml key:key=value` says to `data`, and return its keys.
-
-    The key must be in the file, or be one that the tables know. Nothing is evaluated.
-
-    Raises:
-        UserError: The entry is malformed, or there is no such key.
-    """
-    keys, text = split_force(entry)
-    section = data
-    for depth, name in enumerate(keys):
-        known, is_open, _, item = known_keys(data, keys[:depth], is_train)
-        if name not in section and name not in known and item is None and not (is_open and depth == len(keys) - 1):
-            where = f"'{join_keys(keys[:depth])}' has no key" if depth else 'there is no key'
-            raise UserError(f"--force_yml {entry}: {where} '{name}'.{did_you_mean(name, [*section, *known])}")
-        if depth == len(keys) - 1:
-            break
-        if section.get(name) is None:
-            section[name] = {}
-        section = section[name]
-        if not isinstance(section, dict):
-            raise UserError(f"--force_yml {entry}: '{join_keys(keys[: depth + 1])}' is a value, not a section.")
-    value = parse_yml_value(text)
-    kind = known[keys[-1]].kind if keys[-1] in known else None
-    if text == 'none' and isinstance(kind, Choice) and kind.accepts('none'):
-        value = 'none'  # BasicSR reads 'none' as null, but `skip` and `amp` have a choice of that name
-    section[keys[-1]] = value
-    return keys
+    raise_problems(Document(source, data, {}), {}, validate(OneNetwork, data)[1])
 
 
 def parse_options(args: Any, root_path: str, is_train: bool = True) -> dict[str, Any]:
@@ -127,10 +93,7 @@ def parse_options(args: Any, root_path: str, is_train: bool = True) -> dict[str,
         opt['name'] = f'debug_{opt["name"]}'
     if opt['num_gpu'] == 'auto':
         opt['num_gpu'] = torch.cuda.device_count()
-    for phase, dataset in opt['datasets'].items():
-        dataset['phase'] = phase.split('_')[0]
-        if 'scale' in opt:
-            dataset['scale'] = opt['scale']
+    for dataset in opt['datasets'].values():
         for key in ('dataroot_gt', 'dataroot_lq'):
             if isinstance(dataset.get(key), str):
                 dataset[key] = osp.expanduser(dataset[key])

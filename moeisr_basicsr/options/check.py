@@ -1,16 +1,21 @@
-"""The check of a whole options file against the tables: every mistake at once, each with its file and line."""
+"""The check of a whole options file: every mistake at once, each with its file and line, and defaults filled in."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from moeisr_basicsr.errors import UserError, did_you_mean
 
-from .kinds import Choice, Data, File, Kind
+from .keys import options_model
 from .reader import Document, KeyPath, join_keys
-from .rules import check_together
-from .schema import REFUSED, UNSET, Key, Named, Section, Typed
-from .typed import Resolved, registered, registry, root_keys, section_keys
+from .registered import Typed
+from .rules import Problems, check_together
+from .values import Section, names_in, schemas, show, words
 
 FORCED_LAST = 10**9  # problems of the command line come after those of the file's last line
+ANY = FieldInfo(annotation=Any)  # type: ignore[arg-type]  # of a key that no model declares
 
 
 class OptionsError(UserError):
@@ -21,145 +26,146 @@ class OptionsError(UserError):
         self.problems = problems
 
 
-class Checker:
-    """Walks through the options, collects problems, fills in defaults.
+class Place:
+    """A value of an options file with what is known about it.
 
     Args:
-        document: The file; its data is changed (defaults), so hand in a copy.
-        forced: Keys that `--force_yml` set, with the entry that did.
-        is_train: For training or for testing.
+        annotation: Its type.
+        value: The value.
     """
 
-    def __init__(self, document: Document, forced: dict[KeyPath, str], is_train: bool):
-        self.document = document
-        self.forced = forced
-        self.is_train = is_train
-        self.problems: list[tuple[int, str]] = []
-        self.missing: set[str] = set()  # paths already reported
+    def __init__(self, annotation: Any, value: Any):
+        self.value = value
+        self.model: type[BaseModel] | None = None  # of a section with declared keys
+        self.item: Any = None  # type of every key, where users choose the names
+        for marker in getattr(annotation, '__metadata__', ()):
+            if isinstance(marker, Typed):
+                self.model = marker.model_of(value)
+                return
+        if get_origin(annotation) is dict and get_args(annotation):
+            self.item = get_args(annotation)[1]
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            self.model = annotation
 
-    def run(self) -> None:
-        """Check everything.
+    @property
+    def is_section(self) -> bool:
+        """Whether keys below it are known or named by the user."""
+        return self.model is not None or self.item is not None
 
-        Raises:
-            OptionsError: There are problems.
-        """
-        data = self.document.data
-        for name in ('path', 'logger', *(() if self.is_train else ('val',))):
-            if data.get(name) is None:
-                data[name] = {}
-        if self.is_train and data.get('val') is None:
-            leave_out_validation(data)
-        keys = root_keys(data, self.is_train)
-        self.model_type(data.get('model_type'))
-        self.section(data, keys, ())
-        for at, message in check_together(data, self.is_train):
-            self.add(at, message)
-        self.finish()
+    @property
+    def fields(self) -> dict[str, FieldInfo]:
+        """The declared keys."""
+        return {} if self.model is None else self.model.model_fields
 
-    def finish(self) -> None:
-        """Raise what was found.
+    @property
+    def is_open(self) -> bool:
+        """Whether a key that is not declared may stand here."""
+        return self.model is None or self.model.model_config.get('extra') != 'forbid'
 
-        Raises:
-            OptionsError: There are problems.
-        """
-        if self.problems:
-            raise OptionsError([text for _, text in sorted(self.problems, key=lambda problem: problem[0])])
-
-    def add(self, keys: KeyPath, message: str) -> None:
-        """Note a problem of the value at `keys`."""
-        # the value itself, a section around it, or one that an entry for a key in it has made
-        made = [] if keys in self.document.lines else [entry for entry in self.forced if entry[: len(keys)] == keys]
-        for entry in [*(keys[:depth] for depth in range(len(keys), 0, -1)), *(made if keys else [])]:
-            if entry in self.forced:
-                where, order = self.forced[entry], FORCED_LAST
-                break
-        else:
-            where, order = self.document.where(keys), self.document.line(keys)
-        shown = f'{join_keys(keys)}: ' if keys else ''
-        problem = (order, f'{where}: {shown}{message}')
-        if problem not in self.problems:  # of several groups of scale factors, say
-            self.problems.append(problem)
-
-    def section(self, data: dict, keys: Resolved, at: KeyPath) -> None:
-        """Check the keys of one section."""
-        for name in list(data):
-            if name in keys.table:
-                self.value(data, name, keys.table[name], (*at, name))
-            elif (*at, name) in REFUSED:
-                self.add((*at, name), REFUSED[(*at, name)])
-            elif name in keys.elsewhere:
-                self.add((*at, name), f"unknown key; '{keys.elsewhere[name]}' has it, '{data['type']}' has not.")
-            elif not keys.open:
-                known = [key for key in keys.table if key not in data]
-                hint = did_you_mean(name, known) or (f' Allowed here: {", ".join(sorted(known))}.' if known else '')
-                self.add((*at, name), f'unknown key.{hint}')
-        for name, key in keys.table.items():
-            if name in data:
-                continue
-            if key.required:
-                about = f' ({key.about})' if key.about else ''
-                self.add(at, f"the key '{name}' is missing{about}.{allowed(key.kind, name)}")
-            elif key.default is not UNSET:
-                data[name] = key.default
-
-    def value(self, data: dict, name: str, key: Key, at: KeyPath) -> None:
-        """Check one value, and what lies below it."""
-        value = data[name]
-        if value is None and key.null:
-            return
-        problem = key.kind.problem(value)
-        if problem:
-            if isinstance(key.kind, (Data, File)) and isinstance(value, str):
-                if value in self.missing:
-                    return  # one missing folder is one mistake, however many datasets name it
-                self.missing.add(value)
-            self.add(at, problem)
-        elif isinstance(key.kind, Named):
-            item = Key(key.kind.item, '')
-            for entry in list(value):
-                if value[entry] is None and (*at, entry) in self.forced:
-                    del value[entry]  # --force_yml datasets:val_2=none
-                else:
-                    self.value(value, entry, item, (*at, entry))
-        elif isinstance(key.kind, (Section, Typed)):
-            self.section(value, section_keys(key.kind, value, name), at)
-        else:
-            data[name] = key.kind.convert(value)
-
-    def model_type(self, name: Any) -> None:
-        """The model must be registered."""
-        if isinstance(name, str) and name.strip() and registered('MODEL', name) is None:
-            known = list(registry('MODEL').keys())
-            self.add(
-                ('model_type',),
-                f'must be the name of a registered model: {", ".join(known)}; got {name!r}.{did_you_mean(name, known)}',
-            )
+    def below(self, name: str | int) -> 'Place':
+        """The value of one key."""
+        field = self.fields.get(str(name), ANY)
+        annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        value = self.value.get(name) if isinstance(self.value, Mapping) else None
+        return Place(self.item or annotation, value)
 
 
-def leave_out_validation(data: dict) -> None:
-    """Without `val` nothing is validated: the folders of such datasets need not be there."""
+def check(document: Document, forced: Mapping[KeyPath, str], is_train: bool) -> dict[str, Any]:
+    """The checked options with their defaults.
+
+    Args:
+        document: The file; its data is changed, so hand in a copy.
+        forced: Keys that `--force_yml` set, with the entry that did.
+        is_train: For training or for testing.
+
+    Raises:
+        OptionsError: It has mistakes.
+    """
+    data = document.data
+    prepare(data, is_train)
+    options, problems = validate(options_model(data.get('model_type')), data)
+    raise_problems(document, forced, [*problems, *check_together(data, is_train)])
+    return options
+
+
+def prepare(data: dict[str, Any], is_train: bool) -> None:
+    """Leave out what is switched off, and tell every dataset its phase and the run's scale."""
+    if not is_train and data.get('val') is None:
+        data['val'] = {}
+    for section in (data.get('datasets'), data['val'].get('metrics') if isinstance(data.get('val'), dict) else None):
+        for name in [name for name, value in section.items() if value is None] if isinstance(section, dict) else ():
+            del section[name]  # --force_yml datasets:val_2=none
     datasets = data.get('datasets')
-    if isinstance(datasets, dict):
-        for phase in [phase for phase in datasets if isinstance(phase, str) and phase.split('_')[0] == 'val']:
-            del datasets[phase]
+    for name in list(datasets) if isinstance(datasets, dict) else ():
+        phase = name.split('_')[0]
+        if phase == 'val' and is_train and data.get('val') is None:
+            del datasets[name]  # without `val` nothing is validated: its folders need not be there
+        elif isinstance(datasets[name], dict):
+            datasets[name]['phase'] = phase
+            if data.get('scale') is not None:
+                datasets[name]['scale'] = data['scale']
 
 
-def allowed(kind: Kind, name: str) -> str:
-    """The names that a missing key could have, as a sentence; nothing where any value would do."""
-    if isinstance(kind, Typed):
-        return allowed(section_keys(kind, {}, name).table['type'].kind, name).replace('It', 'Its `type`', 1)
-    return f' It must be {kind.words()}.' if isinstance(kind, Choice) else ''
+def validate(model: type[Section], data: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[KeyPath, str]]]:
+    """The options of a section with defaults, or the problems of its keys."""
+    try:
+        return model.model_validate(data).as_dict(data), []
+    except ValidationError as error:
+        return data, list(problems_of(error, model, data))
 
 
-def known_keys(data: dict, keys: tuple[str, ...], is_train: bool) -> Resolved:
-    """The keys allowed in the section at `keys`; for `--force_yml`."""
-    resolved, value = root_keys(data, is_train), data
-    for place, name in enumerate(keys):
-        value = value.get(name) if isinstance(value, dict) else None
-        value = value if isinstance(value, dict) else {}
-        kind: Kind = resolved.table[name].kind if name in resolved.table else Kind()
-        if isinstance(kind, Named):
-            resolved = Resolved({entry: Key(kind.item, '') for entry in value}, item=Key(kind.item, ''))
-        else:
-            resolved = section_keys(kind, value, keys[place])
-    return resolved
+def problems_of(error: ValidationError, model: type[BaseModel], data: Any) -> Problems:
+    """What pydantic found, in words: one problem for each value, and one for each missing file or folder."""
+    told: set[Any] = set()
+    for item in error.errors(include_url=False):
+        keys, place = (), Place(model, data)
+        owner = place
+        for name in item['loc']:
+            if not place.is_section:  # what follows are places in a list and members of a union
+                break
+            keys, owner, place = (*keys, name), place, place.below(name)
+        message = message_of(item, keys[-1] if keys else '', owner)
+        about = message if message.startswith('there is no') else keys if item['type'] != 'missing' else (keys, message)
+        if about not in told:
+            told.add(about)
+            yield keys[:-1] if item['type'] == 'missing' else keys, message
+
+
+def message_of(item: Mapping[str, Any], name: Any, owner: Place) -> str:
+    """One of pydantic's errors at the key `name` of the section `owner`."""
+    if item['type'] == 'extra_forbidden':
+        known = [key for key in owner.fields if key not in owner.value]
+        hint = did_you_mean(name, known) or (f' Allowed here: {", ".join(sorted(known))}.' if known else '')
+        return f'unknown key.{hint}'
+    if item['type'] == 'value_error':
+        return str(item['ctx']['error'])
+    schema = schemas(owner.model).get(name, {}) if owner.model is not None else {}
+    allowed = words(schema) if schema else 'a section of keys'
+    if item['type'] == 'missing':
+        about = schema.get('description')
+        hint = '' if allowed in ('any value', 'a section of keys') else f' It must be {allowed}.'
+        return f"the key '{name}' is missing{f' ({about})' if about else ''}.{hint}"
+    value = owner.value.get(name) if isinstance(owner.value, Mapping) else owner.value
+    advice = schema.get('advice', '')
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and schema.get('type') == 'string':
+        advice = ' Put it in quotes to make it text.'
+    return f'must be {allowed}; got {show(value)}.{did_you_mean(str(value), names_in(schema))}{advice}'
+
+
+def raise_problems(document: Document, forced: Mapping[KeyPath, str], problems: list[tuple[KeyPath, str]]) -> None:
+    """Raise the problems in the order of their lines.
+
+    Raises:
+        OptionsError: There are any.
+    """
+    found = set()
+    for keys, message in problems:
+        # the value itself, a section around it, or one that an entry for a key in it has made
+        made = [] if keys in document.lines or not keys else [entry for entry in forced if entry[: len(keys)] == keys]
+        entries = [*(keys[:depth] for depth in range(len(keys), 0, -1)), *made]
+        entry = next((entry for entry in entries if entry in forced), None)
+        where = document.where(keys) if entry is None else forced[entry]
+        order = document.line(keys) if entry is None else FORCED_LAST
+        found.add((order, f'{where}: {f"{join_keys(keys)}: " if keys else ""}{message}'))
+    if found:
+        raise OptionsError([text for _, text in sorted(found, key=lambda problem: problem[0])])

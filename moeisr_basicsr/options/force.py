@@ -1,0 +1,60 @@
+"""`--force_yml`: one key for one run. Nothing in an entry is evaluated."""
+
+from typing import Any
+
+from moeisr_basicsr.errors import UserError, did_you_mean
+
+from .check import Place
+from .keys import options_model
+from .reader import join_keys, read_text
+from .values import names_in, schemas
+
+
+def force(data: dict[str, Any], entry: str) -> tuple[str, ...]:
+    """Do what one entry, `key:key=value`, says to `data`, and return its keys.
+
+    The key must be in the file, or be one that the tables know.
+
+    Raises:
+        UserError: The entry is malformed, or there is no such key.
+    """
+    keys, text = split(entry)
+    section, place = data, Place(options_model(data.get('model_type')), data)
+    for depth, name in enumerate(keys):
+        may_be_new = place.item is not None or (place.is_open and depth == len(keys) - 1)
+        if name not in section and name not in place.fields and not may_be_new:
+            where = f"'{join_keys(keys[:depth])}' has no key" if depth else 'there is no key'
+            raise UserError(f"--force_yml {entry}: {where} '{name}'.{did_you_mean(name, [*section, *place.fields])}")
+        if depth == len(keys) - 1:
+            break
+        if section.get(name) is None:
+            section[name] = {}
+        section, place = section[name], place.below(name)
+        if not isinstance(section, dict):
+            raise UserError(f"--force_yml {entry}: '{join_keys(keys[: depth + 1])}' is a value, not a section.")
+    schema = schemas(place.model).get(keys[-1], {}) if place.model is not None else {}
+    is_name = 'none' in names_in(schema) or (schema.get('type') == 'string' and schema.get('default') is not None)
+    section[keys[-1]] = text if text == 'none' and is_name else parse_value(text, f'--force_yml {entry}')
+    return keys
+
+
+def split(entry: str) -> tuple[tuple[str, ...], str]:
+    """The keys and the text of the value of one entry.
+
+    Raises:
+        UserError: There is no '=', or an empty key.
+    """
+    keys, sign, value = entry.partition('=')
+    path = tuple(key.strip() for key in keys.split(':'))
+    if not sign or not all(path):
+        raise UserError(f'--force_yml {entry}: write it as key:key=value, for example train:ema_decay=0.999.')
+    return path, value.strip()
+
+
+def parse_value(text: str, source: str = '--force_yml') -> Any:
+    """The value of an entry: as YAML means it, and `none` or `None` is nothing, as in BasicSR.
+
+    Raises:
+        UserError: It is no plain YAML; `source` is named.
+    """
+    return None if text.strip().lower() == 'none' else read_text(text, source)[0]
