@@ -14,7 +14,7 @@ from moeisr_basicsr.options.values import Count, FactorPair, Factors, File, Fold
 class ArbitraryScaleOptions(Section):
     """What both datasets read."""
 
-    phase: Literal['train', 'val', 'test'] = Key("set from the section's name", 'train')
+    phase: Text = Key("set from the section's name", 'train')
     dataroot_gt: Folder = Key('folder or LMDB of the HR images')
     meta_info_file: File = Key('text file that lists the images', None)
     scale: Factors = Key('fixed factor, or [rows, columns]', None)

@@ -4,60 +4,24 @@
 would find out in the middle of a run, or never, is reported at once.
 """
 
-import copy
 from os import path as osp
 from typing import Any
 
-from .check import OptionsError, check, raise_problems, validate
+from .check import OptionsError, check_network, check_options
 from .force import force, parse_value
-from .keys import OneNetwork
-from .reader import Document, KeyPath, PlainLoader, read_yaml
+from .reader import Document, PlainLoader, read_yaml
 
-__all__ = [
-    'Document',
-    'OptionsError',
-    'PlainLoader',
-    'check_network',
-    'check_options',
-    'force',
-    'load_options',
-    'parse_options',
-    'parse_value',
-    'read_yaml',
-]
+__all__ = ['Document', 'OptionsError', 'PlainLoader', 'check_network', 'check_options', 'force', 'load_options']
+__all__ += ['parse_options', 'parse_value', 'read_yaml']
 
 
 def load_options(path: str, force_yml: list[str] | None = None, is_train: bool = True) -> dict[str, Any]:
     """Read and check an options file, with the changes of `--force_yml`.
 
     Raises:
-        UserError: The file cannot be read or is no plain YAML.
-        OptionsError: It has mistakes; all are listed.
+        UserError: The file cannot be read or is no plain YAML; an `OptionsError` lists all its mistakes.
     """
     return check_options(read_yaml(path), force_yml, is_train)
-
-
-def check_options(document: Document, force_yml: list[str] | None = None, is_train: bool = True) -> dict[str, Any]:
-    """A checked copy of the document's data, with defaults filled in; `document` is not changed."""
-    data = copy.deepcopy(document.data)
-    forced: dict[KeyPath, str] = {}
-    for entry in force_yml or []:
-        forced[force(data, entry)] = f'--force_yml {entry}'
-    return check(document._replace(data=data), forced, is_train)
-
-
-def check_network(network_opt: Any, source: str) -> None:
-    """Check the options of one network, as they stand under `network_g`.
-
-    Args:
-        network_opt: The options; not changed.
-        source: Where they come from, for messages.
-
-    Raises:
-        OptionsError: They have mistakes; all are listed.
-    """
-    data = {'network_g': copy.deepcopy(network_opt)}
-    raise_problems(Document(source, data, {}), {}, validate(OneNetwork, data)[1])
 
 
 def parse_options(args: Any, root_path: str, is_train: bool = True) -> dict[str, Any]:
@@ -100,25 +64,15 @@ def parse_options(args: Any, root_path: str, is_train: bool = True) -> dict[str,
     for key, value in opt['path'].items():
         if isinstance(value, str) and ('resume_state' in key or 'pretrain_network' in key):
             opt['path'][key] = osp.expanduser(value)
-    add_paths(opt, root_path)
+    root = osp.join(root_path, 'experiments' if is_train else 'results', opt['name'])
+    opt['path'].update(log=root, visualization=osp.join(root, 'visualization'))
+    if is_train:
+        folders = {name: osp.join(root, name) for name in ('models', 'training_states')}
+        opt['path'].update(experiments_root=root, **folders)
+    else:
+        opt['path']['results_root'] = root
     if is_train and args.debug:  # BasicSR does this to every run with 'debug' in its name
         if opt.get('val'):
             opt['val']['val_freq'] = 8
         opt['logger'].update(print_freq=1, save_checkpoint_freq=8)
     return opt
-
-
-def add_paths(opt: dict[str, Any], root_path: str) -> None:
-    """The folders of the run, under BasicSR's keys."""
-    if opt['is_train']:
-        root = osp.join(root_path, 'experiments', opt['name'])
-        opt['path'].update(
-            experiments_root=root,
-            models=osp.join(root, 'models'),
-            training_states=osp.join(root, 'training_states'),
-            log=root,
-            visualization=osp.join(root, 'visualization'),
-        )
-    else:
-        root = osp.join(root_path, 'results', opt['name'])
-        opt['path'].update(results_root=root, log=root, visualization=osp.join(root, 'visualization'))

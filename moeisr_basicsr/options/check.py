@@ -1,21 +1,21 @@
 """The check of a whole options file: every mistake at once, each with its file and line, and defaults filled in."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, get_args, get_origin
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from moeisr_basicsr.errors import UserError, did_you_mean
 
-from .keys import options_model
+from .force import force
+from .keys import OneNetwork, options_model
 from .reader import Document, KeyPath, join_keys
-from .registered import Typed
+from .registered import locate
 from .rules import Problems, check_together
-from .values import Section, names_in, schemas, show, words
+from .values import names_in, schemas, show, words
 
 FORCED_LAST = 10**9  # problems of the command line come after those of the file's last line
-ANY = FieldInfo(annotation=Any)  # type: ignore[arg-type]  # of a key that no model declares
 
 
 class OptionsError(UserError):
@@ -26,134 +26,100 @@ class OptionsError(UserError):
         self.problems = problems
 
 
-class Place:
-    """A value of an options file with what is known about it.
-
-    Args:
-        annotation: Its type.
-        value: The value.
-    """
-
-    def __init__(self, annotation: Any, value: Any):
-        self.value = value
-        self.model: type[BaseModel] | None = None  # of a section with declared keys
-        self.item: Any = None  # type of every key, where users choose the names
-        for marker in getattr(annotation, '__metadata__', ()):
-            if isinstance(marker, Typed):
-                self.model = marker.model_of(value)
-                return
-        if get_origin(annotation) is dict and get_args(annotation):
-            self.item = get_args(annotation)[1]
-        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            self.model = annotation
-
-    @property
-    def is_section(self) -> bool:
-        """Whether keys below it are known or named by the user."""
-        return self.model is not None or self.item is not None
-
-    @property
-    def fields(self) -> dict[str, FieldInfo]:
-        """The declared keys."""
-        return {} if self.model is None else self.model.model_fields
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a key that is not declared may stand here."""
-        return self.model is None or self.model.model_config.get('extra') != 'forbid'
-
-    def below(self, name: str | int) -> 'Place':
-        """The value of one key."""
-        field = self.fields.get(str(name), ANY)
-        annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
-        value = self.value.get(name) if isinstance(self.value, Mapping) else None
-        return Place(self.item or annotation, value)
-
-
-def check(document: Document, forced: Mapping[KeyPath, str], is_train: bool) -> dict[str, Any]:
-    """The checked options with their defaults.
-
-    Args:
-        document: The file; its data is changed, so hand in a copy.
-        forced: Keys that `--force_yml` set, with the entry that did.
-        is_train: For training or for testing.
+def check_options(document: Document, force_yml: list[str] | None = None, is_train: bool = True) -> dict[str, Any]:
+    """A checked copy of the document's data, with the changes of `--force_yml` and with defaults.
 
     Raises:
-        OptionsError: It has mistakes.
+        OptionsError: It has mistakes; all are listed.
     """
-    data = document.data
+    data = copy.deepcopy(document.data)
+    forced = {force(data, entry): f'--force_yml {entry}' for entry in force_yml or []}
     prepare(data, is_train)
-    options, problems = validate(options_model(data.get('model_type')), data)
-    raise_problems(document, forced, [*problems, *check_together(data, is_train)])
+    model, rules = options_model(data.get('model_type')), list(check_together(data, is_train))
+    try:
+        options = model.model_validate(data).as_dict(data)
+    except ValidationError as error:
+        options, rules = data, [*problems_of(error, model, data), *rules]
+    raise_problems(document, forced, rules)
     return options
+
+
+def check_network(network_opt: Any, source: str) -> None:
+    """Check the options of one network, as they stand under `network_g`; they are not changed.
+
+    Args:
+        network_opt: The options.
+        source: Where they come from, for messages.
+
+    Raises:
+        OptionsError: They have mistakes; all are listed.
+    """
+    data = {'network_g': network_opt}
+    try:
+        OneNetwork.model_validate(data)
+    except ValidationError as error:
+        raise_problems(Document(source, data, {}), {}, problems_of(error, OneNetwork, data))
 
 
 def prepare(data: dict[str, Any], is_train: bool) -> None:
     """Leave out what is switched off, and tell every dataset its phase and the run's scale."""
     if not is_train and data.get('val') is None:
         data['val'] = {}
-    for section in (data.get('datasets'), data['val'].get('metrics') if isinstance(data.get('val'), dict) else None):
-        for name in [name for name, value in section.items() if value is None] if isinstance(section, dict) else ():
-            del section[name]  # --force_yml datasets:val_2=none
     datasets = data.get('datasets')
-    for name in list(datasets) if isinstance(datasets, dict) else ():
+    for name, dataset in list(datasets.items()) if isinstance(datasets, dict) else ():
         phase = name.split('_')[0]
-        if phase == 'val' and is_train and data.get('val') is None:
-            del datasets[name]  # without `val` nothing is validated: its folders need not be there
-        elif isinstance(datasets[name], dict):
-            datasets[name]['phase'] = phase
-            if data.get('scale') is not None:
-                datasets[name]['scale'] = data['scale']
-
-
-def validate(model: type[Section], data: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[KeyPath, str]]]:
-    """The options of a section with defaults, or the problems of its keys."""
-    try:
-        return model.model_validate(data).as_dict(data), []
-    except ValidationError as error:
-        return data, list(problems_of(error, model, data))
+        # without `val` nothing is validated: its folders need not be there
+        if dataset is None or (phase == 'val' and is_train and data.get('val') is None):
+            del datasets[name]
+        elif isinstance(dataset, dict):
+            dataset.update({'phase': phase} if data.get('scale') is None else {'phase': phase, 'scale': data['scale']})
+    metrics = data['val'].get('metrics') if isinstance(data.get('val'), dict) else None
+    if isinstance(metrics, dict):
+        data['val']['metrics'] = {name: metric for name, metric in metrics.items() if metric is not None}
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], data: Any) -> Problems:
     """What pydantic found, in words: one problem for each value, and one for each missing file or folder."""
     told: set[Any] = set()
     for item in error.errors(include_url=False):
-        keys, place = (), Place(model, data)
-        owner = place
-        for name in item['loc']:
-            if not place.is_section:  # what follows are places in a list and members of a union
-                break
-            keys, owner, place = (*keys, name), place, place.below(name)
-        message = message_of(item, keys[-1] if keys else '', owner)
-        about = message if message.startswith('there is no') else keys if item['type'] != 'missing' else (keys, message)
+        keys, owner, section = locate(model, data, item['loc'])
+        message = message_of(item, keys, owner, section)
+        if message.startswith('there is no'):
+            about: Any = message
+        else:
+            about = (
+                ('scale',) if keys[-1:] == ('scale',) and ('scale',) in told else keys
+            )  # a run's scale is everyone's
         if about not in told:
             told.add(about)
             yield keys[:-1] if item['type'] == 'missing' else keys, message
 
 
-def message_of(item: Mapping[str, Any], name: Any, owner: Place) -> str:
-    """One of pydantic's errors at the key `name` of the section `owner`."""
-    if item['type'] == 'extra_forbidden':
-        known = [key for key in owner.fields if key not in owner.value]
-        hint = did_you_mean(name, known) or (f' Allowed here: {", ".join(sorted(known))}.' if known else '')
-        return f'unknown key.{hint}'
+def message_of(item: Mapping[str, Any], keys: KeyPath, owner: type[BaseModel] | None, section: Any) -> str:
+    """One of pydantic's errors at `keys`, the last of which stands in `section`; `owner` declares its keys."""
     if item['type'] == 'value_error':
         return str(item['ctx']['error'])
-    schema = schemas(owner.model).get(name, {}) if owner.model is not None else {}
-    allowed = words(schema) if schema else 'a section of keys'
+    name = str(keys[-1]) if keys else ''
+    declared = {} if owner is None else schemas(owner)
+    if item['type'] == 'extra_forbidden':
+        known = [key for key in declared if key not in section]
+        hint = did_you_mean(name, known) or (f' Allowed here: {", ".join(sorted(known))}.' if known else '')
+        return f'unknown key.{hint}'
+    schema = declared.get(name, {'words': 'a section of keys'})
+    allowed = words(schema)
     if item['type'] == 'missing':
-        about = schema.get('description')
+        about = f' ({schema["description"]})' if schema.get('description') else ''
         hint = '' if allowed in ('any value', 'a section of keys') else f' It must be {allowed}.'
-        return f"the key '{name}' is missing{f' ({about})' if about else ''}.{hint}"
-    value = owner.value.get(name) if isinstance(owner.value, Mapping) else owner.value
+        return f"the key '{name}' is missing{about}.{hint}"
+    value = section.get(name) if isinstance(section, Mapping) else section
     advice = schema.get('advice', '')
     if isinstance(value, (int, float)) and not isinstance(value, bool) and schema.get('type') == 'string':
         advice = ' Put it in quotes to make it text.'
     return f'must be {allowed}; got {show(value)}.{did_you_mean(str(value), names_in(schema))}{advice}'
 
 
-def raise_problems(document: Document, forced: Mapping[KeyPath, str], problems: list[tuple[KeyPath, str]]) -> None:
-    """Raise the problems in the order of their lines.
+def raise_problems(document: Document, forced: Mapping[KeyPath, str], problems: Iterable[tuple[KeyPath, str]]) -> None:
+    """Raise the problems in the order of their lines, each with its place in the file or its `--force_yml` entry.
 
     Raises:
         OptionsError: There are any.

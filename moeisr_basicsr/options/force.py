@@ -4,35 +4,32 @@ from typing import Any
 
 from moeisr_basicsr.errors import UserError, did_you_mean
 
-from .check import Place
 from .keys import options_model
 from .reader import join_keys, read_text
+from .registered import locate
 from .values import names_in, schemas
 
 
 def force(data: dict[str, Any], entry: str) -> tuple[str, ...]:
     """Do what one entry, `key:key=value`, says to `data`, and return its keys.
 
-    The key must be in the file, or be one that the tables know.
-
     Raises:
-        UserError: The entry is malformed, or there is no such key.
+        UserError: The entry is malformed, or names a key that no options file has.
     """
     keys, text = split(entry)
-    section, place = data, Place(options_model(data.get('model_type')), data)
+    section = data
     for depth, name in enumerate(keys):
-        may_be_new = place.item is not None or (place.is_open and depth == len(keys) - 1)
-        if name not in section and name not in place.fields and not may_be_new:
+        _, model, _ = locate(options_model(data.get('model_type')), data, keys[: depth + 1])
+        known = {} if model is None else schemas(model)
+        if name not in section and name not in known and model is not None and model.model_config['extra'] == 'forbid':
             where = f"'{join_keys(keys[:depth])}' has no key" if depth else 'there is no key'
-            raise UserError(f"--force_yml {entry}: {where} '{name}'.{did_you_mean(name, [*section, *place.fields])}")
-        if depth == len(keys) - 1:
-            break
-        if section.get(name) is None:
-            section[name] = {}
-        section, place = section[name], place.below(name)
-        if not isinstance(section, dict):
-            raise UserError(f"--force_yml {entry}: '{join_keys(keys[: depth + 1])}' is a value, not a section.")
-    schema = schemas(place.model).get(keys[-1], {}) if place.model is not None else {}
+            raise UserError(f"--force_yml {entry}: {where} '{name}'.{did_you_mean(name, [*section, *known])}")
+        if depth < len(keys) - 1:
+            section[name] = {} if section.get(name) is None else section[name]
+            section = section[name]
+            if not isinstance(section, dict):
+                raise UserError(f"--force_yml {entry}: '{join_keys(keys[: depth + 1])}' is a value, not a section.")
+    schema = known.get(keys[-1], {})
     is_name = 'none' in names_in(schema) or (schema.get('type') == 'string' and schema.get('default') is not None)
     section[keys[-1]] = text if text == 'none' and is_name else parse_value(text, f'--force_yml {entry}')
     return keys

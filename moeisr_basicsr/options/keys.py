@@ -8,7 +8,7 @@ import functools
 import inspect
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, create_model, field_validator
+from pydantic import AfterValidator, BaseModel, Field, create_model
 
 from moeisr_basicsr.errors import did_you_mean
 
@@ -20,7 +20,6 @@ from .registered import (
     PerceptualLoss,
     SchedulerSection,
     Typed,
-    is_basicsr,
     registered,
     registry,
 )
@@ -28,7 +27,6 @@ from .values import (
     Count,
     Factors,
     File,
-    Folder,
     FolderName,
     Key,
     Positive,
@@ -50,7 +48,7 @@ class Dataset(Section):
 
     type: str = Key('class')
     name: FolderName = Key('name in logs and folders')
-    phase: Literal['train', 'val', 'test'] = Key("set from the section's name", None)
+    phase: Text = Key("set from the section's name", None)
     io_backend: IOBackend = Key('disk or lmdb', None)
     scale: Factors = Key('factor, or [rows, columns]', None)
     crop_border: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] = Key(
@@ -66,34 +64,13 @@ class Dataset(Section):
     num_prefetch_queue: Positive = Key('batches that a loader process loads ahead', 2)
 
 
-class SingleImages(Dataset):
-    """BasicSR's SingleImageDataset."""
-
-    dataroot_lq: Folder = Key('folder or LMDB of the LR images')
-    meta_info_file: File = Key('text file that lists the images', None)
-    mean: list[float] = Key('subtracted from every channel', None)
-    std: list[PositiveNumber] = Key('divides every channel', None)
-    color: Literal['y'] = Key('y for the luma channel only', None)
-
-
-class PairedImages(SingleImages):
-    """BasicSR's PairedImageDataset."""
-
-    dataroot_gt: Folder = Key('folder or LMDB of the HR images')
-    filename_tmpl: Text = Key('name of an LR image from that of its HR image', '{}')
-    gt_size: Positive = Key('side of the HR training patch', None)
-    use_hflip: bool = Key('random flips', True)
-    use_rot: bool = Key('random turns', True)
-
-
 @functools.lru_cache(maxsize=64)
 def dataset_model(entry: Any) -> type[Section]:
     """The keys of a dataset: what the loaders read, and its own as its class attribute `Options` declares them."""
     own = getattr(entry, 'Options', None)
     if inspect.isclass(own) and issubclass(own, BaseModel):
         return create_model(entry.__name__, __base__=(own, Dataset))
-    known = {'SingleImageDataset': SingleImages, 'PairedImageDataset': PairedImages}
-    return known.get(entry.__name__, opened(Dataset)) if is_basicsr(entry) else opened(Dataset)
+    return opened(Dataset)
 
 
 class Path(Section):
@@ -156,13 +133,6 @@ class ArbitraryScaleVal(Val):
     save_references: bool = Key('in testing, write the truth and the bicubic image beside the images', False)
     tb_images: Count = Key('images per dataset that TensorBoard shows', 1)
     measure: bool = Key('in testing, measure the memory of each image too', False)
-
-    @field_validator('cost_weight')
-    @classmethod
-    def _not_both(cls, value: float | None, info: Any) -> float | None:
-        if value is not None and info.data.get('budget') is not None:
-            raise ValueError('give either budget or cost_weight, not both.')
-        return value
 
 
 class WandB(Section):

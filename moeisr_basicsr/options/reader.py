@@ -64,8 +64,7 @@ def read_yaml(path: str | Path) -> Document:
     """Read an options file.
 
     Raises:
-        UserError: The file is missing, is not YAML, has a key twice or a tag that is not plain data; with file and
-            line.
+        UserError: The file cannot be read, or see `read_text`.
     """
     path = str(path)
     try:
@@ -115,7 +114,9 @@ class Builder:
         if node.tag not in PLAIN_TAGS:
             raise broken(node, f'the tag {node.tag.replace(YAML_TAG, "!!")} is not allowed: options are plain data')
         if isinstance(node, yaml.MappingNode):
-            return {name: self.entry(child, (*keys, name), key) for name, key, child in self.pairs(node, keys)}
+            self.check_keys(node, keys)
+            self.loader.flatten_mapping(node)  # what `<<` merges in comes first, so that a section's own keys win
+            return {key.value: self.entry(child, (*keys, key.value), key) for key, child in node.value}
         if isinstance(node, yaml.SequenceNode):
             return [self.entry(child, (*keys, place), child) for place, child in enumerate(node.value)]
         try:
@@ -127,18 +128,15 @@ class Builder:
         self.lines[keys] = start.start_mark.line + 1
         return self.value(node, keys)
 
-    def pairs(self, node: yaml.MappingNode, keys: KeyPath) -> list[tuple[str, yaml.Node, yaml.Node]]:
-        """Names, keys and values of a section; those that `<<` merges in come first, so that its own keys win."""
-        seen: dict[str, int] = {}
+    def check_keys(self, node: yaml.MappingNode, keys: KeyPath) -> None:
+        lines: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise broken(key, 'a key must be plain text')
-            if key.value in seen and key.value != '<<':
+            if key.value in lines and key.value != '<<':
                 name = '.'.join(map(str, (*keys, key.value)))
-                raise broken(key, f'the key {name} stands twice; it is already in line {seen[key.value]}')
-            seen[key.value] = key.start_mark.line + 1
-        self.loader.flatten_mapping(node)
-        return [(key.value, key, child) for key, child in node.value]
+                raise broken(key, f'the key {name} stands twice; it is already in line {lines[key.value]}')
+            lines[key.value] = key.start_mark.line + 1
 
 
 def broken(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:

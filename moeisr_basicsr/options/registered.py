@@ -12,15 +12,16 @@ import inspect
 import re
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import WithJsonSchema, create_model
+from pydantic import BaseModel, WithJsonSchema, create_model
 from pydantic_core import CoreSchema, core_schema
 
-from .values import Free, Key, NoText, Positive, PositiveNumber, Section, closed, listing, opened
+from .reader import KeyPath
+from .values import Free, Key, NoText, Positive, PositiveNumber, Section, listing, opened
 
 OWN_CLASS = ' A class of your own is known with --import FILE.py.'
 # LBFGS needs a closure that evaluates the loss again, SparseAdam needs sparse gradients: neither fits a training step.
@@ -109,7 +110,8 @@ def signature_model(function: Any, base: type[Section] = Arguments, leave_out: t
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
-            base = opened(base)
+            if base is not MetricArguments or not is_basicsr(function):  # its metrics take `better` that way
+                base = opened(base)
         elif parameter.kind is not parameter.VAR_POSITIONAL and name not in (*leave_out, *base.model_fields):
             is_number = isinstance(parameter.default, (int, float)) and not isinstance(parameter.default, bool)
             hint = hints.get(name, NoText if is_number else Any)
@@ -179,6 +181,37 @@ class Typed:
         return {'words': f'a section whose `type` is {self.words()}'}
 
 
+def locate(annotation: Any, value: Any, loc: Sequence[str | int]) -> tuple[KeyPath, type[BaseModel] | None, Any]:
+    """Follow a location of pydantic's, or the keys of `--force_yml`, through options.
+
+    Args:
+        annotation: The type of `value`, first a model.
+        value: The options.
+        loc: Keys; places in a list and members of a union may follow.
+
+    Returns:
+        The keys, the model that declares the last of them (None: the user chooses the names), the section it is in.
+    """
+    keys: KeyPath = ()
+    owner, section = None, value
+    for name in loc:
+        marker = next((mark for mark in getattr(annotation, '__metadata__', ()) if isinstance(mark, Typed)), None)
+        model = annotation if marker is None else marker.model_of(value)
+        item = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is dict else ()
+        if not item and not (inspect.isclass(model) and issubclass(model, BaseModel)):
+            break
+        keys, owner, section = (*keys, name), None if item else model, value
+        value = value.get(name) if isinstance(value, Mapping) else None
+        if item:
+            annotation = item[0]
+        else:
+            field = model.model_fields.get(name)
+            annotation = None if field is None else field.annotation
+            if field is not None and field.metadata:
+                annotation = Annotated[(annotation, *field.metadata)]
+    return keys, owner, section
+
+
 def refusal(entry: Any, before: Callable[[], tuple], arguments: Mapping[str, Any]) -> str | None:
     """What a constructor has against its arguments, or None. Other errors are left to the real construction."""
     for device in ('meta', 'cpu'):  # some constructors read values back, which `meta` does not have
@@ -197,22 +230,8 @@ def refusal(entry: Any, before: Callable[[], tuple], arguments: Mapping[str, Any
     return None
 
 
-def metric_model(function: Any) -> type[Section]:
-    """BasicSR's metrics take **kwargs only because it hands them `better` as well."""
-    model = signature_model(function, MetricArguments, ('img', 'img2', 'scale'))
-    return closed(model) if is_basicsr(function) else model
-
-
-def optimizer_model(entry: Any) -> type[Section]:
-    return signature_model(entry, OptimizerArguments, ('params',))
-
-
-def scheduler_model(entry: Any) -> type[Section]:
-    return signature_model(entry, Arguments, ('optimizer',))
-
-
-def nested_model(entry: Any) -> type[Section]:
-    return signature_model(entry, NestedArguments)
+def model_with(base: type[Section], *leave_out: str) -> Callable[[Any], type[Section]]:
+    return functools.partial(signature_model, base=base, leave_out=leave_out)
 
 
 def registry(name: str) -> Callable[[], dict[str, Any]]:
@@ -227,10 +246,15 @@ def one_optimizer() -> tuple[torch.optim.Optimizer]:
     return (torch.optim.SGD(*one_parameter(), lr=1.0),)
 
 
-NESTED = Typed('a registered network', registry('ARCH'), nested_model, is_nested=True)
+metric_model = model_with(MetricArguments, 'img', 'img2', 'scale')
+NESTED = Typed('a registered network', registry('ARCH'), model_with(NestedArguments), is_nested=True)
 Network = Annotated[dict, Typed('a registered network', registry('ARCH'), before=tuple)]
 Loss = Annotated[dict, Typed('a registered loss', registry('LOSS'), before=tuple)]
 PerceptualLoss = Annotated[dict, Typed('a registered loss', registry('LOSS'))]  # building it fetches a network
 Metric = Annotated[dict, Typed('a registered metric', registry('METRIC'), metric_model)]
-OptimizerSection = Annotated[dict, Typed('an optimizer', optimizer_classes, optimizer_model, one_parameter)]
-SchedulerSection = Annotated[dict, Typed('a scheduler', scheduler_classes, scheduler_model, one_optimizer)]
+OptimizerSection = Annotated[
+    dict, Typed('an optimizer', optimizer_classes, model_with(OptimizerArguments, 'params'), one_parameter)
+]
+SchedulerSection = Annotated[
+    dict, Typed('a scheduler', scheduler_classes, model_with(Arguments, 'optimizer'), one_optimizer)
+]

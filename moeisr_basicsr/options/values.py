@@ -76,11 +76,8 @@ def as_written(value: Any, result: Any) -> Any:
     """`result`, what pydantic made of `value`, with lists as lists; neither text nor booleans become numbers."""
     if isinstance(value, list) and isinstance(result, Iterable) and not isinstance(result, Mapping):
         return [as_written(before, after) for before, after in zip(value, result)]
-    families = (bool, str, (int, float))
-    before, after = (
-        next((i for i, family in enumerate(families) if isinstance(x, family)), None) for x in (value, result)
-    )
-    assert None in (before, after) or before == after
+    for family in (bool, str):
+        assert isinstance(value, family) == isinstance(result, family) or not isinstance(result, (str, int, float))
     return result
 
 
@@ -90,23 +87,15 @@ def opened(model: type[Section]) -> type[Section]:
     return create_model(model.__name__, __base__=(model, Free))
 
 
-@functools.lru_cache(maxsize=256)
-def closed(model: type[Section]) -> type[Section]:
-    """The model with unknown keys rejected."""
-    return create_model(model.__name__, __base__=(model, Section))
-
-
 def existing(kind: str, wanted: Callable[[Path], bool]) -> Callable[[str | list[str]], str | list[str]]:
     """A check that a path, or every path of a list, exists. `kind` is 'file' or 'folder', `wanted` tells it."""
-    other = {'file': 'folder', 'folder': 'file'}[kind]
 
     def check(value: str | list[str]) -> str | list[str]:
-        for entry in [value] if isinstance(value, str) else value:
-            path = Path(entry).expanduser()
-            if path.exists() and not wanted(path):
-                raise ValueError(f'{entry} is a {other}; must be the path of a {kind}.')
-            if not path.exists():
-                raise ValueError(f'there is no {kind} {entry}{nearest_path(path, wanted)}')
+        for path in map(Path, [value] if isinstance(value, str) else value):
+            if not path.expanduser().exists():
+                raise ValueError(f'there is no {kind} {path}{nearest_path(path.expanduser(), wanted)}')
+            if not wanted(path.expanduser()):
+                raise ValueError(f'must be the path of a {kind}; {path} is none.')
         return value
 
     return check
