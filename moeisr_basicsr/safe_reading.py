@@ -29,29 +29,6 @@ PlainLoader.yaml_implicit_resolvers = {
 PlainLoader.add_implicit_resolver('tag:yaml.org,2002:float', _FLOAT, list('-+.0123456789'))
 
 
-class _ForceLoader(PlainLoader):
-    """BasicSR reads None in `--force_yml` as null."""
-
-
-_ForceLoader.add_implicit_resolver('tag:yaml.org,2002:null', re.compile('^(?i:none)$'), list('nN'))
-
-
-def parse_yml_value(text: str) -> Any:
-    """The value of `--force_yml key=value`: what it would be in a file, and 'none' is null, as in BasicSR.
-
-    Raises:
-        UserError: A list or mapping that is not well formed, or `!!float` without a number.
-    """
-    loader = _ForceLoader(text)
-    try:
-        if text.startswith(('[', '{', '!!float')):
-            return loader.get_single_data()
-        # One word, not a document: a path may hold what YAML reads as an alias, a comment or a mapping.
-        return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"--force_yml: '{text:.80}' is not a number, list or mapping.") from None
-
-
 def load_torch_file(path: str | os.PathLike) -> Any:
     """`torch.load` to the CPU, of tensors and plain containers; anything else in a file is rejected, never run.
 

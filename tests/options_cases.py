@@ -29,6 +29,7 @@ network_g:
   encoder:
     type: EDSREncoder
     num_feat: 8
+    num_block: 1
   experts: [[8], [8, 8]]
   mapper:
     num_layers: 1

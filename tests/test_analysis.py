@@ -130,7 +130,9 @@ def test_mapper_costs_against_mmengine():
     assert mmengine_macs(Call(mapper.table, mapper), feat) == {'conv': mapper.table_macs() * 5 * 6}
     coord, cell, count = torch.rand(1, 9, 2), torch.full((1, 9, 2), 0.1), 9
     with torch.no_grad():
-        counted = mmengine_macs(Call(lambda table: mapper(table, make_near(coord, (5, 6)), cell), mapper), mapper.table(feat))
+        counted = mmengine_macs(
+            Call(lambda table: mapper(table, make_near(coord, (5, 6)), cell), mapper), mapper.table(feat)
+        )
     # the cell's two inputs are constant for an image and not counted
     assert sum(counted.values()) - 2 * 10 * count == mapper.macs() * count
 

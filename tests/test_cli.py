@@ -239,7 +239,7 @@ def test_help_of_train_and_test_names_what_fits_each(capsys):
 
 def test_keys_are_listed(capsys):
     code, output, _ = run(capsys, 'train', '--keys')
-    assert code == 0 and 'train: temperature: start\n' in output
+    assert code == 0 and '  train: tau\n' in output
     assert 'datasets: NAME (ArbitraryScaleImageDataset)' in output
 
 

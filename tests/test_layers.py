@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 FOUNDATION = {'atomic_file', 'compat', 'errors', 'safe_reading'}
 PARTS = {'archs', 'data', 'losses', 'metrics'}  # do not know each other: BasicSR's registries join them
-TOOLS = {'analysis', 'checkpoint', 'inference', 'official', 'options', 'shipped'}
-BELOW_MODELS = {'core', 'kernels'} | FOUNDATION | TOOLS
+TOOLS = {'analysis', 'checkpoint', 'inference', 'official', 'shipped'}
+BELOW_MODELS = {'core', 'kernels', 'options'} | FOUNDATION | TOOLS
 # What each part of the package may import from the package; '' is the package's own `__init__`.
 ALLOWED = {
     'core': set(),
@@ -24,7 +24,8 @@ ALLOWED = {
     'safe_reading': {'errors'},
     'compat': {'errors', 'safe_reading'},
     'atomic_file': set(),
-    **{part: {'core'} | FOUNDATION for part in PARTS},
+    'options': {'errors', 'safe_reading'},
+    **{part: {'core', 'options'} | FOUNDATION for part in PARTS},
     **{tool: BELOW_MODELS | PARTS | {''} for tool in TOOLS},  # '' for its version only
     'models': BELOW_MODELS,  # archs, losses, data and metrics come from BasicSR's builders
     'engine': BELOW_MODELS | PARTS | {'models', ''},

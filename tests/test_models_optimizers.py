@@ -8,7 +8,7 @@ import torch
 from moeisr_basicsr.engine.resume import plain
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.models.optimizers import build_optimizer, build_scheduler, step_schedulers
-from moeisr_basicsr.options.typed import optimizer_classes, scheduler_classes
+from moeisr_basicsr.options.registered import optimizer_classes, scheduler_classes
 
 SCHEDULER_ARGUMENTS = {
     'CosineAnnealingLR': {'T_max': 10},

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from basicsr.utils import options as basicsr_options
-from options_cases import BASICSR, line_of, problems, swap, write
+from options_cases import BASICSR, problems, swap, write
 
 from moeisr_basicsr.options import load_options, parse_options
 
@@ -26,24 +26,26 @@ def test_keys_of_another_model_are_unknown():
 
 def test_basicsr_files_pass_and_their_mistakes_do_not():
     load_options(write(BASICSR))
-    found = problems(swap('gt_size: 16', 'gt_siz: 16', BASICSR), ['train:optim_g:type=AdamW'])
-    assert "gt_siz: unknown key. Did you mean 'gt_size'?" in found[0]
-    assert 'must be the name of an optimizer: Adam; got' in found[1]  # SRModel builds no other
     assert "num_blok: unknown key. Did you mean 'num_block'?" in problems(swap('num_block', 'num_blok', BASICSR))[0]
     assert 'num_block: must be a number' in problems(swap('num_block: 1', 'num_block: one', BASICSR))[0]
     assert "the key 'num_in_ch' is missing" in problems(swap('  num_in_ch: 3\n', '', BASICSR))[0]
     assert 'test_y_chanel' in problems(swap('test_y_channel', 'test_y_chanel', BASICSR))[0]
 
 
-def test_keys_of_basicsr_that_nothing_here_reads():
-    refused = swap('path:\n', 'path:\n  ignore_resume_networks: network_g\n', BASICSR)
-    assert problems(refused) == [
-        f'run.yml:{line_of(refused, "ignore_resume")}: path: ignore_resume_networks: a '
-        'resumed run takes its networks from the checkpoint; leave this key out.'
-    ]
+def test_keys_that_nothing_reads():
     found = problems(swap('val_freq: ', 'use_pbar: true\n  val_freq: ', BASICSR))
     assert len(found) == 1 and "use_pbar: unknown key. Did you mean 'pbar'?" in found[0]
-    load_options(write(f'crop_border: ~\nsuffix: ~\n{BASICSR}'))  # at the top, as BasicSR's own test_RCAN.yml
+
+
+def differences(ours, theirs):
+    """What BasicSR's dictionary says and ours does not; ours also has the defaults of keys that are not given."""
+    found = set()
+    for key, value in theirs.items():
+        if isinstance(value, dict):
+            found |= differences(ours[key], value)
+        elif key not in ours or ours[key] != value:
+            found.add(f'{key}: {value}')
+    return found
 
 
 def test_the_dictionary_is_that_of_basicsr(images_here, monkeypatch):
@@ -54,18 +56,22 @@ def test_the_dictionary_is_that_of_basicsr(images_here, monkeypatch):
     )
     theirs, args = basicsr_options.parse_options(str(images_here), is_train=True)
     ours = parse_options(args, str(images_here), is_train=True)
-    extra = {key: ours.pop(key) for key in ('root_path', 'opt_file', 'launcher', 'debug')}
-    assert extra == {'root_path': str(images_here), 'opt_file': 'run.yml', 'launcher': 'none', 'debug': False}
-    assert {key: ours['logger'].pop(key) for key in ('keep_checkpoints', 'save_best')}
-    assert ours == theirs
+    assert {ours[key] for key in ('root_path', 'opt_file', 'launcher', 'debug')} == {
+        str(images_here),
+        'run.yml',
+        'none',
+        False,
+    }
+    assert differences(ours, theirs) == set()
 
+    # and in testing
     theirs, args = basicsr_options.parse_options(str(images_here), is_train=False)
     text = BASICSR.replace('  train:\n    name', '  test:\n    name')
     write(text)
     theirs, args = basicsr_options.parse_options(str(images_here), is_train=False)
     ours = parse_options(args, str(images_here), is_train=False)
     assert all(ours['path'][key] == theirs['path'][key] for key in ('results_root', 'log', 'visualization'))
-    assert ours['datasets'] == theirs['datasets']
+    assert differences(ours['datasets'], theirs['datasets']) == set()
 
 
 def test_debug_is_a_flag_and_not_a_name(images_here):

@@ -5,18 +5,17 @@ import inspect
 from pathlib import Path
 
 import basicsr
-from basicsr.utils.file_client import MemcachedBackend
+from pydantic import BaseModel
 
 import moeisr_basicsr
 from moeisr_basicsr.compat import init_dist
-from moeisr_basicsr.options import schema
+from moeisr_basicsr.data.options import ImageOptions, PairedOptions
+from moeisr_basicsr.options.keys import Dataset, MoEISROptions
 
 # What of BasicSR the engine stands in for: a key that only these read would be ignored.
 REPLACED = ('train.py', 'test.py', 'utils/misc.py', 'utils/options.py', 'data/__init__.py')
-# Sections that are handed on as a whole: their keys are arguments.
-ARGUMENTS = {init_dist: {'backend', 'port'}, MemcachedBackend: {'server_list_cfg', 'client_cfg', 'sys_path'}}
-# BasicSR's own recipes have these and nothing of it reads them, which the keys' descriptions say.
-IGNORED = {'DATASET_TRAIN: use_shuffle', 'BASICSR_TOP: crop_border', 'BASICSR_TOP: save_img'}
+# BasicSR's own recipes have it and nothing of it reads it, which the key's description says.
+IGNORED = {'use_shuffle'}
 
 
 def strings(package, leave_out):
@@ -31,31 +30,19 @@ def strings(package, leave_out):
     }
 
 
-def keys(table):
-    """The keys of a table and of the sections in it."""
-    for name, key in table.items():
+def keys(model):
+    """The keys of a section and of the sections in it."""
+    for name, field in model.model_fields.items():
         yield name
-        if isinstance(key.kind, schema.Section):
-            yield from keys(key.kind.table)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation)
 
 
 def test_every_key_has_a_reader():
-    tables = {
-        name: value
-        for name, value in vars(schema).items()
-        if isinstance(value, dict) and all(isinstance(row, schema.Key) for row in value.values())
-    }
-    tables |= schema.DATASET_OURS
-    assert {'TOP', 'PATH', 'TRAIN', 'VAL', 'BASICSR_TOP', 'ArbitraryScalePairedDataset'} <= set(tables)
-    ours, theirs = strings(moeisr_basicsr, ('options/',)), strings(basicsr, REPLACED)
+    known = {*keys(MoEISROptions), *keys(Dataset), *keys(ImageOptions), *keys(PairedOptions)}
+    assert {'keep_checkpoints', 'resume_id', 'tau', 'scale_range', 'filename_tmpl', 'print_freq'} <= known
+    ours, theirs = strings(moeisr_basicsr, ('options/', 'data/options.py')), strings(basicsr, REPLACED)
     assert 'keep_checkpoints' in ours - theirs and 'resume_id' in theirs - ours
-    assert 'ignore_resume_networks' not in ours | theirs
-    unread = {
-        f'{title}: {key}'
-        for title, table in tables.items()
-        for key in set(keys(table)) - (theirs if title.startswith('BASICSR') else ours | theirs)
-    }
-    arguments = {
-        key for function, names in ARGUMENTS.items() for key in names & set(inspect.signature(function).parameters)
-    }
-    assert {key for key in unread - IGNORED if key.split(': ')[1] not in arguments} == set()
+    arguments = set(inspect.signature(init_dist).parameters)  # `dist_params` is handed on as a whole
+    unread = known - ours - theirs - arguments - IGNORED
+    assert not unread, f'nothing reads {unread}'

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.safe_reading import PlainLoader, load_torch_file, parse_yml_value
+from moeisr_basicsr.options.force import parse_value
+from moeisr_basicsr.safe_reading import PlainLoader, load_torch_file
 
 
 def load_yaml(text):
@@ -62,7 +63,7 @@ def test_yaml_keeps_order_and_merges():
         ('~', None),
         ('abc', 'abc'),
         ('a b', 'a b'),
-        ("[1, 'x', None]", [1, 'x', None]),
+        ("[1, 'x', ~]", [1, 'x', None]),
         ('[1, x, 1e-3]', [1, 'x', 1e-3]),
         ('{a: 1}', {'a': 1}),
         ('1.2.3', '1.2.3'),
@@ -76,14 +77,14 @@ def test_yaml_keeps_order_and_merges():
     ],
 )
 def test_override_values(text, value):
-    parsed = parse_yml_value(text)
+    parsed = parse_value(text)
     assert parsed == value and type(parsed) is type(value)
 
 
 @pytest.mark.parametrize('text', ['[' * 100_000, '[1,', '{a', '!!float x', '[!!python/name:os.system 1]', '[1] 2'])
 def test_override_that_is_not_well_formed(text):
-    with pytest.raises(UserError, match='is not a number, list or mapping'):
-        parse_yml_value(text)
+    with pytest.raises(UserError, match='--force_yml'):
+        parse_value(text)
 
 
 class Hostile:

@@ -7,6 +7,8 @@ from basicsr.archs.arch_util import ResidualBlockNoBN, make_layer
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
+from moeisr_basicsr.options.values import Positive
+
 
 @ARCH_REGISTRY.register()
 class EDSREncoder(nn.Module):
@@ -19,7 +21,9 @@ class EDSREncoder(nn.Module):
         res_scale: Factor on each residual.
     """
 
-    def __init__(self, num_in_ch: int = 3, num_feat: int = 64, num_block: int = 16, res_scale: float = 1.0):
+    def __init__(
+        self, num_in_ch: Positive = 3, num_feat: Positive = 64, num_block: Positive = 16, res_scale: float = 1.0
+    ):
         super().__init__()
         self.num_feat = num_feat
         self.halo = 2 * num_block + 2  # receptive radius in LR cells: every 3x3 convolution adds one

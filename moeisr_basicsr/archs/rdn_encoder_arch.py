@@ -3,11 +3,14 @@
 Module names follow the official LIIF checkpoints. Shapes: B images, C_in channels in [-1, 1], (H, W) LR size.
 """
 
+from typing import Literal
+
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.options.values import Positive
 
 CONFIGS = {'A': (20, 6, 32), 'B': (16, 8, 64)}  # blocks D, convolutions per block C, growth rate G (RDN, section 5)
 
@@ -50,12 +53,12 @@ class RDNEncoder(nn.Module):
 
     def __init__(
         self,
-        num_in_ch: int = 3,
-        config: str = 'B',
-        num_feat: int = 64,
-        num_block: int | None = None,
-        num_conv: int | None = None,
-        growth: int | None = None,
+        num_in_ch: Positive = 3,
+        config: Literal['A', 'B'] = 'B',
+        num_feat: Positive = 64,
+        num_block: Positive | None = None,
+        num_conv: Positive | None = None,
+        growth: Positive | None = None,
     ):
         super().__init__()
         if config not in CONFIGS:

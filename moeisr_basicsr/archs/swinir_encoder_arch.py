@@ -4,6 +4,7 @@ Shapes: B images, C_in channels in [-1, 1], (H, W) LR size.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from basicsr.archs.swinir_arch import SwinIR
@@ -11,6 +12,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.options.values import Positive
 
 NUM_FEAT = 64  # channels after SwinIR's own `conv_before_upsample`
 
@@ -39,15 +41,15 @@ class SwinIREncoder(SwinIR):
 
     def __init__(
         self,
-        num_in_ch: int = 3,
-        embed_dim: int = 180,
-        depths: Sequence[int] = (6,) * 6,
-        num_heads: Sequence[int] = (6,) * 6,
-        window_size: int = 8,
+        num_in_ch: Positive = 3,
+        embed_dim: Positive = 180,
+        depths: Sequence[Positive] = (6,) * 6,
+        num_heads: Sequence[Positive] = (6,) * 6,
+        window_size: Positive = 8,
         mlp_ratio: float = 2.0,
         drop_path_rate: float = 0.1,
-        img_size: int = 48,
-        resi_connection: str = '1conv',
+        img_size: Positive = 48,
+        resi_connection: Literal['1conv', '3conv'] = '1conv',
         use_checkpoint: bool = False,
     ):
         if problem := self.unfit(embed_dim, depths, num_heads, window_size, img_size):

@@ -1,36 +1,79 @@
-"""`basicsr train --keys`: the tables of the options, for people."""
+"""`basicsr train --keys`: the tables of the options, for people, as text or as a page of Markdown."""
 
-from moeisr_basicsr.options import schema
-from moeisr_basicsr.options.schema import UNSET, Section, Table
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-SECTIONS = (
-    ('', schema.TOP),
-    ('datasets: NAME', schema.DATASET),
-    ('datasets: train', schema.DATASET_TRAIN),
-    ('path', schema.PATH),
-    ('train', {**schema.TRAIN, **schema.TRAIN_OURS, **schema.TRAIN_MOEISR}),
-    ('val', {**schema.VAL, **schema.VAL_OURS}),
-    ('logger', schema.LOGGER),
-)
+from pydantic import BaseModel
 
+from moeisr_basicsr.options.keys import Dataset, MoEISROptions, dataset_model
+from moeisr_basicsr.options.registered import is_basicsr, metric_model, registered, signature_model
+from moeisr_basicsr.options.values import opened, schemas, words
 
-def rows(title: str, table: Table) -> list[tuple[str, str, str, str]]:
-    """(key, value, default, meaning) of one section and of those within it."""
-    result = []
-    for name, key in table.items():
-        full = f'{title}: {name}' if title else name
-        default = 'required' if key.required else '' if key.default in (UNSET, None) else str(key.default)
-        result.append((full, key.kind.words(), default, key.about))
-        if isinstance(key.kind, Section):
-            result += rows(full, key.kind.table)
-    return result
+INTRODUCTION = """\
+What an options file may say. A section with a `type` takes the options of the class that it names; those of this
+package stand at the end. `~` means not given. Keys of BasicSR's own classes are the arguments of these classes."""
 
 
-def print_keys(is_train: bool) -> None:
-    """Print the tables."""
-    tables = [(title, table) for title, table in SECTIONS if is_train or title not in ('train', 'datasets: train')]
-    tables += [(f'datasets: NAME ({dataset})', table) for dataset, table in schema.DATASET_OURS.items()]
-    for title, table in tables:
-        for key, value, default, about in rows(title, table):
-            print(f'{key}\n    {about}. {value[0].upper()}{value[1:]}{f"; {default}" if default else ""}.')
-    print('\nSections with a `type` take the arguments of the class that it names.')
+class Row(NamedTuple):
+    """One key, for people."""
+
+    key: str
+    value: str
+    default: str
+    meaning: str
+
+
+def rows(model: type[BaseModel], title: str = '') -> Iterator[Row]:
+    """The keys of a section and of the sections in it."""
+    for name, field in model.model_fields.items():
+        key = f'{title}: {name}' if title else name
+        default: Any = '' if field.default is None or field.default_factory else field.default
+        shown = (
+            'required' if field.is_required() else str(default).lower() if default in (True, False) else str(default)
+        )
+        allowed = words(schemas(model)[name]).partition(': ')[0]  # without the names that a registry holds today
+        yield Row(key, allowed, shown, field.description or '')
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from rows(field.annotation, key)
+
+
+def tables(is_train: bool) -> Iterator[tuple[str, list[Row]]]:
+    """(title, rows) of the whole file, of every dataset, and of each class that is not BasicSR's own."""
+    yield 'The whole file', [row for row in rows(MoEISROptions) if is_train or not row.key.startswith('train: ')]
+    yield 'datasets: NAME', list(rows(Dataset))
+    for name, dataset in registered('DATASET').items():
+        if dataset_model(dataset) is not opened(Dataset) and not is_basicsr(dataset):
+            own = rows(dataset_model(dataset))
+            yield f'datasets: NAME ({name})', [row for row in own if row.key not in Dataset.model_fields]
+    for where, registry, model in (
+        ('network_g', 'ARCH', signature_model),
+        ('train: NAME_opt', 'LOSS', signature_model),
+        ('val: metrics: NAME', 'METRIC', metric_model),
+    ):
+        for name, entry in registered(registry).items():
+            if not is_basicsr(entry) and (is_train or registry != 'LOSS'):
+                yield f'{where} ({name})', [row for row in rows(model(entry)) if row.key != 'type']
+
+
+def keys_text(is_train: bool) -> str:
+    """All tables as lines of text."""
+    lines = []
+    for title, table in tables(is_train):
+        lines.append(f'{title}:')
+        for key, value, default, meaning in table:
+            described = [f'{meaning}.' if meaning else '', f'{value[:1].upper()}{value[1:]}', default]
+            lines += [f'  {key}', f'      {described[0]} {"; ".join(filter(None, described[1:]))}.'.rstrip()]
+    return '\n'.join(lines)
+
+
+def keys_markdown(is_train: bool = True) -> str:
+    """All tables as a page of Markdown."""
+    lines = ['# Keys of an options file', '', INTRODUCTION, '']
+    for title, table in tables(is_train):
+        lines += [f'## {title}', '', '| key | value | default | meaning |', '|---|---|---|---|']
+        lines += [
+            f'| `{row.key}` | ' + ' | '.join(cell.replace('|', r'\|').replace('<', '&lt;') for cell in row[1:]) + ' |'
+            for row in table
+        ]
+        lines.append('')
+    return '\n'.join(lines)

@@ -40,6 +40,7 @@ def add_options_file(parser: argparse.ArgumentParser, is_train: bool) -> None:
     )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument('--keys', action='store_true', help='list the keys that an options file may have, and stop')
+    parser.add_argument('--markdown', action='store_true', help='with --keys: as a page of Markdown')
     add_import(parser)
 
 
@@ -95,9 +96,9 @@ def options_of(args: argparse.Namespace, is_train: bool) -> dict | None:
     """
     import_modules(args.modules)
     if args.keys:
-        from .keys import print_keys
+        from .keys import keys_markdown, keys_text
 
-        print_keys(is_train)
+        print(keys_markdown(is_train) if args.markdown else keys_text(is_train))
         return None
     if not args.opt:
         raise UserError(f'basicsr {args.command} needs an options file: -opt options/NAME.yml.')

@@ -13,7 +13,7 @@ from basicsr.utils.registry import DATASET_REGISTRY
 from torch import Tensor
 
 from .base import ArbitraryScaleDataset, to_tensor, too_small
-from .dataset_options import fail
+from .options import ImageOptions, PairedOptions, fail
 from .pairs import align_pair, find_pairs, patch_axis
 from .resize import resize
 from .sampling import draw_augmentation, draw_crop, draw_queries, draw_scale, round_half_up
@@ -33,11 +33,13 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
     Validation takes the whole image at the fixed `scale`: the LR size is floor(HR / s), the HR image is cropped to
     round(LR * s); for a whole s that is floor(HR / s) * s.
 
-    Options: see `dataset_options`; `dataroot_gt` is required, `scale` to validate.
+    Options: see `options`; `dataroot_gt` is required, `scale` to validate.
 
     Raises:
         UserError: An option is missing or not allowed, or an image is damaged or too small.
     """
+
+    Options = ImageOptions
 
     def __init__(self, opt: dict):
         super().__init__(opt)
@@ -115,12 +117,14 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
     Training cuts out an LR patch of lq_size at random; the queries are drawn from the HR pixels whose centres lie
     inside it, at any real factor. Validation takes whole images.
 
-    Options: see `dataset_options`; `dataroot_lq` and `dataroot_gt` are required, `meta_info_file` lists HR images.
+    Options: see `options`; `dataroot_lq` and `dataroot_gt` are required, `meta_info_file` lists HR images.
 
     Raises:
         UserError: An option is missing or not allowed, an image has no partner, or an image is damaged, too small, or
             does not fit its partner.
     """
+
+    Options = PairedOptions
 
     def __init__(self, opt: dict):
         super().__init__(opt)

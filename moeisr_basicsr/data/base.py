@@ -9,18 +9,20 @@ from torch import Tensor
 from moeisr_basicsr.errors import UserError
 
 from .cache import SharedImages
-from .dataset_options import fail, read_options
 from .image_reader import to_float
 from .image_source import ImageSource
+from .options import ArbitraryScaleOptions, fail, read_options
 from .repeatable import RepeatableDataset
 
 
 class ArbitraryScaleDataset(RepeatableDataset):
     """Base of the arbitrary-scale datasets."""
 
+    Options: type[ArbitraryScaleOptions]  # names, ranges, meanings and defaults of the keys of its YAML section
+
     def __init__(self, opt: dict):
         self.opt = deepcopy(dict(opt))
-        self.options = read_options(self.opt)
+        self.options = read_options(self.opt, self.Options)
         super().__init__(self.options.seed)
         self.training = self.options.phase == 'train'
         self.lq_size: int = self.options.lq_size

@@ -7,6 +7,7 @@ Shapes: (H, W, C) arrays, (C, H, W) or (1, C, H, W) tensors; C is 3, or 1 for gr
 """
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def calculate_psnr_sr(
     img: Image,
     img2: Image,
     scale: Pair | None = None,
-    protocol: str = 'benchmark',
+    protocol: Literal['benchmark', 'div2k'] = 'benchmark',
     crop_border: Pair | None = None,
     rounded: bool = False,
     better: str = 'higher',
@@ -60,7 +61,7 @@ def calculate_ssim_sr(
     img: Image,
     img2: Image,
     scale: Pair | None = None,
-    protocol: str = 'benchmark',
+    protocol: Literal['benchmark', 'div2k'] = 'benchmark',
     crop_border: Pair | None = None,
     rounded: bool = False,
     better: str = 'higher',

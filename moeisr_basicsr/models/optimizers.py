@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedulers from their options. The names that there are: see `options.typed`."""
+"""Optimizers and learning-rate schedulers from their options. The names that there are: see `options.registered`."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from moeisr_basicsr.errors import UserError, did_you_mean
-from moeisr_basicsr.options.typed import optimizer_classes, scheduler_classes
+from moeisr_basicsr.options.registered import optimizer_classes, scheduler_classes
 
 
 def build(where: str, options: dict, classes: dict[str, type], first: Any) -> Any:

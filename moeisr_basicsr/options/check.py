@@ -1,14 +1,19 @@
-"""The check of a whole options file against the tables: every mistake at once, each with its file and line."""
+"""The check of a whole options file: every mistake at once, each with its file and line, and defaults filled in."""
 
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from moeisr_basicsr.errors import UserError, did_you_mean
 
-from .kinds import Choice, Data, File, Kind
+from .force import force
+from .keys import OneNetwork, options_model
 from .reader import Document, KeyPath, join_keys
-from .rules import check_together
-from .schema import REFUSED, UNSET, Key, Named, Section, Typed
-from .typed import Resolved, registered, registry, root_keys, section_keys
+from .registered import locate
+from .rules import Problems, check_together
+from .values import names_in, schemas, show, words
 
 FORCED_LAST = 10**9  # problems of the command line come after those of the file's last line
 
@@ -21,145 +26,112 @@ class OptionsError(UserError):
         self.problems = problems
 
 
-class Checker:
-    """Walks through the options, collects problems, fills in defaults.
+def check_options(document: Document, force_yml: list[str] | None = None, is_train: bool = True) -> dict[str, Any]:
+    """A checked copy of the document's data, with the changes of `--force_yml` and with defaults.
+
+    Raises:
+        OptionsError: It has mistakes; all are listed.
+    """
+    data = copy.deepcopy(document.data)
+    forced = {force(data, entry): f'--force_yml {entry}' for entry in force_yml or []}
+    prepare(data, is_train)
+    model, rules = options_model(data.get('model_type')), list(check_together(data, is_train))
+    try:
+        options = model.model_validate(data).as_dict(data)
+    except ValidationError as error:
+        options, rules = data, [*problems_of(error, model, data), *rules]
+    raise_problems(document, forced, rules)
+    return options
+
+
+def check_network(network_opt: Any, source: str) -> None:
+    """Check the options of one network, as they stand under `network_g`; they are not changed.
 
     Args:
-        document: The file; its data is changed (defaults), so hand in a copy.
-        forced: Keys that `--force_yml` set, with the entry that did.
-        is_train: For training or for testing.
+        network_opt: The options.
+        source: Where they come from, for messages.
+
+    Raises:
+        OptionsError: They have mistakes; all are listed.
     """
-
-    def __init__(self, document: Document, forced: dict[KeyPath, str], is_train: bool):
-        self.document = document
-        self.forced = forced
-        self.is_train = is_train
-        self.problems: list[tuple[int, str]] = []
-        self.missing: set[str] = set()  # paths already reported
-
-    def run(self) -> None:
-        """Check everything.
-
-        Raises:
-            OptionsError: There are problems.
-        """
-        data = self.document.data
-        for name in ('path', 'logger', *(() if self.is_train else ('val',))):
-            if data.get(name) is None:
-                data[name] = {}
-        if self.is_train and data.get('val') is None:
-            leave_out_validation(data)
-        keys = root_keys(data, self.is_train)
-        self.model_type(data.get('model_type'))
-        self.section(data, keys, ())
-        for at, message in check_together(data, self.is_train):
-            self.add(at, message)
-        self.finish()
-
-    def finish(self) -> None:
-        """Raise what was found.
-
-        Raises:
-            OptionsError: There are problems.
-        """
-        if self.problems:
-            raise OptionsError([text for _, text in sorted(self.problems, key=lambda problem: problem[0])])
-
-    def add(self, keys: KeyPath, message: str) -> None:
-        """Note a problem of the value at `keys`."""
-        # the value itself, a section around it, or one that an entry for a key in it has made
-        made = [] if keys in self.document.lines else [entry for entry in self.forced if entry[: len(keys)] == keys]
-        for entry in [*(keys[:depth] for depth in range(len(keys), 0, -1)), *(made if keys else [])]:
-            if entry in self.forced:
-                where, order = self.forced[entry], FORCED_LAST
-                break
-        else:
-            where, order = self.document.where(keys), self.document.line(keys)
-        shown = f'{join_keys(keys)}: ' if keys else ''
-        problem = (order, f'{where}: {shown}{message}')
-        if problem not in self.problems:  # of several groups of scale factors, say
-            self.problems.append(problem)
-
-    def section(self, data: dict, keys: Resolved, at: KeyPath) -> None:
-        """Check the keys of one section."""
-        for name in list(data):
-            if name in keys.table:
-                self.value(data, name, keys.table[name], (*at, name))
-            elif (*at, name) in REFUSED:
-                self.add((*at, name), REFUSED[(*at, name)])
-            elif name in keys.elsewhere:
-                self.add((*at, name), f"unknown key; '{keys.elsewhere[name]}' has it, '{data['type']}' has not.")
-            elif not keys.open:
-                known = [key for key in keys.table if key not in data]
-                hint = did_you_mean(name, known) or (f' Allowed here: {", ".join(sorted(known))}.' if known else '')
-                self.add((*at, name), f'unknown key.{hint}')
-        for name, key in keys.table.items():
-            if name in data:
-                continue
-            if key.required:
-                about = f' ({key.about})' if key.about else ''
-                self.add(at, f"the key '{name}' is missing{about}.{allowed(key.kind, name)}")
-            elif key.default is not UNSET:
-                data[name] = key.default
-
-    def value(self, data: dict, name: str, key: Key, at: KeyPath) -> None:
-        """Check one value, and what lies below it."""
-        value = data[name]
-        if value is None and key.null:
-            return
-        problem = key.kind.problem(value)
-        if problem:
-            if isinstance(key.kind, (Data, File)) and isinstance(value, str):
-                if value in self.missing:
-                    return  # one missing folder is one mistake, however many datasets name it
-                self.missing.add(value)
-            self.add(at, problem)
-        elif isinstance(key.kind, Named):
-            item = Key(key.kind.item, '')
-            for entry in list(value):
-                if value[entry] is None and (*at, entry) in self.forced:
-                    del value[entry]  # --force_yml datasets:val_2=none
-                else:
-                    self.value(value, entry, item, (*at, entry))
-        elif isinstance(key.kind, (Section, Typed)):
-            self.section(value, section_keys(key.kind, value, name), at)
-        else:
-            data[name] = key.kind.convert(value)
-
-    def model_type(self, name: Any) -> None:
-        """The model must be registered."""
-        if isinstance(name, str) and name.strip() and registered('MODEL', name) is None:
-            known = list(registry('MODEL').keys())
-            self.add(
-                ('model_type',),
-                f'must be the name of a registered model: {", ".join(known)}; got {name!r}.{did_you_mean(name, known)}',
-            )
+    data = {'network_g': network_opt}
+    try:
+        OneNetwork.model_validate(data)
+    except ValidationError as error:
+        raise_problems(Document(source, data, {}), {}, problems_of(error, OneNetwork, data))
 
 
-def leave_out_validation(data: dict) -> None:
-    """Without `val` nothing is validated: the folders of such datasets need not be there."""
+def prepare(data: dict[str, Any], is_train: bool) -> None:
+    """Leave out what is switched off, and tell every dataset its phase and the run's scale."""
+    if not is_train and data.get('val') is None:
+        data['val'] = {}
     datasets = data.get('datasets')
-    if isinstance(datasets, dict):
-        for phase in [phase for phase in datasets if isinstance(phase, str) and phase.split('_')[0] == 'val']:
-            del datasets[phase]
+    for name, dataset in list(datasets.items()) if isinstance(datasets, dict) else ():
+        phase = name.split('_')[0]
+        # without `val` nothing is validated: its folders need not be there
+        if dataset is None or (phase == 'val' and is_train and data.get('val') is None):
+            del datasets[name]
+        elif isinstance(dataset, dict):
+            dataset.update({'phase': phase} if data.get('scale') is None else {'phase': phase, 'scale': data['scale']})
+    metrics = data['val'].get('metrics') if isinstance(data.get('val'), dict) else None
+    if isinstance(metrics, dict):
+        data['val']['metrics'] = {name: metric for name, metric in metrics.items() if metric is not None}
 
 
-def allowed(kind: Kind, name: str) -> str:
-    """The names that a missing key could have, as a sentence; nothing where any value would do."""
-    if isinstance(kind, Typed):
-        return allowed(section_keys(kind, {}, name).table['type'].kind, name).replace('It', 'Its `type`', 1)
-    return f' It must be {kind.words()}.' if isinstance(kind, Choice) else ''
-
-
-def known_keys(data: dict, keys: tuple[str, ...], is_train: bool) -> Resolved:
-    """The keys allowed in the section at `keys`; for `--force_yml`."""
-    resolved, value = root_keys(data, is_train), data
-    for place, name in enumerate(keys):
-        value = value.get(name) if isinstance(value, dict) else None
-        value = value if isinstance(value, dict) else {}
-        kind: Kind = resolved.table[name].kind if name in resolved.table else Kind()
-        if isinstance(kind, Named):
-            resolved = Resolved({entry: Key(kind.item, '') for entry in value}, item=Key(kind.item, ''))
+def problems_of(error: ValidationError, model: type[BaseModel], data: Any) -> Problems:
+    """What pydantic found, in words: one problem for each value, and one for each missing file or folder."""
+    told: set[Any] = set()
+    for item in error.errors(include_url=False):
+        keys, owner, section = locate(model, data, item['loc'])
+        message = message_of(item, keys, owner, section)
+        if message.startswith('there is no'):
+            about: Any = message
         else:
-            resolved = section_keys(kind, value, keys[place])
-    return resolved
+            about = (
+                ('scale',) if keys[-1:] == ('scale',) and ('scale',) in told else keys
+            )  # a run's scale is everyone's
+        if about not in told:
+            told.add(about)
+            yield keys[:-1] if item['type'] == 'missing' else keys, message
+
+
+def message_of(item: Mapping[str, Any], keys: KeyPath, owner: type[BaseModel] | None, section: Any) -> str:
+    """One of pydantic's errors at `keys`, the last of which stands in `section`; `owner` declares its keys."""
+    if item['type'] == 'value_error':
+        return str(item['ctx']['error'])
+    name = str(keys[-1]) if keys else ''
+    declared = {} if owner is None else schemas(owner)
+    if item['type'] == 'extra_forbidden':
+        known = [key for key in declared if key not in section]
+        hint = did_you_mean(name, known) or (f' Allowed here: {", ".join(sorted(known))}.' if known else '')
+        return f'unknown key.{hint}'
+    schema = declared.get(name, {'words': 'a section of keys'})
+    allowed = words(schema)
+    if item['type'] == 'missing':
+        about = f' ({schema["description"]})' if schema.get('description') else ''
+        hint = '' if allowed in ('any value', 'a section of keys') else f' It must be {allowed}.'
+        return f"the key '{name}' is missing{about}.{hint}"
+    value = section.get(name) if isinstance(section, Mapping) else section
+    advice = schema.get('advice', '')
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and schema.get('type') == 'string':
+        advice = ' Put it in quotes to make it text.'
+    return f'must be {allowed}; got {show(value)}.{did_you_mean(str(value), names_in(schema))}{advice}'
+
+
+def raise_problems(document: Document, forced: Mapping[KeyPath, str], problems: Iterable[tuple[KeyPath, str]]) -> None:
+    """Raise the problems in the order of their lines, each with its place in the file or its `--force_yml` entry.
+
+    Raises:
+        OptionsError: There are any.
+    """
+    found = set()
+    for keys, message in problems:
+        # the value itself, a section around it, or one that an entry for a key in it has made
+        made = [] if keys in document.lines or not keys else [entry for entry in forced if entry[: len(keys)] == keys]
+        entries = [*(keys[:depth] for depth in range(len(keys), 0, -1)), *made]
+        entry = next((entry for entry in entries if entry in forced), None)
+        where = document.where(keys) if entry is None else forced[entry]
+        order = document.line(keys) if entry is None else FORCED_LAST
+        found.add((order, f'{where}: {f"{join_keys(keys)}: " if keys else ""}{message}'))
+    if found:
+        raise OptionsError([text for _, text in sorted(found, key=lambda problem: problem[0])])

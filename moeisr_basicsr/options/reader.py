@@ -16,6 +16,16 @@ from moeisr_basicsr.safe_reading import SCALARS, PlainLoader
 KeyPath = tuple[str | int, ...]
 MAX_NODES = 20_000  # an options file has hundreds; aliases of aliases could unfold into more than memory holds
 MAX_DEPTH = 50
+PLAIN_TAGS = (*SCALARS, 'tag:yaml.org,2002:map', 'tag:yaml.org,2002:seq')
+
+
+class OptionsLoader(PlainLoader):
+    """Merge keys (`<<`) cannot unfold into more than memory holds."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_NODES:  # merges of merges
+            raise broken(node, 'too large')
 
 
 class Document(NamedTuple):
@@ -40,8 +50,7 @@ def read_yaml(path: str | Path) -> Document:
     """Read an options file.
 
     Raises:
-        UserError: The file is missing, is not YAML, has a key twice or a tag that is not plain data; with file and
-            line.
+        UserError: The file cannot be read, or see `read_text`.
     """
     path = str(path)
     try:
@@ -50,17 +59,23 @@ def read_yaml(path: str | Path) -> Document:
         raise UserError(f'{path}: cannot read this options file: {error.strerror}.') from error
     except UnicodeDecodeError as error:
         raise UserError(f'{path}: this is no YAML file: byte {error.start} is not UTF-8 text.') from error
-    data, lines = _read(text, path)
+    data, lines = read_text(text, path)
     if not isinstance(data, dict):
         raise UserError(f'{path}:1: an options file must consist of `key: value` lines.')
     return Document(path, data, lines)
 
 
-def _read(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
+def read_text(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
+    """The data of a YAML text, and the line of every key and list entry.
+
+    Raises:
+        UserError: It is not YAML, has a key twice or a tag that is not plain data; with `source` and line.
+    """
     try:
-        loader = PlainLoader(text)
+        loader = OptionsLoader(text)
         node = loader.get_single_node()
-        return (None, {}) if node is None else _Builder(loader, source).run(node)
+        builder = Builder(loader)
+        return (None if node is None else builder.value(node, ())), builder.lines
     except yaml.YAMLError as error:
         mark = getattr(error, 'problem_mark', None) or getattr(error, 'context_mark', None)
         where = f'{source}:{mark.line + 1}' if mark is not None else source
@@ -70,80 +85,48 @@ def _read(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         raise UserError(f'{source}: broken YAML: nested too deeply.') from error
 
 
-class _Builder:
-    """Turns YAML nodes into data, and notes lines on the way."""
+class Builder:
+    """Turns YAML nodes into data in which nothing is shared, and notes lines on the way."""
 
-    def __init__(self, loader: PlainLoader, source: str):
+    def __init__(self, loader: PlainLoader):
         self.loader = loader
-        self.source = source
         self.lines: dict[KeyPath, int] = {}
         self.count = 0
-
-    def run(self, node: yaml.Node) -> tuple[Any, dict[KeyPath, int]]:
-        return self.value(node, ()), self.lines
-
-    def fail(self, node: yaml.Node, message: str) -> UserError:
-        return UserError(f'{self.source}:{node.start_mark.line + 1}: {message}')
 
     def value(self, node: yaml.Node, keys: KeyPath) -> Any:
         self.count += 1
         if self.count > MAX_NODES or len(keys) > MAX_DEPTH:
-            raise self.fail(node, 'this file is too large or refers to itself; it cannot be an options file.')
+            raise broken(node, 'too large or refers to itself')
+        if node.tag not in PLAIN_TAGS:
+            raise broken(node, f'the tag {node.tag.replace(YAML_TAG, "!!")} is not allowed: options are plain data')
         if isinstance(node, yaml.MappingNode):
-            if node.tag != 'tag:yaml.org,2002:map':
-                raise self.refuse(node)
-            return self.mapping(node, keys)
+            self.check_keys(node, keys)
+            self.loader.flatten_mapping(node)  # what `<<` merges in comes first, so that a section's own keys win
+            return {key.value: self.entry(child, (*keys, key.value), key) for key, child in node.value}
         if isinstance(node, yaml.SequenceNode):
-            if node.tag != 'tag:yaml.org,2002:seq':
-                raise self.refuse(node)
-            return [self.entry(child, (*keys, place)) for place, child in enumerate(node.value)]
-        if node.tag not in SCALARS:
-            raise self.refuse(node)
+            return [self.entry(child, (*keys, place), child) for place, child in enumerate(node.value)]
         try:
             return self.loader.construct_object(node)
-        except (ValueError, yaml.YAMLError) as error:
-            raise self.fail(node, f'broken YAML: {node.value!r} is no {node.tag.rsplit(":", 1)[-1]}.') from error
+        except ValueError as error:
+            raise broken(node, f'{node.value!r} is no {node.tag.removeprefix(YAML_TAG)}') from error
 
-    def entry(self, node: yaml.Node, keys: KeyPath) -> Any:
-        self.lines.setdefault(keys, node.start_mark.line + 1)
+    def entry(self, node: yaml.Node, keys: KeyPath, start: yaml.Node) -> Any:
+        self.lines[keys] = start.start_mark.line + 1
         return self.value(node, keys)
 
-    def mapping(self, node: yaml.MappingNode, keys: KeyPath) -> dict[str, Any]:
-        own = [(key.value if isinstance(key, yaml.ScalarNode) else None, key) for key, _ in node.value]
-        self.loader.flatten_mapping(node)  # merge keys (<<) come first, so that the section's own keys win
-        result: dict[str, Any] = {}
-        seen: dict[str, int] = {}
-        for name, key in own:
-            if name is None:
-                raise self.fail(key, 'a key must be plain text.')
-            line = key.start_mark.line + 1
-            if name in seen and name != '<<':
-                raise self.fail(
-                    key,
-                    f'the key {".".join(map(str, (*keys, name)))} stands twice; it is already in line {seen[name]}.',
-                )
-            seen[name] = line
-        for key, child in node.value:
-            self.lines[(*keys, key.value)] = key.start_mark.line + 1
-            result[key.value] = self.value(child, (*keys, key.value))
-        return result
-
-    def refuse(self, node: yaml.Node) -> UserError:
-        tag = node.tag.replace('tag:yaml.org,2002:', '!!')
-        return self.fail(node, f'the tag {tag} is not allowed: options are plain data, and nothing in them is run.')
+    def check_keys(self, node: yaml.MappingNode, keys: KeyPath) -> None:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise broken(key, 'a key must be plain text')
+            if key.value in lines and key.value != '<<':
+                name = '.'.join(map(str, (*keys, key.value)))
+                raise broken(key, f'the key {name} stands twice; it is already in line {lines[key.value]}')
+            lines[key.value] = key.start_mark.line + 1
 
 
-def split_force(entry: str) -> tuple[tuple[str, ...], str]:
-    """The keys and the text of the value of one `--force_yml` entry, `a:b=v`.
-
-    Raises:
-        UserError: There is no '=', or an empty key.
-    """
-    keys, sign, value = entry.partition('=')
-    path = tuple(key.strip() for key in keys.split(':'))
-    if not sign or not all(path):
-        raise UserError(f'--force_yml {entry}: write it as key:key=value, for example train:ema_decay=0.999.')
-    return path, value.strip()
+def broken(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def join_keys(keys: Sequence[str | int]) -> str:

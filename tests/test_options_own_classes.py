@@ -1,0 +1,173 @@
+"""A new dataset, encoder, loss and metric in a file of the user's: trained, checked and listed, nothing else edited."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from options_cases import GOOD, line_of, swap, write
+
+from moeisr_basicsr.cli import main
+
+MINE = '''
+from typing import Annotated, Literal
+
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY
+from pydantic import Field
+
+from moeisr_basicsr.options.values import Key, Positive, Section
+
+
+@ARCH_REGISTRY.register()
+class PlainEncoder(torch.nn.Module):
+    """One convolution.
+
+    Args:
+        num_in_ch: Channels of the image.
+        width: Channels of the
+            features.
+    """
+
+    def __init__(self, num_in_ch: int, width: Positive = 4, kind: Literal['plain', 'fancy'] = 'plain'):
+        super().__init__()
+        if width % 2:
+            raise ValueError(f'width must be even; got {width}.')
+        self.num_feat = width
+        self.conv = torch.nn.Conv2d(num_in_ch, width, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@LOSS_REGISTRY.register()
+class PowerLoss(torch.nn.Module):
+    def __init__(self, loss_weight: float = 1.0, power: Annotated[float, Field(gt=0, le=4)] = 2):
+        super().__init__()
+        self.loss_weight, self.power = loss_weight, power
+
+    def forward(self, output, gt, weight=None):
+        return self.loss_weight * (output - gt).abs().pow(self.power).mean()
+
+
+class StripeOptions(Section):
+    size: Positive = Key('rows and columns of the LR image', 8)
+    colours: list[Positive] = Key('how many stripes')
+
+
+@DATASET_REGISTRY.register()
+class StripeDataset(torch.utils.data.Dataset):
+    Options = StripeOptions
+
+    def __init__(self, opt):
+        self.size, self.colours = opt['size'], opt['colours']
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        gt = torch.linspace(0, 1, 2 * self.size).expand(3, 2 * self.size, 2 * self.size).contiguous()
+        return {'lq': gt[:, ::2, ::2], 'gt': gt, 'lq_path': f'{index}.png', 'gt_path': f'{index}.png'}
+
+
+@DATASET_REGISTRY.register()
+class FreeDataset(StripeDataset):
+    Options = None
+
+
+@METRIC_REGISTRY.register()
+def calculate_bias(img, img2, channel: Literal[0, 1, 2] = 0):
+    return float((img - img2)[..., channel].mean())
+'''
+
+DATASET = """\
+    type: StripeDataset
+    size: 6
+    colours: [2, 3]
+"""
+
+
+def text(dataset=DATASET):
+    """An options file that names all of them."""
+    images = GOOD[GOOD.index('    type: Arb') : GOOD.index('    batch_size')]
+    result = swap(images, dataset).replace('num_gpu: auto', 'num_gpu: 0').replace('total_iter: 1e2', 'total_iter: 2')
+    result = result.replace(
+        '    type: EDSREncoder\n    num_feat: 8\n    num_block: 1', '    type: PlainEncoder\n    width: 6'
+    )
+    result = result.replace('type: L1Loss', 'type: PowerLoss\n    power: 1.5')
+    return result.replace('      type: calculate_psnr_sr\n      protocol: benchmark', '      type: calculate_bias')
+
+
+@pytest.fixture
+def mine(images_here):
+    (images_here / 'mine.py').write_text(MINE)
+    return images_here
+
+
+def basicsr(*arguments):
+    """The command in a process of its own: what it registers stays there."""
+    command = [sys.executable, '-m', 'moeisr_basicsr', *arguments, '--import', 'mine.py']
+    root = str(Path(__file__).resolve().parents[1])
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={'PYTHONPATH': root, 'PATH': '/usr/bin:/bin'}
+    )
+
+
+@pytest.mark.parametrize('name', ['StripeDataset', 'FreeDataset'])
+def test_they_train(mine, name):
+    """Without `Options` the keys of a dataset pass as they are."""
+    done = basicsr('train', '-opt', write(text(DATASET.replace('StripeDataset', name))), '--force_yml', 'val=none')
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = [json.loads(line) for line in Path('experiments/run/metrics.jsonl').read_text().splitlines()]
+    assert any('l_pix' in str(record) for record in records)
+
+
+def test_their_options_are_checked(mine):
+    wrong = (
+        text(DATASET.replace('size: 6', 'sise: 6'))
+        .replace('width: 6', 'width: 0\n    kind: fanci')
+        .replace('power: 1.5', 'power: 5')
+        .replace('type: calculate_bias', 'type: calculate_bias\n      channel: 3')
+    )
+    done = basicsr('train', '-opt', write(wrong))
+    expected = {
+        'sise': "datasets: train: sise: unknown key. Did you mean 'size'?",
+        'width': 'network_g: encoder: width: must be a whole number of at least 1; got 0.',
+        'kind': "network_g: encoder: kind: must be one of plain, fancy; got 'fanci'. Did you mean 'fancy'?",
+        'power': 'train: pixel_opt: power: must be a number above 0 and at most 4; got 5.',
+        'channel': 'val: metrics: psnr: channel: must be one of 0, 1, 2; got 3.',
+    }
+    found = [line.strip() for line in done.stderr.splitlines() if 'run.yml:' in line]
+    assert done.returncode == 2 and len(found) == len(expected), done.stderr
+    for line, (key, message) in zip(found, expected.items()):
+        assert line.endswith(f'run.yml:{line_of(wrong, key + ":")}: {message}')
+
+    done = basicsr(
+        'train', '-opt', write(text(DATASET.replace('    colours: [2, 3]\n', '')).replace('width: 6', 'width: 5'))
+    )
+    assert "datasets: train: the key 'colours' is missing (how many stripes)." in done.stderr
+    assert 'network_g: MoEISR cannot be built from these options: width must be even; got 5.' in done.stderr
+
+
+def test_they_are_listed(mine):
+    done = basicsr('train', '--keys', '--markdown')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert '## network_g (PlainEncoder)' in done.stdout
+    assert '| `width` | a whole number of at least 1 | 4 | Channels of the features. |' in done.stdout
+    assert (
+        '| `colours` | a list of entries, each a whole number of at least 1 | required | how many stripes |'
+        in done.stdout
+    )
+    assert '| `power` | a number above 0 and at most 4 | 2 |  |' in done.stdout
+
+
+def test_every_key_is_on_the_page_with_value_and_meaning(capsys):
+    assert main(['test', '--keys']) == 0
+    shown = capsys.readouterr().out
+    assert 'train: tau' not in shown and '  val: budget\n' in shown
+    assert main(['train', '--keys', '--markdown']) == 0
+    rows = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('| `')]
+    own = [row for row in rows if row[0].startswith(('| `train: ', '| `val: ', '| `logger: ', '| `path: '))]
+    assert len(own) > 40 and all(len(row) == 4 and row[1] and row[3].strip(' |') for row in own)
+    assert ['| `val: precision`', 'one of fp32, bf16, fp16', 'fp32', 'number format of encoder and experts |'] in rows
