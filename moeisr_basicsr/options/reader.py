@@ -16,7 +16,8 @@ from moeisr_basicsr.safe_reading import SCALARS, PlainLoader
 KeyPath = tuple[str | int, ...]
 MAX_NODES = 20_000  # an options file has hundreds; aliases of aliases could unfold into more than memory holds
 MAX_DEPTH = 50
-PLAIN_TAGS = (*SCALARS, 'tag:yaml.org,2002:map', 'tag:yaml.org,2002:seq')
+YAML_TAG = 'tag:yaml.org,2002:'
+PLAIN_TAGS = (*SCALARS, f'{YAML_TAG}map', f'{YAML_TAG}seq')
 
 
 class OptionsLoader(PlainLoader):

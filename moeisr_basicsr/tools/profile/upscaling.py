@@ -14,7 +14,7 @@ from moeisr_basicsr.analysis.measure import StageClock
 from moeisr_basicsr.analysis.routing_stats import expert_shares, mean_cost
 from moeisr_basicsr.analysis.schema import scale_label
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
-from moeisr_basicsr.core import MoEDecoder, render
+from moeisr_basicsr.core import MoEDecoder, render_image
 from moeisr_basicsr.core.render import TORCH
 from moeisr_basicsr.inference import evaluation, make_control, target_size, upscale, upscale_strips
 from moeisr_basicsr.kernels import fused_backend
@@ -72,7 +72,7 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
             for _ in upscale_strips(net, lq, size, *control, precision=precision, clock=clock):
                 pass
         with clock('dense_folded'), evaluation(dense, device.type, precision):
-            render(dense, feat, size, cell, backend=backend)
+            render_image(dense, feat, size, cell, backend=backend)
         if setting.plain:
             with clock('dense_plain'), evaluation(dense, device.type, 'fp32'):
                 plain_image(dense, 0, feat.float(), size, cell, max_chunks=1)
