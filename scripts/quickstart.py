@@ -103,7 +103,7 @@ def report(results):
     print('\nThree photographs that were not trained on, PSNR of luma in dB:')
     print(
         '{:>6} {:>9} {:>9} {:>7}   {}'.format(
-            'scale', 'bicubic', 'MoEISR', 'gain', 'share of each expert, cheap to dear'
+            'scale', 'bicubic', 'MoEISR', 'gain', 'share of each expert, cheapest to most expensive'
         )
     )
     too_low = []

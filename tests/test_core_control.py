@@ -32,8 +32,8 @@ def spend(budget, logits, costs=COSTS, pieces=1):
 def test_cost_never_rises_with_kappa_per_query(seed, kappas):
     logits = draw_logits(seed, 200)
     routed = [COSTS[route_by_cost(logits, COSTS, kappa)] for kappa in sorted(kappas)]
-    for dearer, cheaper in zip(routed[:-1], routed[1:]):
-        assert (cheaper <= dearer).all()
+    for before, after in zip(routed[:-1], routed[1:]):
+        assert (after <= before).all()
 
 
 def test_kappa_zero_is_the_trained_routing_and_extremes_are_the_extremes():
@@ -57,7 +57,7 @@ def test_budget_is_met_within_one_query(budget, pieces):
     assert budget - 1 / 3000 <= cost <= budget + 1e-6
 
 
-def test_budget_one_is_all_heaviest():
+def test_budget_one_is_the_most_expensive_everywhere():
     assert (spend(1.0, draw_logits(3)) == 3).all()
 
 
@@ -67,7 +67,7 @@ def test_tied_pixels_are_split_in_pixel_order():
     expert = spend(0.5, logits, pieces=4)
     assert mean_cost(expert) == pytest.approx(0.5, abs=1 / 1000)
     costs = COSTS[expert]
-    assert (costs[1:] <= costs[:-1]).all(), 'the dearer experts must come first in pixel order'
+    assert (costs[1:] <= costs[:-1]).all(), 'the more expensive experts must come first in pixel order'
 
 
 @pytest.mark.parametrize('budget', [0.3, 0.6, 0.9])

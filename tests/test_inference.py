@@ -142,8 +142,8 @@ def test_mean_cost_falls_with_the_cost_weight():
     net = make_net()
     lq = torch.rand(1, 3, 12, 12)
     maps = [upscale(net, lq, 3, cost_weight=kappa).expert_map.long() for kappa in (-1e6, -2.0, 0.0, 2.0, 1e6)]
-    for dearer, cheaper in zip(maps[:-1], maps[1:]):
-        assert (net.expert_costs[cheaper] <= net.expert_costs[dearer]).all()
+    for before, after in zip(maps[:-1], maps[1:]):
+        assert (net.expert_costs[after] <= net.expert_costs[before]).all()
     means = [float(net.expert_costs[experts].mean()) for experts in maps]
     assert means[0] == pytest.approx(1) and means[-1] == pytest.approx(float(net.expert_costs.min()))
     assert means[1] > means[2] > means[3]

@@ -116,7 +116,7 @@ def run(experts, tables, rows, cols, expert_map, isa=None, precision='fp32', til
     [((5, 7), (20, 28), 3), ((4, 6), (12, 18), 1), ((6, 5), (17, 33), 3), ((1, 1), (4, 3), 5), ((3, 9), (3, 40), 8)],
 )
 def test_liif_matches_plain_loops(isa, lr_size, out_size, channels):
-    """Integer, odd and unequal factors, borders, one LR cell, any number of channels, widths that need padding."""
+    """Integer, odd and unequal factors, borders, one LR pixel, any number of channels, widths that need padding."""
     experts = make_experts([[256], [20, 100], [3, 64, 256], [100, 33, 65, 32]], channels)
     tables = liif_tables(experts, lr_size)
     rows, cols = grid_axis(out_size[0], lr_size[0]), grid_axis(out_size[1], lr_size[1])
@@ -130,7 +130,7 @@ def test_liif_matches_plain_loops(isa, lr_size, out_size, channels):
 @pytest.mark.parametrize('isa', ISAS)
 @pytest.mark.parametrize('basis', [128, 10])
 def test_lte_matches_plain_loops(isa, basis):
-    """From depth 0 on; frequencies of several turns per LR cell."""
+    """From depth 0 on; frequencies of several turns per LR pixel."""
     experts = make_experts([[], [256], [20, 100], [64, 64, 64]], 3, basis=2 * basis)
     tables = lte_tables((5, 6), basis)
     rows, cols = grid_axis(17, 5), grid_axis(30, 6)
@@ -351,7 +351,7 @@ def test_needed_cells_are_those_that_the_pixels_read():
 @needs_kernels
 @pytest.mark.parametrize('isa', ISAS)
 def test_zeros_left_out_change_nothing(isa):
-    """Hidden vectors of which none, some or all channels are zero, other ones in each LR cell."""
+    """Hidden vectors of which none, some or all channels are zero, other ones in each LR pixel."""
     experts = make_experts([[64, 64, 96]], 3)
     generator = torch.Generator().manual_seed(3)
     shift = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0])[torch.randint(5, (5, 6, 1), generator=generator)]

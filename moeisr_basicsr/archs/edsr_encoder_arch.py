@@ -26,7 +26,7 @@ class EDSREncoder(nn.Module):
     ):
         super().__init__()
         self.num_feat = num_feat
-        self.halo = 2 * num_block + 2  # receptive radius in LR cells: every 3x3 convolution adds one
+        self.halo = 2 * num_block + 2  # receptive radius in LR pixels: every 3x3 convolution adds one
         self.conv_first = nn.Conv2d(num_in_ch, num_feat, 3, padding=1)
         # pytorch_init: the official LIIF code keeps PyTorch's default initialisation
         self.body = make_layer(ResidualBlockNoBN, num_block, num_feat=num_feat, res_scale=res_scale, pytorch_init=True)

@@ -66,7 +66,7 @@ class RDNEncoder(nn.Module):
         given = (num_block, num_conv, growth)
         num_block, num_conv, growth = (own or default for own, default in zip(given, CONFIGS[config]))
         self.num_feat = num_feat
-        self.halo = 3 + num_block * num_conv  # receptive radius in LR cells: every 3x3 convolution adds one
+        self.halo = 3 + num_block * num_conv  # receptive radius in LR pixels: every 3x3 convolution adds one
         self.SFENet1 = nn.Conv2d(num_in_ch, num_feat, 3, padding=1)
         self.SFENet2 = nn.Conv2d(num_feat, num_feat, 3, padding=1)
         self.RDBs = nn.ModuleList(ResidualDenseBlock(num_feat, growth, num_conv) for _ in range(num_block))

@@ -71,7 +71,7 @@ class SwinIREncoder(SwinIR):
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, NUM_FEAT, 3, padding=1), nn.LeakyReLU())
         self.num_feat = NUM_FEAT
         self.window_size = self.tile_multiple = window_size  # tiles start at a window's corner
-        # Receptive radius in LR cells: a window and then half a window per layer, the 3x3 convolutions between the
+        # Receptive radius in LR pixels: a window and then half a window per layer, the 3x3 convolutions between the
         # layers lie within; three of them stand at the ends.
         self.halo = window_size + window_size // 2 * sum(depths)
 

@@ -34,7 +34,7 @@ struct Expert {
 
 struct Table {
     const float *data;  // (Ht * Wt, width); null where no pixel of this strip takes the expert
-    int64_t stride;     // elements from one LR cell to the next
+    int64_t stride;     // elements from one LR pixel to the next
 };
 
 struct Decode {
@@ -48,7 +48,7 @@ struct Decode {
     int64_t table_width;      // Wt
     int64_t height, width;    // h, w
     const int64_t *row_index, *col_index;  // (2, h), (2, w)
-    const float *row_rel, *col_rel;        // (2, h), (2, w), in LR cells
+    const float *row_rel, *col_rel;        // (2, h), (2, w), in LR pixels
     const uint8_t *expert_map;  // (h, w)
     int64_t map_stride;
     float *out;                 // (C, h, w)
@@ -79,12 +79,12 @@ struct TableJob {
     const float *window;  // (Ht + 2, Wt + 2, channels), channels a multiple of kPad
     int64_t channels, height, width;  // Ht, Wt
     float *out;           // (Ht * Wt, layer.out)
-    const int64_t *cells;  // LR cells to compute; null for all of them. Not on AMX
+    const int64_t *cells;  // LR pixels to compute; null for all of them. Not on AMX
     int64_t num_cells;
     int64_t num_threads;
 };
 
-// Which LR cells the pixels of each expert read.
+// Which LR pixels the pixels of each expert read.
 struct Needed {
     int64_t num_experts, height, width;    // J, h, w
     const int64_t *row_index, *col_index;  // (2, h), (2, w)
@@ -121,7 +121,7 @@ struct Kernel {
     BuildTable table;  // as many cells as the scratch has rows
     RouteRow route;    // fp32 only
     int64_t element, split;  // of an activation block: bytes per element, elements per channel
-    // LR cells per block of `table`, a multiple of every micro-tile's rows. AMX reads all weights once per block, and
+    // LR pixels per block of `table`, a multiple of every micro-tile's rows. AMX reads all weights once per block, and
     // those of several experts exceed L2: its blocks are large.
     int64_t table_cells;
 };

@@ -1,7 +1,7 @@
 // Matrix products that leave out what ReLU has set to zero. Included inside the namespace of one instruction set, after
 // Vec and tile.h.
 //
-// Four rows at a time: the same corner of four neighbouring pixels, which mostly read the same LR cell. Their hidden
+// Four rows at a time: the same corner of four neighbouring pixels, which mostly read the same LR pixel. Their hidden
 // vectors are then zero in nearly the same channels, about half of all; `active_channels` lists the others, and only
 // their weights are read. Leaving out products with zero changes no bit of a sum.
 //

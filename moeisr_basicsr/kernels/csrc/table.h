@@ -1,7 +1,7 @@
 // LR tables: a 3x3 convolution over a window of features as matrix products. Included inside the namespace of one
 // instruction set, after the Gemm.
 
-// `cells` LR cells from number `first` on, of those to compute.
+// `cells` LR pixels from number `first` on, of those to compute.
 template <class Gemm>
 static void build_table(const TableJob &t, int64_t first, int64_t cells, const Scratch &scratch) {
     using Act = typename Gemm::Act;

@@ -3,7 +3,7 @@
 //   Gemm::Act                   element of an activation block, float or uint16_t (bf16)
 //   Gemm::kSplit                elements per channel
 //   Gemm::kRows, kPixels        rows that stand together, pixels per block
-//   Gemm::kCellOrder            whether pixels that read the same LR cells should follow each other
+//   Gemm::kCellOrder            whether pixels that read the same LR pixels should follow each other
 //   Gemm::row(4 * pixel + corner)   where that row stands in an activation block
 //   Gemm::write(Act *, Vec *)   kPad channels at once (kPad / lanes vectors)
 //   Gemm::hidden(layer, in, out, rows, scratch)
@@ -16,7 +16,7 @@ constexpr int kVecs = kPad / Vec::kLanes;  // vectors per step of kPad channels
 // The pixels of one block, in the order in which their rows stand.
 struct Block {
     int pixels, rows;             // rows: 4 * pixels, rounded up to whole micro-tiles by the Gemm
-    int64_t cell[kBlockRows];     // LR cell of each row
+    int64_t cell[kBlockRows];     // LR pixel of each row
     float rel_row[kBlockRows], rel_col[kBlockRows];
     float weight[kBlockRows];     // of the local ensemble
     float *target[kBlockPixels];  // first output channel
@@ -194,7 +194,7 @@ static inline void run_block(const Decode &d, int64_t j, const Block &block, con
     Gemm::last(d, e, e.layers[e.num_layers - 1], in, block, scratch);
 }
 
-// End of the run of output positions on one axis that read the same two LR cells as position `at`.
+// End of the run of output positions on one axis that read the same two LR pixels as position `at`.
 static inline int64_t run_end(const int64_t *index, int64_t positions, int64_t at, int64_t stop) {
     int64_t end = at + 1;
     while (end < stop && index[end] == index[at] && index[positions + end] == index[positions + at]) ++end;
@@ -202,7 +202,7 @@ static inline int64_t run_end(const int64_t *index, int64_t positions, int64_t a
 }
 
 // Calls visit(row, column) for each pixel of the tile, counted from its first; with `by_cell` those that read the same
-// four LR cells follow each other.
+// four LR pixels follow each other.
 template <class Visit>
 static inline void each_pixel(const Decode &d, const Tile &tile, bool by_cell, const Visit &visit) {
     const int64_t rows = tile.row + tile.rows, cols = tile.col + tile.cols;
