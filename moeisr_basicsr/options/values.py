@@ -151,7 +151,7 @@ NoText = Annotated[
 class _Words(GenerateJsonSchema):
     """JSON schema, in which types that it does not know allow anything."""
 
-    ignored_warning_kinds: ClassVar = {'non-serializable-default', 'skipped-choice'}
+    ignored_warning_kinds: set = {'non-serializable-default', 'skipped-choice'}  # noqa: RUF012  pydantic's own form
 
     def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> dict[str, Any]:
         return {}
