@@ -17,6 +17,7 @@ def test_a_good_file_passes_and_gets_defaults():
     assert opt['train']['total_iter'] == 100 and isinstance(opt['train']['total_iter'], int)
     assert opt['train']['optim_g']['lr'] == 1e-4
     assert opt['train']['pixel_opt']['loss_weight'] == 1.0
+    assert (repr(opt['datasets']['val']['scale']), repr(opt['datasets']['train']['scale_range'])) == ('2', '[1, 4]')
     assert opt['logger'] == {
         'print_freq': 1,
         'save_checkpoint_freq': 5000,

@@ -33,7 +33,7 @@ def check_options(document: Document, force_yml: list[str] | None = None, is_tra
         OptionsError: It has mistakes; all are listed.
     """
     data = copy.deepcopy(document.data)
-    forced = {force(data, entry): f'--force_yml {entry}' for entry in force_yml or []}
+    forced: dict[KeyPath, str] = {force(data, entry): f'--force_yml {entry}' for entry in force_yml or []}
     prepare(data, is_train)
     model, rules = options_model(data.get('model_type')), list(check_together(data, is_train))
     try:
@@ -65,7 +65,7 @@ def prepare(data: dict[str, Any], is_train: bool) -> None:
     """Leave out what is switched off, and tell every dataset its phase and the run's scale."""
     if not is_train and data.get('val') is None:
         data['val'] = {}
-    datasets = data.get('datasets')
+    datasets: Any = data.get('datasets')
     for name, dataset in list(datasets.items()) if isinstance(datasets, dict) else ():
         phase = name.split('_')[0]
         # without `val` nothing is validated: its folders need not be there

@@ -6,7 +6,7 @@
 
 import functools
 import inspect
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, Field, create_model
 
@@ -69,7 +69,8 @@ def dataset_model(entry: Any) -> type[Section]:
     """The keys of a dataset: what the loaders read, and its own as its class attribute `Options` declares them."""
     own = getattr(entry, 'Options', None)
     if inspect.isclass(own) and issubclass(own, BaseModel):
-        return create_model(entry.__name__, __base__=(own, Dataset))
+        bases: Any = (own, Dataset)  # the user's model need not be a Section
+        return create_model(entry.__name__, __base__=bases)
     return opened(Dataset)
 
 
@@ -215,8 +216,9 @@ def options_model(model_type: Any) -> type[Options]:
         model = ArbitraryScaleOptions if 'ArbitraryScaleModel' in parents else Options
     if model_type in ('MoEISRModel', 'ArbitraryScaleModel', 'SRModel'):
         return model
-    free = {
-        name: (opened(model.model_fields[name].annotation), model.model_fields[name])
+    free: dict[str, Any] = {
+        name: (opened(cast(Any, model.model_fields[name].annotation)), model.model_fields[name])
         for name in ('path', 'train', 'val')
     }
-    return create_model(model.__name__, __base__=opened(model), **free)
+    base: Any = opened(model)
+    return create_model(model.__name__, __base__=base, **free)

@@ -26,7 +26,15 @@ from .values import Free, Key, NoText, Positive, PositiveNumber, Section, listin
 OWN_CLASS = ' A class of your own is known with --import FILE.py.'
 # LBFGS needs a closure that evaluates the loss again, SparseAdam needs sparse gradients: neither fits a training step.
 # The schedulers take functions, other schedulers or a metric, which a YAML file cannot give.
-UNFIT = ('Optimizer', 'LBFGS', 'SparseAdam', 'LRScheduler', 'LambdaLR', 'MultiplicativeLR', 'SequentialLR')
+UNFIT: tuple[str, ...] = (
+    'Optimizer',
+    'LBFGS',
+    'SparseAdam',
+    'LRScheduler',
+    'LambdaLR',
+    'MultiplicativeLR',
+    'SequentialLR',
+)
 UNFIT += ('ChainedScheduler', 'ReduceLROnPlateau')
 
 
@@ -163,7 +171,8 @@ class Typed:
         advice = OWN_CLASS if 'registered' in self.noun else ''
         schema = WithJsonSchema({'words': self.words(), 'enum': list(entries), 'advice': advice})
         known = Annotated[Literal[tuple(entries)], schema]  # type: ignore[valid-type]  # known at run time only
-        return create_model('Unknown', __base__=opened(Arguments), type=(known, Key('class')))
+        fields: dict[str, Any] = {'type': (known, Key('class'))}
+        return create_model('Unknown', __base__=opened(Arguments), **fields)
 
     def check(self, value: Any) -> dict[str, Any]:
         """The checked section."""
@@ -205,7 +214,7 @@ def locate(annotation: Any, value: Any, loc: Sequence[str | int]) -> tuple[KeyPa
         if item:
             annotation = item[0]
         else:
-            field = model.model_fields.get(name)
+            field = model.model_fields.get(str(name))
             annotation = None if field is None else field.annotation
             if field is not None and field.metadata:
                 annotation = Annotated[(annotation, *field.metadata)]
