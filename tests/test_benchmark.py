@@ -129,7 +129,7 @@ def test_a_wrong_training_step_stops_it(script, monkeypatch):
     steps = script.TrainSteps(script.MoEDecoder(8), 1, patch=8, queries=40)
     output, gradient = steps.compare()
     assert output < 1e-5 and gradient < 1e-3
-    weight = steps.decoder.pool.experts[1].linears[0].weight
+    weight = steps.decoder.pool.experts[1].layers[0].weight
     run = steps.run
 
     def wrong(form):

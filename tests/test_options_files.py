@@ -7,12 +7,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from moeisr_basicsr.cli import main
 from moeisr_basicsr.options import load_options, read_yaml
-from moeisr_basicsr.safe_reading import load_torch_file
 
 FOLDER = Path(__file__).resolve().parents[1] / 'options'
 TRAINED = ('moeisr_edsr', 'moeisr_rdn', 'moeisr_swinir', 'moeisr_lte_edsr', 'liif_edsr', 'lte_edsr')
@@ -86,39 +84,6 @@ def test_train_then_test(name, workplace, capsys):
     code = main(['test', '-opt', str(kept), '--force_yml', *small_network(data), 'num_gpu=0'])
     assert code == 0, capsys.readouterr().err[-2000:]
     assert list((workplace / f'results/test_{name}').rglob('*.json'))
-
-
-@pytest.mark.parametrize('trained', ['small_moeisr_liif', 'moeisr_edsr'])
-def test_the_routing_of_a_trained_network_goes_on_alone(trained, workplace, capsys):
-    weights = []
-    for name, iterations in ((trained, 2), (f'{trained}_routing', 3)):
-        path = FOLDER / f'{name}.yml'
-        code = main(
-            [
-                'train',
-                '-opt',
-                str(path),
-                '--force_yml',
-                *small_network(read_yaml(path).data),
-                'num_gpu=0',
-                f'train:total_iter={iterations}',
-                'val:val_freq=10',
-                'datasets:train:dataroot_gt=datasets/B100',
-                'datasets:train:io_backend:type=disk',
-                'datasets:train:lq_size=16',
-                'datasets:train:sample_q=64',
-                'datasets:train:batch_size_per_gpu=2',
-                'datasets:train:num_worker_per_gpu=0',
-                'logger:use_tb_logger=false',
-            ]
-        )
-        assert code == 0, capsys.readouterr().err[-2000:]
-        weights.append(load_torch_file(workplace / f'experiments/{name}/models/net_g_latest.pth'))
-    before, after = weights[0]['params_ema'], weights[1]['params']
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(name.startswith('decoder.mapper.') for name in changed)
-    first, then = (read_yaml(FOLDER / f'{trained}{suffix}.yml').data for suffix in ('', '_routing'))
-    assert first['network_g'] == then['network_g']
 
 
 def write_with_datasets(path, phases):

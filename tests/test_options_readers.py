@@ -19,14 +19,14 @@ IGNORED = {'use_shuffle'}
 
 
 def strings(package, leave_out):
-    """All strings in the code of a package, but for some of its files: as code writes the key of a dictionary."""
+    """All strings and attributes in the code of a package, but for some of its files: as code names a key."""
     root = Path(package.__file__).parent
     return {
-        node.value
+        node.value if isinstance(node, ast.Constant) else node.attr
         for path in root.rglob('*.py')
         if not path.relative_to(root).as_posix().startswith(leave_out)
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if isinstance(node, ast.Attribute) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
     }
 
 

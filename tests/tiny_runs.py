@@ -168,7 +168,7 @@ def run_yaml(root, **changes):
                 'scheduler': {'type': 'MultiStepLR', 'milestones': [8, 16], 'gamma': 0.5},
                 'pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 'reduction': 'mean'},
                 'balance_opt': {'type': 'MoEBalanceLoss', 'loss_weight': 0.1},
-                'temperature': {'type': 'linear', 'start': 2.0, 'end': 1.0, 'total_iter': 24},
+                'tau': [2.0, 1.0],
             },
             'val': {'val_freq': 9, 'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 2}}},
             'logger': {'print_freq': 1, 'save_checkpoint_freq': 7},
@@ -176,7 +176,7 @@ def run_yaml(root, **changes):
         changes,
     )
     if options['model_type'] != 'MoEISRModel':
-        for key in ('balance_opt', 'temperature'):
+        for key in ('balance_opt', 'tau'):
             options['train'].pop(key)
     return options
 
