@@ -4,9 +4,11 @@ Shapes: B images, C_in and C_out channels, (H, W) LR size, (R, S) output rows an
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
 
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
+from pydantic import Field
 from torch import Tensor, nn
 
 from moeisr_basicsr.core import (
@@ -22,8 +24,23 @@ from moeisr_basicsr.core import (
 from moeisr_basicsr.core.coords import pixel_centres
 from moeisr_basicsr.core.skip import SKIPS, skip_at, skip_grid
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.options.values import Count, Factors, Key, Positive, Section, Weight
 
+Skip = Literal['none', 'bilinear', 'bicubic']
+Widths = Sequence[Positive]
 LTE_SCALE_MAX = 4  # LTE was trained up to x4; its test code shows it no smaller cell than x4's
+
+
+class MapperOptions(Section):
+    """Of `core.mapper.Mapper`; the paper gives the number of convolutions only."""
+
+    fills_defaults: ClassVar[bool] = False
+    num_layers: Annotated[int, Field(ge=1, le=5)] = Key('convolutions on the features', 5)
+    num_feat: Positive = Key('their width', 32)
+    hidden: Positive = Key('width of the layer per query', 32)
+    granularity: Literal['output_pixel', 'lr_pixel'] = Key(
+        'one decision per output pixel (the paper), or per LR pixel (MoEISR-J)', 'output_pixel'
+    )
 
 
 def build_encoder(options: dict, in_channels: int) -> nn.Module:
@@ -73,16 +90,16 @@ class MoEISR(nn.Module):
     def __init__(
         self,
         encoder: dict,
-        decoder: str = 'liif',
-        experts: Sequence[Sequence[int]] = ((256,), (256,) * 2, (256,) * 3, (256,) * 4),
-        mapper: dict | None = None,
-        skip: str = 'none',
-        in_channels: int = 3,
-        out_channels: int = 3,
-        scale: float | Sequence[float] | None = None,
-        hidden_dim: int | None = None,
-        cell_scale_max: float | None = None,
-        shared_layers: int = 0,
+        decoder: Literal['liif', 'lte'] = 'liif',
+        experts: Sequence[Widths] = ((256,), (256,) * 2, (256,) * 3, (256,) * 4),
+        mapper: Annotated[dict | None, MapperOptions] = None,
+        skip: Skip = 'none',
+        in_channels: Positive = 3,
+        out_channels: Positive = 3,
+        scale: Factors | None = None,
+        hidden_dim: Positive | None = None,
+        cell_scale_max: Weight | None = None,
+        shared_layers: Count = 0,
     ):
         super().__init__()
         if skip not in SKIPS:
@@ -200,12 +217,12 @@ class LIIF(MoEISR):
     def __init__(
         self,
         encoder: dict,
-        hidden_list: Sequence[int] = (256,) * 4,
-        skip: str = 'none',
-        in_channels: int = 3,
-        out_channels: int = 3,
-        scale: float | Sequence[float] | None = None,
-        cell_scale_max: float | None = None,
+        hidden_list: Widths = (256,) * 4,
+        skip: Skip = 'none',
+        in_channels: Positive = 3,
+        out_channels: Positive = 3,
+        scale: Factors | None = None,
+        cell_scale_max: Weight | None = None,
     ):
         super().__init__(
             encoder,
@@ -226,13 +243,13 @@ class LTE(MoEISR):
     def __init__(
         self,
         encoder: dict,
-        hidden_list: Sequence[int] = (256,) * 3,
-        hidden_dim: int = 256,
-        skip: str = 'bilinear',
-        in_channels: int = 3,
-        out_channels: int = 3,
-        scale: float | Sequence[float] | None = None,
-        cell_scale_max: float | None = None,
+        hidden_list: Widths = (256,) * 3,
+        hidden_dim: Positive = 256,
+        skip: Skip = 'bilinear',
+        in_channels: Positive = 3,
+        out_channels: Positive = 3,
+        scale: Factors | None = None,
+        cell_scale_max: Weight | None = None,
     ):
         super().__init__(
             encoder,

@@ -1,11 +1,13 @@
 """The balance loss (MoEISR, section 3): experts share the work as the target says."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.options.values import Share, Weight
 
 
 @LOSS_REGISTRY.register()
@@ -24,7 +26,7 @@ class MoEBalanceLoss(nn.Module):
         UserError: A negative weight, or another target.
     """
 
-    def __init__(self, loss_weight: float = 1.0, target: str | Sequence[float] = 'uniform'):
+    def __init__(self, loss_weight: Weight = 1.0, target: Literal['uniform'] | Sequence[Share] = 'uniform'):
         super().__init__()
         if loss_weight < 0:
             raise UserError(f'MoEBalanceLoss loss_weight must not be negative; got {loss_weight}.')

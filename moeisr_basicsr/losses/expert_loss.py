@@ -7,6 +7,7 @@ from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.options.values import Weight
 
 
 @LOSS_REGISTRY.register()
@@ -31,7 +32,7 @@ class MoEExpertLoss(nn.Module):
         UserError: A negative weight.
     """
 
-    def __init__(self, loss_weight: float = 1.0, routing_weight: float = 1.0):
+    def __init__(self, loss_weight: Weight = 1.0, routing_weight: Weight = 1.0):
         super().__init__()
         for name, weight in (('loss_weight', loss_weight), ('routing_weight', routing_weight)):
             if weight < 0:

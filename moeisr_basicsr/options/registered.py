@@ -123,6 +123,8 @@ def signature_model(function: Any, base: type[Section] = Arguments, leave_out: t
         elif parameter.kind is not parameter.VAR_POSITIONAL and name not in (*leave_out, *base.model_fields):
             is_number = isinstance(parameter.default, (int, float)) and not isinstance(parameter.default, bool)
             hint = hints.get(name, NoText if is_number else Any)
+            declared = (mark for mark in getattr(hint, '__metadata__', ()) if inspect.isclass(mark))
+            hint = next((mark for mark in declared if issubclass(mark, Section)), hint)  # Annotated[dict, OptionsModel]
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[name] = (Annotated[dict, NESTED] if hint is dict else hint, Key(about.get(name, ''), default))
     with warnings.catch_warnings():
