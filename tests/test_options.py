@@ -27,7 +27,7 @@ def test_a_good_file_passes_and_gets_defaults():
     }
     assert opt['path'] == {'pretrain_network_g': None, 'strict_load_g': True}
     assert (opt['val']['save_img'], opt['val']['precision'], opt['train']['tau']) == (False, 'fp32', 1.0)
-    assert opt['datasets']['train']['lq_size'] == 48 and 'scale_range' not in opt['datasets']['val']
+    assert opt['datasets']['train']['cache'] == 'none' and 'scale_range' not in opt['datasets']['val']
     assert opt['network_g']['encoder'] == {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
 
 

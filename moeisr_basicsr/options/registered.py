@@ -9,10 +9,12 @@ pydantic model as its class attribute `Options`; without one its own keys pass u
 import functools
 import importlib
 import inspect
+import logging
 import re
 import typing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -223,11 +225,22 @@ def locate(annotation: Any, value: Any, loc: Sequence[str | int]) -> tuple[KeyPa
     return keys, owner, section
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the lines that BasicSR logs of each network it builds: this one is thrown away."""
+    logger = logging.getLogger('basicsr')
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
 def refusal(entry: Any, before: Callable[[], tuple], arguments: Mapping[str, Any]) -> str | None:
     """What a constructor has against its arguments, or None. Other errors are left to the real construction."""
     for device in ('meta', 'cpu'):  # some constructors read values back, which `meta` does not have
         try:
-            with torch.device(device), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            with quiet(), torch.device(device), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 entry(*before(), **arguments)
             return None
