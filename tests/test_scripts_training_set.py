@@ -110,7 +110,8 @@ def test_bsds500_holds_one_picture_of_the_test_sets():
 
 def test_rows_are_complete_options_for_evaluation(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in small_rows.ROWS:
+    names = list(small_rows.ROWS)
+    for name in names:
         (tmp_path / 'experiments' / name / 'models').mkdir(parents=True)
         (tmp_path / 'experiments' / name / 'models' / 'net_g_latest.pth').touch()
     args = small_rows.parse_arguments(['test', *names, '--sets', 'Set5', 'B100_x4', '--budget', '0.2'])
@@ -120,12 +121,11 @@ def test_rows_are_complete_options_for_evaluation(tmp_path, monkeypatch):
         assert len(opt['datasets']) == 9
         assert opt['val']['budget'] == 0.2 and 'precision' not in opt['val']
         assert yaml.safe_load(json.dumps(opt)) == opt
-    if 'liif_seed0' in names:
-        networks = {name: opt['network_g'] for name, opt in options.items()}
-        assert networks['liif_seed0'] == networks['liif_seed1'] != networks['liif_2x128_seed0']
-        assert networks['ablation_mapper_1_layer']['mapper']['num_layers'] == 1
-        assert networks['ablation_lr_pixel']['mapper']['granularity'] == 'lr_pixel'
-        assert networks['swinir_liif']['encoder']['type'] == 'SwinIREncoder'
+    networks = {name: opt['network_g'] for name, opt in options.items()}
+    assert networks['liif_seed0'] == networks['liif_seed1'] != networks['liif_2x128_seed0']
+    assert networks['ablation_mapper_1_layer']['mapper']['num_layers'] == 1
+    assert networks['ablation_lr_pixel']['mapper']['granularity'] == 'lr_pixel'
+    assert networks['swinir_liif']['encoder']['type'] == 'SwinIREncoder'
 
 
 def test_averaged_weights_are_tested_where_they_were_trained(tmp_path, monkeypatch):
