@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,6 +43,7 @@ def install_shims() -> None:
     if 'torchvision' not in sys.modules:
         _define_torchvision_operators()
     _restore_functional_tensor()
+    _import_mmengine_in_turn()
 
 
 def _define_torchvision_operators() -> None:
@@ -73,6 +76,17 @@ def _restore_functional_tensor() -> None:
     shim = types.ModuleType(name, 'Stands in for the module that torchvision removed in 0.17; made by moeisr_basicsr.')
     shim.rgb_to_grayscale = functional.rgb_to_grayscale  # type: ignore[attr-defined]  # a module made by hand
     sys.modules.setdefault(name, shim)
+
+
+def _import_mmengine_in_turn() -> None:
+    """Import mmengine while no other process of this user does.
+
+    Its yapf renames a grammar cache into place before the last bytes are written, the first time on a machine: of the
+    processes of a torchrun, those that read it meanwhile would fail.
+    """
+    user = os.getuid() if hasattr(os, 'getuid') else ''
+    with contextlib.suppress(OSError, Timeout), FileLock(Path(tempfile.gettempdir()) / f'mmengine-{user}.lock', 60):
+        import mmengine.dist  # noqa: F401
 
 
 def patch_basicsr() -> None:

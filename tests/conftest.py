@@ -15,14 +15,6 @@ if 'OMP_NUM_THREADS' not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
-def pytest_configure(config):
-    """Before xdist starts its workers: mmengine imports yapf, whose first import ever on a machine renames a grammar
-    cache into place before its last bytes are written. A second worker that reads it then fails.
-    """
-    if not hasattr(config, 'workerinput'):
-        import mmengine  # noqa: F401
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
