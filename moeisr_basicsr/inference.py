@@ -130,7 +130,7 @@ def encode_window(net: MoEISR, lq: Tensor, bounds: tuple[int, int, int, int]) ->
     if (top, bottom, left, right) == (0, height, 0, width):
         return FeatureWindow(net.encode(lq), 0, 0, (height, width))
     halo, multiple = getattr(net.encoder, 'halo', None), getattr(net.encoder, 'tile_multiple', 1)
-    assert halo is not None  # see `encoder_tiles`
+    assert halo is not None  # `encoder_tiles` cuts nothing without it
     row0, row1 = aligned(top - halo, bottom + halo, height, multiple)
     col0, col1 = aligned(left - halo, right + halo, width, multiple)
     feat = net.encode(lq[..., row0:row1, col0:col1])

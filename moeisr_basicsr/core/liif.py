@@ -103,9 +103,8 @@ class ExpertPool(nn.Module):
     def zero_output(self) -> None:
         """Let every expert predict exactly zero, so that a network with an image skip starts as that skip."""
         for j in range(len(self.experts)):
-            last = self.linears(j)[-1]  # never shared
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            for parameter in self.linears(j)[-1].parameters():  # never shared
+                nn.init.zeros_(parameter)
 
     def tables(self, feat: Tensor, padding: int = 1) -> list[Tensor]:
         """What can be computed once per LR pixel, each (B, T, width); `padding` is 0 where `feat` has its halo."""

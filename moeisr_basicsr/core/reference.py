@@ -16,6 +16,7 @@ lies in [-1, 1], rows first; `cell` (B, Q, 2) is 2 / output size.
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -118,9 +119,10 @@ def ensemble(
 
 def maps_of(decoder: MoEDecoder, feat: Tensor) -> list[Tensor]:
     """What the corners sample: LIIF's unfolded features (B, 9 C, H, W); LTE's coefficients and frequencies."""
-    if isinstance(decoder.pool, LTEExperts):
-        return [decoder.pool.coef(feat), decoder.pool.freq(feat)]
-    return [F.unfold(feat, 3, padding=1).unflatten(-1, feat.shape[-2:])]
+    if decoder.family == 'liif':
+        return [F.unfold(feat, 3, padding=1).unflatten(-1, feat.shape[-2:])]
+    pool = cast(LTEExperts, decoder.pool)  # or, in tests, the layers of an official network
+    return [pool.coef(feat), pool.freq(feat)]
 
 
 def read_liif(decoder: MoEDecoder, codes: list[Tensor], rel: Tensor, cell_lr: Tensor) -> Tensor:
@@ -130,9 +132,9 @@ def read_liif(decoder: MoEDecoder, codes: list[Tensor], rel: Tensor, cell_lr: Te
 
 def read_lte(decoder: MoEDecoder, codes: list[Tensor], rel: Tensor, cell_lr: Tensor) -> Tensor:
     """What an LTE expert reads, (B, Q, 2 K): coefficient * [cos, sin](pi (frequency . rel + phase))."""
-    assert isinstance(decoder.pool, LTEExperts)
     coef, freq = codes
-    angle = freq[..., 0::2] * rel[..., :1] + freq[..., 1::2] * rel[..., 1:] + decoder.pool.phase(cell_lr)
+    phase = cast(LTEExperts, decoder.pool).phase(cell_lr)
+    angle = freq[..., 0::2] * rel[..., :1] + freq[..., 1::2] * rel[..., 1:] + phase
     return coef * torch.cat([torch.cos(math.pi * angle), torch.sin(math.pi * angle)], dim=-1)
 
 
