@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import output_size
 from moeisr_basicsr.core.control import Budget, CostWeight, Shuffle
 from moeisr_basicsr.core.render import TORCH, Clock, FeatureWindow, Renderer, spans
@@ -52,13 +53,13 @@ def target_size(
     Raises:
         UserError: Both or none are given, a factor is below 1, or the size is smaller than the input.
     """
-    if (scale is None) == (size is None):
-        raise UserError(f'give either a scale or a size; got scale {scale} and size {size}.')
-    if scale is not None:
+    if scale is not None and size is None:
         try:
             return output_size(lq_size, scale)
         except ValueError as error:
             raise UserError(str(error)) from None
+    if scale is not None or size is None:
+        raise UserError(f'give either a scale or a size; got scale {scale} and size {size}.')
     if size[0] < lq_size[0] or size[1] < lq_size[1]:
         raise UserError(
             f'the output size must be at least the input size of {lq_size[0]} x {lq_size[1]} '
@@ -67,7 +68,7 @@ def target_size(
     return int(size[0]), int(size[1])
 
 
-def make_control(net: nn.Module, cost_weight: float, budget: float | None) -> CostWeight | Budget:
+def make_control(net: MoEISR, cost_weight: float, budget: float | None) -> CostWeight | Budget:
     """The routing rule for one image.
 
     Raises:
@@ -85,7 +86,7 @@ def make_control(net: nn.Module, cost_weight: float, budget: float | None) -> Co
         raise UserError(str(error)) from None
 
 
-def make_shuffle(net: nn.Module, size: tuple[int, int], seed: int | None, device: torch.device) -> Shuffle | None:
+def make_shuffle(net: MoEISR, size: tuple[int, int], seed: int | None, device: torch.device) -> Shuffle | None:
     """The shuffling of one image's experts; None without a seed.
 
     Raises:
@@ -99,7 +100,7 @@ def make_shuffle(net: nn.Module, size: tuple[int, int], seed: int | None, device
 
 
 def encoder_tiles(
-    net: nn.Module, lq_size: tuple[int, int], size: tuple[int, int], tile: int | None
+    net: MoEISR, lq_size: tuple[int, int], size: tuple[int, int], tile: int | None
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Output row spans and column spans, one pair of them per encoder tile.
 
@@ -112,10 +113,11 @@ def encoder_tiles(
     if whole or getattr(net.encoder, 'halo', None) is None:  # without a known receptive radius tiles would show
         return [(0, size[0])], [(0, size[1])]
     side = tile or math.isqrt(TILE_PIXELS)
-    return tuple(spans(0, n_out, math.ceil(n_lr / side)) for n_out, n_lr in zip(size, lq_size))
+    rows, cols = (spans(0, n_out, math.ceil(n_lr / side)) for n_out, n_lr in zip(size, lq_size))
+    return rows, cols
 
 
-def encode_window(net: nn.Module, lq: Tensor, bounds: tuple[int, int, int, int]) -> FeatureWindow:
+def encode_window(net: MoEISR, lq: Tensor, bounds: tuple[int, int, int, int]) -> FeatureWindow:
     """Features of the LR codes (top, bottom, left, right; ends excluded), exact up to their edges.
 
     Args:
@@ -127,7 +129,8 @@ def encode_window(net: nn.Module, lq: Tensor, bounds: tuple[int, int, int, int])
         lq = lq.contiguous(memory_format=torch.channels_last)  # convolutions 1.3x faster in fp32, 2x in bf16
     if (top, bottom, left, right) == (0, height, 0, width):
         return FeatureWindow(net.encode(lq), 0, 0, (height, width))
-    halo, multiple = net.encoder.halo, getattr(net.encoder, 'tile_multiple', 1)
+    halo, multiple = getattr(net.encoder, 'halo', None), getattr(net.encoder, 'tile_multiple', 1)
+    assert halo is not None  # `encoder_tiles` cuts nothing without it
     row0, row1 = aligned(top - halo, bottom + halo, height, multiple)
     col0, col1 = aligned(left - halo, right + halo, width, multiple)
     feat = net.encode(lq[..., row0:row1, col0:col1])
@@ -156,7 +159,7 @@ def evaluation(net: nn.Module, device_type: str, precision: str) -> Iterator[Non
 
 
 def upscale_strips(
-    net: nn.Module,
+    net: MoEISR,
     lq: Tensor,
     size: tuple[int, int],
     cost_weight: float = 0.0,
@@ -182,7 +185,7 @@ def upscale_strips(
     Raises:
         UserError: See `make_control`, `make_shuffle` and `encoder_tiles`; an unknown MOEISR_KERNELS.
     """
-    lq_size = tuple(lq.shape[-2:])
+    lq_size = lq.shape[-2], lq.shape[-1]
     control = make_control(net, cost_weight, budget)
     shuffle = make_shuffle(net, size, shuffle_seed, lq.device)
     row_spans, col_spans = encoder_tiles(net, lq_size, size, tile)
@@ -213,7 +216,7 @@ def upscale_strips(
 
 
 def render_tiles(
-    net: nn.Module, lq: Tensor, renderer: Renderer, row_spans: list[tuple[int, int]], col_spans: list[tuple[int, int]]
+    net: MoEISR, lq: Tensor, renderer: Renderer, row_spans: list[tuple[int, int]], col_spans: list[tuple[int, int]]
 ) -> Iterator[Strip]:
     """The strips of `upscale_strips`; each step must run under `evaluation`."""
     size = renderer.size
@@ -239,7 +242,7 @@ def render_tiles(
         for cols in col_spans:
             for top, bottom, strip in renderer.render_region(window(rows, cols), rows, cols):
                 band[:, top - rows[0] : bottom - rows[0], cols[0] : cols[1]] = strip.output[0]
-                if experts is not None:
+                if experts is not None and strip.expert_map is not None:
                     experts[top - rows[0] : bottom - rows[0], cols[0] : cols[1]] = strip.expert_map[0]
         for top, bottom in spans(*rows, math.ceil((rows[1] - rows[0]) / STRIP_ROWS)):
             part = slice(top - rows[0], bottom - rows[0])
@@ -247,7 +250,7 @@ def render_tiles(
 
 
 def finish(
-    net: nn.Module, lq: Tensor, size: tuple[int, int], top: int, bottom: int, output: Tensor, expert_map: Tensor | None
+    net: MoEISR, lq: Tensor, size: tuple[int, int], top: int, bottom: int, output: Tensor, expert_map: Tensor | None
 ) -> Strip:
     """Decoder output (C, r, S) and map (1, r, S) of the rows top to bottom as a strip of the image."""
     image = net.add_skip(output.float()[None], lq, size, slice(top, bottom))[0]
@@ -255,7 +258,7 @@ def finish(
 
 
 def upscale(
-    net: nn.Module,
+    net: MoEISR,
     lq: Tensor,
     scale: float | tuple[float, float] | None = None,
     size: tuple[int, int] | None = None,
@@ -278,11 +281,11 @@ def upscale(
     Raises:
         UserError: See `target_size` and `upscale_strips`.
     """
-    size = target_size(tuple(lq.shape[-2:]), scale, size)
+    size = target_size((lq.shape[-2], lq.shape[-1]), scale, size)
     images, maps = [], []
     for image in lq.split(1):
         strips = list(upscale_strips(net, image, size, cost_weight, budget, tile, precision, shuffle_seed, clock))
         images.append(torch.cat([strip.image for strip in strips], dim=1))
-        if strips[0].expert_map is not None:
-            maps.append(torch.cat([strip.expert_map for strip in strips]))
+        if experts := [strip.expert_map for strip in strips if strip.expert_map is not None]:
+            maps.append(torch.cat(experts))
     return Upscaled(torch.stack(images), torch.stack(maps) if maps else None)

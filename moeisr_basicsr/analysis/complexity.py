@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import MoEDecoder
+from moeisr_basicsr.core.lte import LTEExperts
 
 
 class DecoderMacs(NamedTuple):
@@ -100,7 +101,7 @@ def dense_plain_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[
 def plain_query_macs(decoder: MoEDecoder, j: int) -> int:
     """MACs of expert j per output pixel in the published way, convolutions at LR not counted."""
     per_corner = sum(layer.weight.numel() for layer in decoder.pool.linears(j))
-    if decoder.family == 'lte':
+    if isinstance(decoder.pool, LTEExperts):
         per_corner += decoder.pool.phase.weight.numel()
     return 4 * per_corner
 

@@ -43,8 +43,8 @@ class MapperOptions(Section):
     )
 
 
-def build_encoder(options: dict, in_channels: int) -> nn.Module:
-    """The registered network that `encoder` names.
+def build_encoder(options: dict, in_channels: int) -> tuple[nn.Module, int]:
+    """The registered network that `encoder` names, and the number of its feature channels.
 
     Raises:
         UserError: It names none, or one that is no encoder.
@@ -56,12 +56,13 @@ def build_encoder(options: dict, in_channels: int) -> nn.Module:
         encoder = build_network({'num_in_ch': in_channels, **options})
     except TypeError as error:
         raise UserError(f'encoder {name} cannot be built: {error}') from error
-    if not isinstance(getattr(encoder, 'num_feat', None), int):
+    num_feat = getattr(encoder, 'num_feat', None)
+    if not isinstance(num_feat, int):
         raise UserError(
             f'{name} is no encoder: it must keep the size of the image and have `num_feat`, the number of '
             'its feature channels; EDSREncoder, RDNEncoder and SwinIREncoder do.'
         )
-    return encoder
+    return encoder, num_feat
 
 
 @ARCH_REGISTRY.register()
@@ -111,11 +112,11 @@ class MoEISR(nn.Module):
         self.skip = skip
         self.scale = scale
         self.cell_scale_max = (LTE_SCALE_MAX if decoder == 'lte' else 0) if cell_scale_max is None else cell_scale_max
-        self.encoder = build_encoder(encoder, in_channels)
+        self.encoder, num_feat = build_encoder(encoder, in_channels)
         family = {} if hidden_dim is None else {'hidden_dim': hidden_dim}
         try:
             self.decoder = MoEDecoder(
-                self.encoder.num_feat, out_channels, decoder, experts, mapper, shared_layers=shared_layers, **family
+                num_feat, out_channels, decoder, experts, mapper, shared_layers=shared_layers, **family
             )
         except ValueError as error:  # the method knows nothing of users
             raise UserError(str(error)) from error
@@ -157,7 +158,8 @@ class MoEISR(nn.Module):
         """
         if coord is None:
             return self.upscale(lq)
-        feat, shown = self.encode(lq), self.shown_cell(cell, tuple(lq.shape[-2:]))
+        assert cell is not None, 'coord and cell come together'
+        feat, shown = self.encode(lq), self.shown_cell(cell, (lq.shape[-2], lq.shape[-1]))
         base = lq.new_tensor(0.5) if self.skip == 'none' else skip_at(lq, coord, self.skip)
         # The decoder works in [-1, 1], the image lies in [0, 1]; under autocast the image keeps the input's precision.
         if draw is None:
@@ -167,19 +169,21 @@ class MoEISR(nn.Module):
 
     def logits(self, lq: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
         """The mapper's logits, (B, Q, J); arguments as for `forward`."""
-        return self.decoder.logits(self.encode(lq), coord, self.shown_cell(cell, tuple(lq.shape[-2:])))
+        return self.decoder.logits(self.encode(lq), coord, self.shown_cell(cell, (lq.shape[-2], lq.shape[-1])))
 
     def upscale(self, lq: Tensor) -> Tensor:
         """The whole image at the network's `scale`, with gradients in training: (B, C_out, R, S)."""
         if self.scale is None:
             raise UserError('net(lq) without coordinates needs `scale` in network_g.')
-        size = output_size(tuple(lq.shape[-2:]), self.scale)
+        size = output_size((lq.shape[-2], lq.shape[-1]), self.scale)
         if not self.training:
             return self.decode_image(lq, self.encode(lq), size).output
         batch = lq.shape[0]
         coord = make_coord(size, lq.device).expand(batch, -1, -1)  # (B, R * S, 2)
         cell = make_cell(size, lq.device).expand(batch, coord.shape[1], -1)
-        return self.forward(lq, coord, cell).transpose(1, 2).unflatten(-1, size)
+        output = self.forward(lq, coord, cell)
+        assert isinstance(output, Tensor)  # without a draw
+        return output.transpose(1, 2).unflatten(-1, size)
 
     def decode_image(self, lq: Tensor, feat: Tensor, size: tuple[int, int]) -> Rendered:
         """The whole image at any size, without gradients.
@@ -189,7 +193,7 @@ class MoEISR(nn.Module):
             feat: `encode(lq)`.
             size: (R, S).
         """
-        rendered = render_image(self.decoder, feat, size, self.test_cell(tuple(lq.shape[-2:]), size))
+        rendered = render_image(self.decoder, feat, size, self.test_cell((lq.shape[-2], lq.shape[-1]), size))
         return rendered._replace(output=self.add_skip(rendered.output, lq, size))
 
     def add_skip(self, output: Tensor, lq: Tensor, size: tuple[int, int], rows: slice = slice(None)) -> Tensor:

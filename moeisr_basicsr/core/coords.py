@@ -6,9 +6,12 @@ at the image border are differences of nearly equal numbers, so another order of
 
 Shapes: B images, Q queries, N positions on one axis or queries of one image, (H, W) LR size, T = H * W latent codes,
 D width of a table or of an activation.
+
+A field `index` hides tuple's method of that name, which nobody calls on these; hence each `type: ignore`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,21 +24,21 @@ EPS_AREA = 1e-9  # LIIF, query_rgb: keeps the total area above zero
 class GridAxis(NamedTuple):
     """One axis of a regular output grid, for the corner shifts -1 and +1."""
 
-    index: Tensor  # (2, N) int64, nearest latent code on this axis
+    index: Tensor  # type: ignore[assignment]  # (2, N) int64, nearest latent code on this axis
     rel: Tensor  # (2, N) fp32, distance to that code in units of LR pixels
 
 
 class Near(NamedTuple):
     """The LR pixel under each position of one axis, or of each query."""
 
-    index: Tensor  # (N,) int64; of queries (B, Q), row * W + column
+    index: Tensor  # type: ignore[assignment]  # (N,) int64; of queries (B, Q), row * W + column
     rel: Tensor  # (N,) fp32, distance to its centre in units of LR pixels; of queries (B, Q, 2)
 
 
 class Corners(NamedTuple):
     """The four latent codes around each query, in the order (-1, -1), (-1, 1), (1, -1), (1, 1)."""
 
-    index: Tensor  # (4, B, Q) int64, row * W + column
+    index: Tensor  # type: ignore[assignment]  # (4, B, Q) int64, row * W + column
     rel: Tensor  # (4, B, Q, 2) fp32, distance to the code in units of LR pixels
     weight: Tensor  # (4, B, Q) fp32, local-ensemble weight; the four add up to 1
 
@@ -57,7 +60,7 @@ def make_cell(size: tuple[int, int], device: torch.device | str | None = None) -
     return torch.tensor([2 / size[0], 2 / size[1]], dtype=torch.float32, device=device)
 
 
-def output_size(size: tuple[int, int], scale: float | tuple[float, float]) -> tuple[int, int]:
+def output_size(size: tuple[int, int], scale: float | Sequence[float]) -> tuple[int, int]:
     """Output (rows, columns) for an input of `size`: each side times its factor, halves rounded up.
 
     Args:
@@ -67,7 +70,7 @@ def output_size(size: tuple[int, int], scale: float | tuple[float, float]) -> tu
     Raises:
         ValueError: A factor is below 1 or not finite.
     """
-    factors = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
+    factors = tuple(scale) if isinstance(scale, Sequence) else (scale, scale)
     if len(factors) != 2 or not all(math.isfinite(s) and s >= 1 for s in factors):
         raise ValueError(f'scale must be a finite factor of at least 1, or two of them (rows, columns); got {scale}.')
     return math.floor(size[0] * factors[0] + 0.5), math.floor(size[1] * factors[1] + 0.5)
@@ -179,7 +182,7 @@ class Queries(NamedTuple):
     query.
     """
 
-    index: Tensor  # (N, 4) int64, rows of the LR table
+    index: Tensor  # type: ignore[assignment]  # (N, 4) int64, rows of the LR table
     rel: Tensor  # (N, 4, 2) relative coordinate in units of LR pixels
     weight: Tensor  # (N, 4) local-ensemble weight
     cell_lr: Tensor  # (N, 2), or (1, 2) where one cell serves all, size of the output pixel in units of LR pixels

@@ -137,7 +137,8 @@ class MoEDecoder(nn.Module):
 
     def logits(self, feat: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
         """The mapper's logits, (B, Q, J); arguments as for `forward`."""
-        lr_size = feat.shape[-2:]
+        assert self.mapper is not None  # one expert has no logits
+        lr_size = feat.shape[-2], feat.shape[-1]
         return self.mapper(self.mapper.table(feat), make_near(coord, lr_size), cell * cell.new_tensor(lr_size))
 
     def route(self, feat: Tensor, coord: Tensor, cell: Tensor, draw: Draw | None = None) -> Routing:
@@ -153,7 +154,7 @@ class MoEDecoder(nn.Module):
         Image by image: a batch's activations would fall out of the cache, and above 32 MiB each temporary is mapped
         anew by the C library.
         """
-        lr_size = feat.shape[-2:]
+        lr_size = feat.shape[-2], feat.shape[-1]
         corners, cell_lr = make_corners(coord, lr_size), cell * cell.new_tensor(lr_size)
         for image, tables in enumerate(zip(*(table.unbind() for table in self.pool.tables(feat)))):
             yield make_queries(corners, cell_lr[image], image), list(tables)

@@ -64,6 +64,8 @@ class ExpertPool(nn.Module):
         ValueError: The experts cannot share their layers; see `unshareable`.
     """
 
+    in_channels: int  # C, which each family sets
+
     def __init__(self, in_features: int, out_channels: int, experts: Sequence[Sequence[int]], shared_layers: int = 0):
         super().__init__()
         if problem := self.unshareable(experts, shared_layers):
@@ -94,14 +96,15 @@ class ExpertPool(nn.Module):
 
     def linears(self, j: int) -> list[nn.Linear]:
         """Expert j's linear layers from first to last."""
-        return [*self.shared[: self.num_shared[j]], *self.experts[j].layers[::2]]
+        modules = [*self.shared[: self.num_shared[j]], *self.experts[j].modules()]
+        return [module for module in modules if isinstance(module, nn.Linear)]
 
     @torch.no_grad()
     def zero_output(self) -> None:
         """Let every expert predict exactly zero, so that a network with an image skip starts as that skip."""
-        for expert in self.experts:
-            nn.init.zeros_(expert.layers[-1].weight)
-            nn.init.zeros_(expert.layers[-1].bias)
+        for j in range(len(self.experts)):
+            for parameter in self.linears(j)[-1].parameters():  # never shared
+                nn.init.zeros_(parameter)
 
     def tables(self, feat: Tensor, padding: int = 1) -> list[Tensor]:
         """What can be computed once per LR pixel, each (B, T, width); `padding` is 0 where `feat` has its halo."""
@@ -131,7 +134,7 @@ class ExpertPool(nn.Module):
         """
         shared = self.num_shared[j]
         known = max((depth for depth in trunk or () if depth <= shared), default=None)
-        start, x = self.enter(j, tables, queries) if known is None else (known, trunk[known])
+        start, x = self.enter(j, tables, queries) if trunk is None or known is None else (known, trunk[known])
         *hidden, last = self.linears(j)
         for depth in range(start, len(hidden) + 1):  # number of layers done
             if depth > start:
@@ -194,7 +197,7 @@ class LIIFExperts(ExpertPool):
             One (B, T, D1) per expert; the same one for all that share it.
         """
         kernels = [self.split_first(j)[0] for j in range(self.num_tables)]
-        biases = [self.linears(j)[0].bias for j in range(self.num_tables)]
+        biases: list[Tensor] = [self.linears(j)[0].bias for j in range(self.num_tables)]
         feat = feat.contiguous(memory_format=torch.channels_last)  # the convolution then writes rows of the table
         table = F.conv2d(feat, torch.cat(kernels), torch.cat(biases), padding=padding)  # (B, sum of D1, H, W)
         table = rearrange(table, 'b d h w -> b (h w) d')  # (B, T, sum of D1)

@@ -121,9 +121,11 @@ class Mapper(nn.Module):
         experts are then split by sub-pixel position and by scale. He's (arXiv 1502.01852) keeps the features' contrast,
         and a cell weight of zero keeps the scale from choosing the expert before the image does.
         """
-        for layer in (*self.convs[::2], self.query_in, self.query_out):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
-            nn.init.zeros_(layer.bias)
+        for parameter in self.parameters():
+            if parameter.dim() == 1:  # a bias
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.kaiming_normal_(parameter, nonlinearity='relu')
         self.split_query_in()[1].zero_()
 
     @property
@@ -186,5 +188,5 @@ class Mapper(nn.Module):
 
     def table_macs(self) -> int:
         """Multiply-adds for one LR pixel."""
-        convs = sum(conv.weight.numel() for conv in self.convs[::2])
+        convs = sum(conv.weight.numel() for conv in self.convs if isinstance(conv, nn.Conv2d))
         return convs + (self.query_in.in_features - 4) * self.query_in.out_features

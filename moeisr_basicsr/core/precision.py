@@ -21,7 +21,7 @@ def full_fp32(device: torch.device) -> Iterator[None]:
         try:
             allowed, _ = matmul.allow_tf32, cudnn.allow_tf32
         except RuntimeError:  # set by the names of PyTorch 2.9, `fp32_precision`: the older ones may not be mixed in
-            with unrounded(matmul), unrounded(cudnn.conv):
+            with unrounded(matmul), unrounded(cudnn.conv):  # type: ignore[attr-defined]  # put there at run time
                 yield
             return
         matmul.allow_tf32 = False

@@ -16,12 +16,14 @@ lies in [-1, 1], rows first; `cell` (B, Q, 2) is 2 / output size.
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .decoder import MoEDecoder
+from .lte import LTEExperts
 
 
 def decode(
@@ -47,6 +49,7 @@ def decode(
 def logits(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
     """M(z, x), (B, Q, J): convolutions at LR, then a small layer that also sees relative coordinate and cell."""
     mapper = decoder.mapper
+    assert mapper is not None  # one expert needs no routing
     code, position = (sample(image, coord) for image in (mapper.convs(feat), centres(feat)))
     rel = (coord - position) * lr_size(feat)
     if mapper.granularity == 'lr_pixel':  # ours: one decision for all output pixels of an LR pixel
@@ -67,7 +70,8 @@ def mixture(decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, gate
     """sum_j g_j f_j, (B, Q, C_out); the experts read the same."""
 
     def experts(x: Tensor) -> Tensor:
-        return sum(gate[..., j, None] * mlp(decoder, j, x) for j in range(decoder.num_experts))
+        terms = (gate[..., j, None] * mlp(decoder, j, x) for j in range(decoder.num_experts))
+        return sum(terms, gate.new_zeros(()))
 
     return ensemble(decoder, feat, coord, cell, experts)
 
@@ -109,14 +113,16 @@ def ensemble(
             predictions.append(predict(x))
             areas.append((rel[..., 0] * rel[..., 1]).abs() + 1e-9)
     total = torch.stack(areas).sum(dim=0)  # each corner counts by the area diagonally opposite to it
-    return sum(one * (area / total).unsqueeze(-1) for one, area in zip(predictions, reversed(areas)))
+    terms = (one * (area / total).unsqueeze(-1) for one, area in zip(predictions, reversed(areas)))
+    return sum(terms, total.new_zeros(()))
 
 
 def maps_of(decoder: MoEDecoder, feat: Tensor) -> list[Tensor]:
     """What the corners sample: LIIF's unfolded features (B, 9 C, H, W); LTE's coefficients and frequencies."""
     if decoder.family == 'liif':
         return [F.unfold(feat, 3, padding=1).unflatten(-1, feat.shape[-2:])]
-    return [decoder.pool.coef(feat), decoder.pool.freq(feat)]
+    pool = cast(LTEExperts, decoder.pool)  # or, in tests, the layers of an official network
+    return [pool.coef(feat), pool.freq(feat)]
 
 
 def read_liif(decoder: MoEDecoder, codes: list[Tensor], rel: Tensor, cell_lr: Tensor) -> Tensor:
@@ -127,7 +133,8 @@ def read_liif(decoder: MoEDecoder, codes: list[Tensor], rel: Tensor, cell_lr: Te
 def read_lte(decoder: MoEDecoder, codes: list[Tensor], rel: Tensor, cell_lr: Tensor) -> Tensor:
     """What an LTE expert reads, (B, Q, 2 K): coefficient * [cos, sin](pi (frequency . rel + phase))."""
     coef, freq = codes
-    angle = freq[..., 0::2] * rel[..., :1] + freq[..., 1::2] * rel[..., 1:] + decoder.pool.phase(cell_lr)
+    phase = cast(LTEExperts, decoder.pool).phase(cell_lr)
+    angle = freq[..., 0::2] * rel[..., :1] + freq[..., 1::2] * rel[..., 1:] + phase
     return coef * torch.cat([torch.cos(math.pi * angle), torch.sin(math.pi * angle)], dim=-1)
 
 

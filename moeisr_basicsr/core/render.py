@@ -7,7 +7,7 @@ Shapes: B images, C feature channels, (H, W) LR size, (R, S) rows and columns of
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -170,15 +170,17 @@ class Renderer:
 
     def window_of(self, rows: tuple[int, int], cols: tuple[int, int]) -> tuple[int, int, int, int]:
         """LR codes (top, bottom, left, right; ends excluded) that the output region needs, margin included."""
-        bounds = []
+        bounds: list[int] = []
         for axis, (start, stop), n_lr in zip((self.rows, self.cols), (rows, cols), self.lr_size):
             index = axis.index[:, start:stop]
             bounds += [max(int(index.min()) - self.margin, 0), min(int(index.max()) + self.margin + 1, n_lr)]
-        return tuple(bounds)
+        top, bottom, left, right = bounds
+        return top, bottom, left, right
 
     def mapper_table(self, window: FeatureWindow) -> Tensor:
         """The mapper's LR table of a window: (h, w, D). Its convolutions see bands of rows, with the halo they need."""
         mapper = self.decoder.mapper
+        assert mapper is not None  # one expert needs no routing
         height, width = window.feat.shape[-2:]
         bands = spans(0, height, math.ceil(height * width / MAPPER_PIXELS))
         weight = mapper.query_in.weight
@@ -191,10 +193,11 @@ class Renderer:
 
     def near(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]) -> tuple[Near, Near]:
         """The LR pixels under an output region, relative to the window."""
-        return tuple(
+        near_rows, near_cols = (
             Near(near.index[start:stop] - origin, near.rel[start:stop])
             for near, (start, stop), origin in ((self.near_rows, rows, window.top), (self.near_cols, cols, window.left))
         )
+        return near_rows, near_cols
 
     def row_spans(self, rows: tuple[int, int]) -> list[tuple[int, int]]:
         """Output rows in strips of `tile` LR rows."""
@@ -225,6 +228,7 @@ class Renderer:
 
     def route(self, window: FeatureWindow, table: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
         """The expert map of an output region: (r, s) uint8."""
+        assert self.decoder.mapper is not None
         if isinstance(self.control, CostWeight) and self.control.cost_weight == 0:
             return self.backend.route(self.decoder.mapper, table, *self.near(window, rows, cols), self.cell_lr)
         return torch.cat(
@@ -238,22 +242,25 @@ class Renderer:
         self, window: FeatureWindow, table: Tensor, rows: tuple[int, int], cols: tuple[int, int]
     ) -> Iterator[Tensor]:
         """The mapper's logits of an output region in pixel order, in blocks of rows of about `LOGITS` pixels."""
+        assert self.decoder.mapper is not None
         count = math.ceil((rows[1] - rows[0]) * (cols[1] - cols[0]) / LOGITS)
         for block in spans(*rows, count):
             yield self.backend.logits(self.decoder.mapper, table, *self.near(window, block, cols), self.cell_lr)
 
-    def previews(self) -> list[Callable[[FeatureWindow, tuple[int, int], tuple[int, int]], None]]:
+    def previews(self) -> Sequence[Callable[[FeatureWindow, tuple[int, int], tuple[int, int]], None]]:
         """What must see every region of the image before anything is rendered, one after the other."""
         return [self.observe] * isinstance(self.control, Budget) + [self.count] * (self.shuffle is not None)
 
     def observe(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]) -> None:
         """Show a region's logits to a `Budget`."""
+        assert isinstance(self.control, Budget)
         with self.clock('map'):
             for logits in self.logits(window, self.mapper_table(window), rows, cols):
                 self.control.observe(logits)
 
     def count(self, window: FeatureWindow, rows: tuple[int, int], cols: tuple[int, int]) -> None:
         """Show a region's routing to the `Shuffle`."""
+        assert self.shuffle is not None
         for _, _, expert_map in self.routed_strips(window, rows, cols):
             self.shuffle.count(expert_map)
 
@@ -311,7 +318,7 @@ def render_image(
     tile: int | None = None,
 ) -> Rendered:
     """The whole output of a batch of feature maps (B, C, H, W), without gradients; arguments as in `Renderer`."""
-    lr_size = tuple(feat.shape[-2:])
+    lr_size = feat.shape[-2], feat.shape[-1]
     renderer = Renderer(decoder, size, lr_size, cell, control, backend, tile, feat.device)
     windows = [FeatureWindow(feat[image : image + 1], 0, 0, lr_size) for image in range(feat.shape[0])]
     everything = (0, size[0]), (0, size[1])
@@ -325,6 +332,6 @@ def render_image(
     for image, window in enumerate(windows):
         for top, bottom, strip in renderer.render_region(window, *everything):
             output[image, :, top:bottom] = strip.output[0]
-            if expert_map is not None:
+            if expert_map is not None and strip.expert_map is not None:
                 expert_map[image, top:bottom] = strip.expert_map[0]
     return Rendered(output, expert_map)

@@ -85,8 +85,10 @@ def decode(
         ValueError: Shapes, types or expert numbers that do not fit.
     """
     height, width = expert_map.shape
-    keep, args = [], Decode(num_experts=packed.num_experts, channels=packed.out_channels, experts=packed.array)
+    keep: list[object] = []  # what the pointers in `args` point into
+    args = Decode(num_experts=packed.num_experts, channels=packed.out_channels, experts=packed.array)
     if packed.family == 'lte':
+        assert isinstance(tables, LteTables)
         size = _set_lte_tables(args, packed, tables, keep)
     else:
         size = _set_liif_tables(args, packed, tables, keep)
@@ -199,7 +201,7 @@ def _set_liif_tables(
     used = [table for table in tables if table is not None]
     if len(tables) != packed.num_experts or not used:
         raise ValueError(f'tables: one per expert ({packed.num_experts}), at least one not None; got {len(tables)}.')
-    size = used[0].shape[:2]
+    size = used[0].shape[0], used[0].shape[1]
     entries = []
     for j, (table, width) in enumerate(zip(tables, packed.widths)):
         if table is None:
@@ -217,7 +219,7 @@ def _set_liif_tables(
 
 def _set_lte_tables(args: Decode, packed: PackedExperts, tables: LteTables, keep: list) -> tuple[int, int]:
     coef, freq, phase = tables
-    size, width = coef.shape[:2], packed.widths[0]
+    size, width = (coef.shape[0], coef.shape[1]), packed.widths[0]
     for name, table, shape in (
         ('coef', coef, (*size, width)),
         ('freq', freq, (*size, width)),

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from moeisr_basicsr.core.coords import GridAxis, Near
 from moeisr_basicsr.core.decoder import MoEDecoder
+from moeisr_basicsr.core.liif import LIIFExperts
+from moeisr_basicsr.core.lte import LTEExperts
 from moeisr_basicsr.core.mapper import Mapper
 from moeisr_basicsr.core.render import Tile
 
@@ -28,12 +30,12 @@ class FusedCPUBackend:
         pool = decoder.pool
         experts = []
         for j in range(decoder.num_experts):
-            linears = pool.linears(j)[1:] if decoder.family == 'liif' else pool.linears(j)
+            linears = pool.linears(j)[1:] if isinstance(pool, LIIFExperts) else pool.linears(j)
             layers = [(layer.weight, layer.bias) for layer in linears]
-            w_rel = pool.split_first(j)[1][:, :2].t() if decoder.family == 'liif' else None
+            w_rel = pool.split_first(j)[1][:, :2].t() if isinstance(pool, LIIFExperts) else None
             experts.append({'w_rel': w_rel, 'hidden': layers[:-1], 'last': layers[-1]})
         self.packed = cpu.PackedExperts(experts, precision)
-        if decoder.family == 'liif':
+        if isinstance(pool, LIIFExperts):
             kernels, self.w_local = zip(*(pool.split_first(j) for j in range(pool.num_tables)))
             self.convs = [cpu.PackedConv(kernel, self.packed.isa) for kernel in kernels]
 
@@ -61,6 +63,7 @@ class FusedCPUBackend:
     def _liif_tables(self, decoder: MoEDecoder, tile: Tile) -> list[Tensor | None]:
         """First-layer pre-activations (h, w, D) of the experts that the tile uses; bias and cell term included."""
         pool = decoder.pool
+        assert isinstance(pool, LIIFExperts)
         window = tile.window.contiguous(memory_format=torch.channels_last)[0]
 
         def table(j: int, needed: Tensor | None) -> Tensor:
@@ -69,13 +72,15 @@ class FusedCPUBackend:
 
         if pool.num_tables == 1:
             return [table(0, None)] * decoder.num_experts
-        size = tuple(n - 2 for n in tile.window.shape[-2:])
+        assert tile.expert_map is not None  # several experts are routed
+        size = tile.window.shape[-2] - 2, tile.window.shape[-1] - 2
         cells = cpu.needed_cells(tile.rows, tile.cols, tile.expert_map, size, decoder.num_experts)
         return [table(j, needed) if needed.numel() else None for j, needed in enumerate(cells)]
 
     def _lte_tables(self, decoder: MoEDecoder, tile: Tile) -> cpu.LteTables:
         """Coefficient and frequency (h, w, 2 K), the latter with its row parts first, and the phase."""
         pool = decoder.pool
+        assert isinstance(pool, LTEExperts)
         height, width = (n - 2 for n in tile.window.shape[-2:])
         coef, freq = (table[0].unflatten(0, (height, width)) for table in pool.tables(tile.window.float(), padding=0))
         freq = freq.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).contiguous()

@@ -83,8 +83,8 @@ def _try_out(backend: Backend, decoder: MoEDecoder) -> None:
         for kernel in (backend.route, backend.logits):
             kernel(decoder.mapper, renderer.mapper_table(window), *near, renderer.cell_lr)
         expert_map = torch.arange(size[1], dtype=torch.uint8, device=device)[None]
-    window, rows, cols = crop_window(feat, renderer.rows, renderer.cols)
-    backend.decode(decoder, Tile(window, rows, cols, renderer.cell_lr, expert_map)).cpu()  # waits for all of them
+    crop, rows, cols = crop_window(feat, renderer.rows, renderer.cols)
+    backend.decode(decoder, Tile(crop, rows, cols, renderer.cell_lr, expert_map)).cpu()  # waits for all of them
 
 
 @cache

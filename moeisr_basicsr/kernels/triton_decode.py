@@ -113,7 +113,9 @@ class PackedExpert(NamedTuple):
     def coordinate_part(self, cell_lr: Tensor) -> Tensor:
         """What the kernel reads as `w_coord`, for the cell (2,) in units of LR pixels."""
         constant = (self.w_cell * cell_lr).sum(dim=1)
-        return constant if self.w_rel is None else torch.cat([self.w_rel, (constant + self.bias)[None]])
+        if self.w_rel is None or self.bias is None:  # LTE
+            return constant
+        return torch.cat([self.w_rel, (constant + self.bias)[None]])
 
 
 def _pack_layers(
@@ -175,6 +177,7 @@ def _liif_conv(pool: LIIFExperts, experts: list[PackedExpert], dtype: torch.dtyp
 
 def _lte_conv(pool: LTEExperts, experts: list[PackedExpert]) -> TableConv:
     half = experts[0].d_in // 2
+    assert pool.coef.bias is not None and pool.freq.bias is not None  # the default of nn.Conv2d
     # Official frequency channels alternate between row and column. Rounded frequencies would be off by whole turns.
     pairs = [
         (coef.float(), torch.cat([freq[0::2], freq[1::2]]).float())
@@ -210,23 +213,23 @@ class TritonBackend(TorchBackend):
         dtype, self.dot = PRECISIONS[precision]
         self.decoder = decoder
         self.lte = decoder.family == 'lte'
-        self.one_table = self.lte or pool.num_tables == 1  # for all experts
+        self.one_table = not isinstance(pool, LIIFExperts) or pool.num_tables == 1  # for all experts
         self.configs = CONFIGS[precision]
         self.emulate_bf16 = interpreted() and precision == 'bf16'
         self.d_out = _padded(decoder.out_channels)
         with torch.no_grad():
-            pack = _pack_lte if self.lte else _pack_liif
-            self.experts = [pack(pool, j, self.d_out, dtype) for j in range(num_experts)]
+            if isinstance(pool, LTEExperts):
+                self.experts = [_pack_lte(pool, j, self.d_out, dtype) for j in range(num_experts)]
+                self.conv = _lte_conv(pool, self.experts)
+            else:
+                assert isinstance(pool, LIIFExperts)
+                self.experts = [_pack_liif(pool, j, self.d_out, dtype) for j in range(num_experts)]
+                self.conv = _liif_conv(pool, self.experts, dtype, precision == 'fp32')
             widest = max(self.d_out, *(width for expert in self.experts for width in (expert.d_in, expert.d)))
             if widest > MAX_WIDTH:
                 raise ValueError(
                     f'the Triton kernel takes layers of at most {MAX_WIDTH}; the widest, padded, has {widest}.'
                 )
-            self.conv = (
-                _lte_conv(pool, self.experts)
-                if self.lte
-                else _liif_conv(pool, self.experts, dtype, precision == 'fp32')
-            )
         self._accepted = [0] * num_experts  # position in `configs` of the first that the device took
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from moeisr_basicsr.errors import UserError
 
 from .batch import Batch
 from .evaluation import Evaluated
-from .image_evaluation import ImageEvaluator
+from .image_evaluation import ImageEvaluator, size_of
 from .non_finite import NonFiniteGuard
 from .optimizers import build_optimizer, build_scheduler, step_schedulers
 from .parts import keep_trainable
@@ -146,7 +146,8 @@ class ArbitraryScaleModel(SRModel):
 
     def accumulate_gradients(self, parts: list[Batch], current_iter: int) -> tuple[dict, dict]:
         """Forward and backward of every part: the losses and the statistics of the whole batch on this rank."""
-        losses, statistics = OrderedDict(), OrderedDict()
+        losses: dict[str, Tensor] = {}
+        statistics: dict[str, Tensor] = {}
         images = sum(part.lq.shape[0] for part in parts)
         for part, draws in zip(parts, self.prepare_parts(parts, current_iter)):
             weight = part.lq.shape[0] / images
@@ -155,6 +156,7 @@ class ArbitraryScaleModel(SRModel):
                 total = sum(
                     loss * (1.0 if name in self.whole_batch_losses else weight) for name, loss in part_losses.items()
                 )
+                assert isinstance(total, Tensor)  # there is a loss: BasicSR sees to it
                 self.precision.scaler.scale(total).backward()
             for sums, values in ((losses, part_losses), (statistics, part_statistics)):
                 for name, value in values.items():
@@ -214,7 +216,7 @@ class ArbitraryScaleModel(SRModel):
 
     def test(self) -> None:
         """Upscale `self.lq` to the size of `self.gt`, or by the network's own scale: `self.output`."""
-        size = tuple(self.gt.shape[-2:]) if hasattr(self, 'gt') and self.gt.dim() == 4 else None
+        size = size_of(self.gt) if hasattr(self, 'gt') and self.gt.dim() == 4 else None
         self.output = ImageEvaluator(self.opt).upscale(self.evaluated_net, self.lq, size, None).image
 
     def validation(

@@ -59,11 +59,12 @@ class MoEISRModel(ArbitraryScaleModel):
         mapper = {name for name, _ in net.named_parameters() if is_in(name, ['decoder.mapper'])}
         self.mapper_is_new = not mapper <= self.pretrained
 
-    def part_losses(self, part: Batch, drawn: PartDraw) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def part_losses(self, part: Batch, drawn: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The objective of one part, and statistics of its routing: which loss teaches whom is decided here."""
+        assert isinstance(drawn, PartDraw)
         predictions = self.predict(part, drawn.draw)
         gate = predictions.routing.gate
-        if self.cri_experts is None:  # noqa: SIM108  two objectives, each with its sentence
+        if self.cri_experts is None or gate is None:
             # The paper: the reconstruction loss teaches encoder, chosen experts and, through the gates, the mapper.
             output = predictions.mixture()
         else:
@@ -100,7 +101,9 @@ class MoEISRModel(ArbitraryScaleModel):
         # The balance loss is not a mean over images: each part needs the gates of the others.
         sums = []
         for part, (draw, *_) in zip(parts, drawn):
-            sums.append(route_gumbel(self.logits(part), draw).gate.sum(dim=(0, 1)))
+            gate = route_gumbel(self.logits(part), draw).gate
+            assert gate is not None
+            sums.append(gate.sum(dim=(0, 1)))
         total = torch.stack(sums).sum(dim=0)  # (J,)
         return [of_part._replace(gate_sum=total - own, queries=queries) for of_part, own in zip(drawn, sums)]
 
@@ -142,20 +145,23 @@ class MoEISRModel(ArbitraryScaleModel):
 
 def queries_of(part: Batch) -> tuple[Tensor, Tensor]:
     """Coordinates and cells (B, Q, 2) of a part; whole patches become queries of all their pixels."""
-    if part.coord is not None:
+    if part.coord is not None and part.cell is not None:
         return part.coord, part.cell
-    size = tuple(part.gt.shape[-2:])
+    assert part.gt is not None  # in training
+    size = part.gt.shape[-2], part.gt.shape[-1]
     coord = make_coord(size, part.lq.device).expand(part.lq.shape[0], -1, -1)
     return coord, make_cell(size, part.lq.device).expand_as(coord)
 
 
 def as_patches(output: Tensor, part: Batch) -> Tensor:
     """Predictions (B, Q, C) in the shape of the part's truth."""
+    assert part.gt is not None
     return output if part.coord is not None else output.transpose(1, 2).reshape(part.gt.shape)
 
 
 def as_queries(part: Batch) -> Tensor:
     """The part's truth as (B, Q, C)."""
+    assert part.gt is not None
     return part.gt if part.coord is not None else part.gt.flatten(2).transpose(1, 2)
 
 

@@ -30,7 +30,7 @@ def check_tau(tau: float | Sequence[float]) -> tuple[float, float]:
     Raises:
         UserError: It is neither a number above 0 nor two of them.
     """
-    ends = list(tau) if isinstance(tau, (list, tuple)) else [tau, tau]
+    ends = list(tau) if isinstance(tau, Sequence) else [tau, tau]
     if len(ends) != 2 or not all(type(end) in (int, float) and end > 0 for end in ends):
         raise UserError(f'train: tau must be a number above 0, or [first, last], annealed in between; got {tau!r}.')
     return float(ends[0]), float(ends[1])

@@ -15,6 +15,7 @@ from moeisr_basicsr.analysis.routing_stats import expert_shares, mean_cost
 from moeisr_basicsr.analysis.schema import scale_label
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import MoEDecoder, render_image
+from moeisr_basicsr.core.lte import LTEExperts
 from moeisr_basicsr.core.render import TORCH
 from moeisr_basicsr.inference import evaluation, make_control, target_size, upscale, upscale_strips
 from moeisr_basicsr.kernels import fused_backend
@@ -107,8 +108,8 @@ def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int] | None) -> MoEDecod
     pool = decoder.pool
     if hidden is None:
         hidden = [layer.out_features for layer in pool.linears(most_expensive(decoder))[:-1]]
-    family_options = {'hidden_dim': pool.hidden_dim} if decoder.family == 'lte' else {}
-    dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [hidden], **family_options)
+    family_options = {'hidden_dim': pool.hidden_dim} if isinstance(pool, LTEExperts) else {}
+    dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [hidden], None, **family_options)
     return dense.to(next(decoder.parameters()).device).eval()
 
 
