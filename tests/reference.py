@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from moeisr_basicsr.core import reference
+from moeisr_basicsr.core import decoder, reference
 from moeisr_basicsr.core.reference import mixture, mlp
 
 __all__ = ['FAMILIES', 'grid', 'liif', 'lte', 'mixture', 'mlp']
@@ -17,7 +17,7 @@ def _family(name):
     return predict
 
 
-FAMILIES = {name: _family(name) for name in ('liif', 'lte')}
+FAMILIES = {name: _family(name) for name in decoder.FAMILIES}
 
 
 def grid(size, batch=1):

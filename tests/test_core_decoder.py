@@ -6,6 +6,7 @@ from reference import FAMILIES, grid, mixture
 
 from moeisr_basicsr.core import MoEDecoder, render_image
 from moeisr_basicsr.core import reference as method
+from moeisr_basicsr.core.decoder import FAMILIES as method_families
 from moeisr_basicsr.core.liif import apply_linear
 from moeisr_basicsr.core.mapper import Draw, Routing, gumbel_noise
 
@@ -23,6 +24,9 @@ OPTIONS = {
     'nested-lte': {'shared_layers': 2, 'hidden_dim': 12},
 }
 FAMILY = {'lte': 'lte', 'nested-lte': 'lte'}
+for name in method_families:  # a new family is tested with LIIF's experts unless it has its own here
+    EXPERTS.setdefault(name, EXPERTS['liif'])
+    FAMILY.setdefault(name, name)
 KINDS = list(EXPERTS)
 
 
@@ -38,7 +42,9 @@ def make_decoder(family='liif', experts=None, seed=0, **options):
         **OPTIONS.get(family, {}),
         **options,
     )
-    if decoder.mapper is not None:  # make neighbouring queries differ in their expert
+    if decoder.mapper is not None:  # make neighbouring queries differ in their expert, whatever the pool has drawn
+        torch.manual_seed(seed)
+        decoder.mapper.reset_parameters()
         with torch.no_grad():
             decoder.mapper.query_in.weight[:, -4:-2].mul_(8)
             decoder.mapper.query_out.weight.sub_(decoder.mapper.query_out.weight.mean(dim=0)).mul_(8)

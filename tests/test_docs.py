@@ -156,3 +156,10 @@ def test_site_builds_without_a_broken_link(tmp_path):
     assert {path.stem for path in PAGES if path.parent.name == 'docs'} - {'index'} <= pages
     assert {'results', 'contributing', 'changelog'} <= pages
     assert 'src="../method.svg"' in (tmp_path / 'design/index.html').read_text(encoding='utf-8')
+
+
+def test_the_page_of_keys_is_up_to_date():
+    """In a process of its own, where no other test has registered classes."""
+    command = [sys.executable, '-m', 'moeisr_basicsr', 'train', '--keys', '--markdown']
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed == (ROOT / 'docs/keys.md').read_text(encoding='utf-8')

@@ -22,12 +22,14 @@ from moeisr_basicsr.core import (
     render_image,
 )
 from moeisr_basicsr.core.coords import pixel_centres
+from moeisr_basicsr.core.decoder import FAMILIES
 from moeisr_basicsr.core.skip import SKIPS, skip_at, skip_grid
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.options.values import Count, Factors, Key, Positive, Section, Weight
+from moeisr_basicsr.options.values import Count, Factors, Key, Positive, Section, Weight, one_of
 
 Skip = Literal['none', 'bilinear', 'bicubic']
 Widths = Sequence[Positive]
+Family = Annotated[str, one_of(*FAMILIES)[0], one_of(*FAMILIES)[1]]
 LTE_SCALE_MAX = 4  # LTE was trained up to x4; its test code shows it no smaller cell than x4's
 
 
@@ -71,7 +73,7 @@ class MoEISR(nn.Module):
 
     Args:
         encoder: Options of a registered encoder, for example {'type': 'EDSREncoder', 'num_feat': 64}.
-        decoder: Decoder family, 'liif' or 'lte'.
+        decoder: Decoder family, a name in `core.decoder.FAMILIES`.
         experts: Hidden widths of each expert, for example [[256], [256, 256]]; one expert is the dense decoder.
         mapper: num_layers (1 to 5), num_feat, hidden, granularity ('output_pixel' or 'lr_pixel').
         skip: Image that the decoder's output is added to: 'none', 'bilinear', 'bicubic'. With 'bicubic' the decoder's
@@ -91,7 +93,7 @@ class MoEISR(nn.Module):
     def __init__(
         self,
         encoder: dict,
-        decoder: Literal['liif', 'lte'] = 'liif',
+        decoder: Family = 'liif',
         experts: Sequence[Widths] = ((256,), (256,) * 2, (256,) * 3, (256,) * 4),
         mapper: Annotated[dict | None, MapperOptions] = None,
         skip: Skip = 'none',

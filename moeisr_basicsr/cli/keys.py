@@ -61,8 +61,9 @@ def keys_text(is_train: bool) -> str:
     for title, table in tables(is_train):
         lines.append(f'{title}:')
         for key, value, default, meaning in table:
-            described = [f'{meaning}.' if meaning else '', f'{value[:1].upper()}{value[1:]}', default]
-            lines += [f'  {key}', f'      {described[0]} {"; ".join(filter(None, described[1:]))}.'.rstrip()]
+            ending = {'': '', 'required': '. Required'}.get(default, f'; default {default}')
+            about = f'{meaning.rstrip(".")}. ' if meaning else ''
+            lines += [f'  {key}', f'      {about}{value[:1].upper()}{value[1:]}{ending}.']
     return '\n'.join(lines)
 
 

@@ -121,6 +121,16 @@ def no_text(value: Any) -> Any:
     return value
 
 
+def one_of(*names: str) -> tuple[AfterValidator, WithJsonSchema]:
+    """A choice whose names are known at run time only: `Annotated[str, *one_of('liif', 'lte')]`."""
+
+    def check(value: str) -> str:
+        assert value in names
+        return value
+
+    return AfterValidator(check), WithJsonSchema({'enum': list(names), 'type': 'string'})
+
+
 def described(words: str) -> WithJsonSchema:
     """What messages and the page of keys say of a type that its JSON schema cannot express."""
     return WithJsonSchema({'words': words, 'type': 'string'})
