@@ -45,6 +45,7 @@ datasets:
 path: {}
 train:
   total_iter: ITERATIONS
+  tau: [5.0, 1.0]
   ema_decay: 0.99
   warmup_iter: 20
   optim_g: {type: AdamW, lr: !!float 1e-3}

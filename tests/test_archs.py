@@ -1,6 +1,8 @@
 """Architectures: registration, and whole networks against the plain twins in reference.py."""
 
 import copy
+import inspect
+import typing
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +13,11 @@ from reference import FAMILIES, grid
 from torch import nn
 
 import moeisr_basicsr  # noqa: F401  before BasicSR, which needs its shims
+from moeisr_basicsr.archs.moeisr_arch import MapperOptions, Skip
 from moeisr_basicsr.core import Draw, Predictions, make_coord
 from moeisr_basicsr.core.coords import pixel_centres
-from moeisr_basicsr.core.skip import skip_at, skip_grid
+from moeisr_basicsr.core.mapper import GRANULARITIES, Mapper
+from moeisr_basicsr.core.skip import SKIPS, skip_at, skip_grid
 from moeisr_basicsr.official import official
 
 EDSR = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
@@ -278,6 +282,15 @@ def test_published_widths_by_default():
     moe = build_network({'type': 'MoEISR', 'encoder': encoder})
     assert moe.decoder.depths == [1, 2, 3, 4]
     assert moe.decoder.mapper.num_layers == 5
+
+
+def test_the_options_check_states_what_the_method_takes():
+    """`core` cannot import pydantic, so the mapper's arguments and the names of skips stand there and in the check."""
+    arguments = inspect.signature(Mapper).parameters
+    fields = MapperOptions.model_fields
+    own = {name: field.default for name, field in fields.items()}
+    assert own == {name: arguments[name].default for name in list(arguments)[2:]}  # behind in_channels, num_experts
+    assert typing.get_args(fields['granularity'].annotation) == GRANULARITIES and typing.get_args(Skip) == SKIPS
 
 
 class OfficialEDSR(nn.Module):
