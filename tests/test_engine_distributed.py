@@ -142,9 +142,9 @@ def runs(tmp_path_factory):
     torch.manual_seed(0)
     torch.save({'params': weights_of(build_model(model_options()))}, root / 'weights.pth')
     float64 = {'network_g:type': 'Float64MoEISR', 'train:accumulate': 2}
-    # every expert learns every query, the mapper learns from their losses, and the encoder rests
+    # every expert learns every query, the mapper learns from their losses, and the encoder rests at first
     experts_opt = {'type': 'MoEExpertLoss', 'loss_weight': 4.0, 'routing_weight': 1e-3}
-    joint = {'network_g:shared_layers': 2, 'train:trainable': ['decoder'], 'train:experts_opt': experts_opt}
+    joint = {'network_g:shared_layers': 2, 'train:fix_encoder': 10, 'train:experts_opt': experts_opt}
     for processes in (1, 2):
         options = {
             'fp32': train_options(root, processes, 'fp32', **{'datasets:train:num_worker_per_gpu': 1}),

@@ -1,7 +1,6 @@
 """One training step of the models: gradients, accumulation, EMA, draws, temperature, non-finite losses, precision."""
 
 import math
-import re
 
 import pytest
 import torch
@@ -120,23 +119,41 @@ def test_every_parameter_has_a_gradient_with_an_idle_expert():
         assert all(gradient is not None for gradient in gradients_of(model).values()), objective
 
 
-def test_only_the_parts_that_are_named_train():
-    trainable = ['decoder.mapper.query_out', 'encoder.conv_first.weight']
-    model = build_model(model_options(**NESTED, **{'train:trainable': trainable}))
-    model.mapper_is_new = False
+def test_the_encoder_rests_then_trains_at_its_own_rate():
+    options = model_options(**{'train:fix_encoder': 2, 'train:encoder_lr_mul': 0.25, 'train:ema_decay': 0})
+    rate = options['train']['optim_g']['lr']
+    model = build_model(options)
     before = weights_of(model)
+    for iteration in (1, 2):
+        model.feed_data(query_batch())
+        model.optimize_parameters(iteration)
+        assert not model.net_g.encoder.training
+        gradients = gradients_of(model)
+        assert {name.split('.')[0] for name, gradient in gradients.items() if gradient is None} == {'encoder'}
+    after = weights_of(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith('encoder.'))
     model.feed_data(query_batch())
-    model.optimize_parameters(1)
-    changed = {name for name, value in weights_of(model).items() if not torch.equal(value, before[name])}
-    assert changed == {'decoder.mapper.query_out.weight', 'decoder.mapper.query_out.bias', 'encoder.conv_first.weight'}
+    model.optimize_parameters(3)
+    assert model.net_g.encoder.training
+    gradients = gradients_of(model)
+    for name, value in weights_of(model).items():  # SGD
+        step = rate / 4 if name.startswith('encoder.') else rate
+        torch.testing.assert_close(value, after[name] - step * gradients[name], msg=name)
+    assert [group['lr'] for group in model.optimizer_g.param_groups] == [rate, rate / 4]
 
 
-def test_a_part_without_parameters_is_a_mistake():
-    words = "train: trainable: MoEISR has no parameters in 'decoder.maper'. Did you mean 'decoder.mapper'?"
-    with pytest.raises(UserError, match=re.escape(words)):
-        build_model(model_options(**{'train:trainable': ['decoder.mapper', 'decoder.maper']}))
-    with pytest.raises(UserError, match='train: trainable: names no part'):
-        build_model(model_options(**{'train:trainable': []}))
+def test_a_run_that_resumes_after_the_rest_trains_the_encoder():
+    model = build_model(model_options(**{'train:fix_encoder': 2}))
+    model.feed_data(query_batch())
+    model.optimize_parameters(7)
+    assert all(gradient is not None for gradient in gradients_of(model).values())
+
+
+def test_only_a_network_with_an_encoder_can_fix_it():
+    edsr = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_block': 1, 'upscale': 2}
+    options = model_options(**{'train:fix_encoder': 1}) | {'network_g': edsr, 'model_type': 'ArbitraryScaleModel'}
+    with pytest.raises(UserError, match='train: fix_encoder and encoder_lr_mul: EDSR has no encoder'):
+        build_model(options)
 
 
 def test_noise_does_not_depend_on_the_number_of_ranks():

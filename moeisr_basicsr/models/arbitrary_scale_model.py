@@ -26,7 +26,6 @@ from .evaluation import Evaluated
 from .image_evaluation import ImageEvaluator, size_of
 from .non_finite import NonFiniteGuard
 from .optimizers import build_optimizer, build_scheduler, step_schedulers
-from .parts import keep_trainable
 from .precision import Precision, compile_network
 from .validator import report, run_validation
 from .weights import bare_weights, load_weights
@@ -37,9 +36,9 @@ class ArbitraryScaleModel(SRModel):
     """SRModel for networks that answer queries at any position.
 
     Training items with `coord` and `cell` go through `net(lq, coord, cell)`, items without through `net(lq)`.
-    Beyond SRModel it reads from `train`: trainable, amp, tf32, channels_last, compile, accumulate, grad_clip,
-    non_finite, every torch.optim class and scheduler; from `val`: bicubic_baseline, protocols per
-    metric.
+    Beyond SRModel it reads from `train`: fix_encoder, encoder_lr_mul (as BasicSR's fix_flow and flow_lr_mul), amp,
+    tf32, channels_last, compile, accumulate, grad_clip, non_finite, every torch.optim class and scheduler; from `val`:
+    bicubic_baseline, protocols per metric.
     """
 
     whole_batch_losses: tuple[str, ...] = ()  # losses of a part that already stand for the whole batch
@@ -57,24 +56,51 @@ class ArbitraryScaleModel(SRModel):
         net = self.precision.network(net.to(self.device))
         if not self.is_train:
             return net
-        if train_opt.get('trainable') is not None:
-            keep_trainable(net, train_opt['trainable'])  # before DDP, which waits for every trainable gradient
+        self.fix_encoder(net)  # before DDP, which waits for every trainable gradient
         if train_opt.get('compile'):
             compile_network(net, train_opt['compile'])
-        if self.opt['dist']:
-            devices = [torch.cuda.current_device()] if self.device.type == 'cuda' else None
-            return DistributedDataParallel(
-                net,
-                device_ids=devices,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=self.opt.get('find_unused_parameters', False),
-            )
-        if self.opt['num_gpu'] > 1:
+        if not self.opt['dist'] and self.opt['num_gpu'] > 1:
             get_root_logger().warning(
                 f'num_gpu is {self.opt["num_gpu"]}, but one process uses one GPU: launch with '
                 'torchrun and --launcher pytorch to use them all.'
             )
-        return net
+        return self.distributed(net)
+
+    def distributed(self, net: nn.Module) -> nn.Module:
+        """The network, wrapped if there are other processes."""
+        if not self.opt['dist']:
+            return net
+        return DistributedDataParallel(
+            net,
+            device_ids=[torch.cuda.current_device()] if self.device.type == 'cuda' else None,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=self.opt.get('find_unused_parameters', False),
+        )
+
+    def fix_encoder(self, net: nn.Module) -> None:
+        """Keep the encoder as it is for `train: fix_encoder` iterations, and remember what will train then."""
+        self.fixed: list[nn.Parameter] = []
+        if not self.opt['train'].get('fix_encoder'):
+            return
+        encoder = self.encoder_of(net)
+        self.fixed = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+        encoder.requires_grad_(False)
+
+    def release_encoder(self) -> None:
+        """Let the encoder train, from here on."""
+        net = self.get_bare_model(self.net_g)
+        for parameter in self.fixed:
+            parameter.requires_grad_(True)
+        net.encoder.train()
+        self.fixed = []
+        self.net_g = self.distributed(net)  # a new one: DDP exchanges what was trainable when it was made
+        get_root_logger().info('The encoder trains from this iteration on.')
+
+    def encoder_of(self, net: nn.Module) -> nn.Module:
+        """The part that `fix_encoder` and `encoder_lr_mul` are about."""
+        if not hasattr(net, 'encoder'):
+            raise UserError(f'train: fix_encoder and encoder_lr_mul: {type(net).__name__} has no encoder.')
+        return net.encoder
 
     def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'):
         """Load weights (.pth or .safetensors) without running code from the file."""
@@ -85,6 +111,8 @@ class ArbitraryScaleModel(SRModel):
         """EMA, losses, optimizer and scheduler, as SRModel; then what is ours."""
         train_opt = self.opt['train']
         super().init_training_settings()
+        if self.fixed:
+            self.get_bare_model(self.net_g).encoder.eval()  # its running statistics stay as they are too
         if self.ema_decay > 0:
             self.net_g_ema.requires_grad_(False)  # fp32, like the trained weights: AMP only changes the forward
         self.accumulate = int(train_opt.get('accumulate', 1))
@@ -94,9 +122,17 @@ class ArbitraryScaleModel(SRModel):
         self.guard = NonFiniteGuard(train_opt)
 
     def setup_optimizers(self) -> None:
-        """The optimizer of `train: optim_g`."""
-        parameters = [parameter for parameter in self.net_g.parameters() if parameter.requires_grad]
-        self.optimizer_g = build_optimizer(self.opt['train']['optim_g'], parameters)
+        """The optimizer of `train: optim_g`; the encoder's rate is `encoder_lr_mul` times that of the rest."""
+        train_opt, net = self.opt['train'], self.get_bare_model(self.net_g)
+        parameters = [one for one in net.parameters() if one.requires_grad] + self.fixed
+        groups: list = parameters
+        if (factor := train_opt.get('encoder_lr_mul', 1)) != 1:
+            own = {id(one) for one in self.encoder_of(net).parameters()}
+            groups = [
+                {'params': [one for one in parameters if id(one) not in own]},
+                {'params': [one for one in parameters if id(one) in own], 'lr': train_opt['optim_g']['lr'] * factor},
+            ]
+        self.optimizer_g = build_optimizer(train_opt['optim_g'], groups)
         self.optimizers.append(self.optimizer_g)
 
     def setup_schedulers(self) -> None:
@@ -126,6 +162,8 @@ class ArbitraryScaleModel(SRModel):
         Raises:
             NonFiniteLossError: A loss or gradient is not finite, as `train: non_finite` decides.
         """
+        if self.fixed and current_iter > self.opt['train']['fix_encoder']:
+            self.release_encoder()
         self.optimizer_g.zero_grad(set_to_none=True)
         parts = self.batch.split(self.accumulate)
         losses, statistics = self.accumulate_gradients(parts, current_iter)

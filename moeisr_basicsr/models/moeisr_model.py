@@ -17,7 +17,6 @@ from moeisr_basicsr.errors import UserError
 
 from .arbitrary_scale_model import ArbitraryScaleModel, average_over_ranks
 from .batch import Batch
-from .parts import is_in
 from .training_draws import batch_noise, check_tau, tau_at
 
 
@@ -56,7 +55,7 @@ class MoEISRModel(ArbitraryScaleModel):
             for key in ('balance_opt', 'experts_opt')
         )
         # A pretrained mapper keeps its scale; a resumed run never sees the first iteration.
-        mapper = {name for name, _ in net.named_parameters() if is_in(name, ['decoder.mapper'])}
+        mapper = {name for name, _ in net.named_parameters() if name.startswith('decoder.mapper.')}
         self.mapper_is_new = not mapper <= self.pretrained
 
     def part_losses(self, part: Batch, drawn: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

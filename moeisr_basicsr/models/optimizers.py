@@ -29,7 +29,7 @@ def build(where: str, options: dict, classes: dict[str, type], first: Any) -> An
         raise UserError(f'{where}: {name} does not take these options: {error}') from error
 
 
-def build_optimizer(options: dict, params: Iterable[nn.Parameter]) -> Optimizer:
+def build_optimizer(options: dict, params: Iterable[nn.Parameter] | list[dict]) -> Optimizer:
     """An optimizer from `{'type': 'AdamW', 'lr': 1e-4, ...}`; errors as `build`."""
     return build('train: optim_g', options, optimizer_classes(), params)
 

@@ -94,7 +94,8 @@ class Train(Section):
 
 
 class ArbitraryScaleTrain(Train):
-    trainable: list[Text] = Key('parts of the network that train, such as decoder.mapper', None)
+    fix_encoder: Count = Key('first iterations in which the encoder stays as it is', 0)
+    encoder_lr_mul: PositiveNumber = Key("factor on the encoder's learning rate", 1.0)
     amp: Literal['none', 'bf16', 'fp16'] = Key('number format of the network in training', 'none')
     accumulate: Positive = Key('parts that a batch is cut into, to save memory; the gradient stays the same', 1)
     grad_clip: PositiveNumber = Key('largest norm of the gradient', None)
