@@ -12,6 +12,7 @@ COMMANDS = {
     'train': 'train a network as an options file says',
     'test': 'evaluate a network on datasets as an options file says',
     'upscale': 'upscale images by any factor, or to any size',
+    'adapt': 'make a network of any factor out of a trained fixed-scale one',
     'convert': 'make one self-describing model file of a checkpoint',
     'models': 'list the models that come with the package, or show one',
     'report': 'make one page of tables, charts and pictures of what tests and profiles measured',

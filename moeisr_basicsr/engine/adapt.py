@@ -1,0 +1,235 @@
+"""From a trained fixed-scale network to one of any factor: the recipe filled in, its schedule, what came of it.
+
+The run is that of an ordinary options file, `adapt.yml` beside this one with the user's files in it; `adapt` trains it,
+compares the result with the network's own image, resampled, and writes the better one of the two.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import yaml
+from basicsr.models import build_model
+
+from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.atomic_file import write_atomic
+from moeisr_basicsr.checkpoint import convert
+from moeisr_basicsr.data.image_source import ImageSource
+from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.options import parse_options, read_yaml
+
+from .data_loading import Place, TrainData
+from .distributed import Ranks
+from .test_loop import RESULTS_FILE, test
+from .train_loop import train
+
+RECIPE = Path(__file__).with_name('adapt.yml')
+EXPERTS: dict[str, list[list[int]]] = {  # of the families beside the recipe's own, cheapest first
+    'liif': [[], [64], [128, 128], [256, 256, 256, 256]],
+    'lte': [[], [64], [128, 128], [256, 256, 256]],
+}
+FACTORS = (2, 3, 3.3, 4)  # of the comparison at the end
+VALIDATION_IMAGES, VALIDATION_PIXELS = 8, 1 << 20
+RESTING = 0.25  # part of the iterations in which the encoder rests
+TIMED_STEPS, UNTIMED_STEPS = 5, 2
+SPARE = 0.9  # of the time that is left: the rest is for what comes after training
+
+
+class Job(NamedTuple):
+    """What the user asks for."""
+
+    encoder: dict  # options of the encoder: a checkpoint, or an architecture and its weights
+    data: str  # folder or LMDB of HR images
+    out: Path  # the model file
+    decoder: str = 'lm'
+    validation: str | None = None  # folder of HR images; None holds some of `data` back
+    minutes: float | None = None  # time for everything; None trains the recipe's iterations
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return f'adapt_{self.out.stem}'
+
+
+class Compared(NamedTuple):
+    """One row of the comparison at the end."""
+
+    network: str
+    psnr: dict[str, float]  # factor, such as 'x3.3' -> mean PSNR of luma in dB
+    macs: dict[str, float]  # factor -> thousand multiply-adds per output pixel, encoder included; none for bicubic
+
+
+def adapt(job: Job, started: float) -> tuple[int, list[Compared], bool]:
+    """Train, compare, write the model file.
+
+    Args:
+        job: What to do.
+        started: `time.monotonic` when the user's minutes began.
+
+    Returns:
+        The `ExitCode` of the training (the rest is empty where it did not end), the comparison, and whether training
+        was worth it: otherwise the file holds the network with its own image resampled.
+
+    Raises:
+        UserError: Files do not fit.
+    """
+    path, resumes = write_options(job, started)
+    code = train(options_of(path, auto_resume=resumes))
+    if code:
+        return code, [], False
+    opt = read_yaml(path).data
+    experiment = Path('experiments', job.name)
+    latest = experiment / 'models' / 'net_g_latest.pth'
+    baseline = {'type': 'FixedScale', 'encoder': opt['network_g']['encoder']}
+    rows = measure(opt, baseline, None, f'{job.name}_resampled') + measure(opt, opt['network_g'], latest, job.name)[1:]
+    gain = fmean(rows[2].psnr.values()) - fmean(rows[1].psnr.values())
+    if gain > 0:
+        convert(latest, job.out)
+    else:
+        network_opt = resolve_network(baseline)
+        save_model(job.out, build_network(deepcopy(network_opt)), network_opt)
+    return code, rows, gain > 0
+
+
+def fill_recipe(job: Job, train_list: Path, val_list: Path) -> dict[str, Any]:
+    """The recipe with the user's files; the lists name the images to train on and to validate on."""
+    opt = read_yaml(str(RECIPE)).data
+    opt['name'] = job.name
+    opt['network_g']['encoder'] = job.encoder
+    opt['network_g']['decoder'] = job.decoder
+    if job.decoder in EXPERTS:
+        opt['network_g']['experts'] = EXPERTS[job.decoder]
+    of_data = {'dataroot_gt': job.data, 'io_backend': {'type': 'lmdb' if is_lmdb(job.data) else 'disk'}}
+    val = opt['datasets']['val']
+    opt['datasets']['train'] |= of_data | {'meta_info_file': str(train_list)}
+    if job.validation is None:
+        val |= of_data | {'meta_info_file': str(val_list)}
+    else:
+        val['dataroot_gt'] = job.validation
+    return opt
+
+
+def is_lmdb(folder: str) -> bool:
+    return Path(folder, 'data.mdb').is_file()
+
+
+def write_options(job: Job, started: float) -> tuple[Path, bool]:
+    """The options file of the run, experiments/NAME.yml, and whether it goes on with a run of the same options.
+
+    Raises:
+        UserError: See `split_images` and `parse_options`.
+    """
+    path = Path('experiments', f'{job.name}.yml')
+    lists = [path.with_name(f'{job.name}_{part}.txt') for part in ('train', 'val')]
+    opt = fill_recipe(job, *lists)
+    train_names, val_names = split_images(job, opt['datasets']['train']['lq_size'])
+    earlier = read_yaml(str(path)).data if path.is_file() else None
+    resumes = earlier is not None and without_schedule(earlier) == without_schedule(opt)
+    path.parent.mkdir(exist_ok=True)
+    for file, names in zip(lists, (train_names, val_names)):
+        write_text(file, '\n'.join(names))
+    if resumes:
+        return path, True
+    write_text(path, yaml.safe_dump(opt, sort_keys=False))
+    if job.minutes is not None:
+        resting, training = seconds_per_step(options_of(path))
+        left = 60 * job.minutes - (time.monotonic() - started)
+        set_iterations(opt, max(int(SPARE * left / (RESTING * resting + (1 - RESTING) * training)), 20))
+        write_text(path, yaml.safe_dump(opt, sort_keys=False))
+    return path, False
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda file: file.write(f'{text}\n'.encode()))
+
+
+def without_schedule(opt: dict[str, Any]) -> dict[str, Any]:
+    """The options that one run shares with another however long they are."""
+    opt = deepcopy(opt)
+    set_iterations(opt, 1)
+    return opt
+
+
+def set_iterations(opt: dict[str, Any], total: int) -> None:
+    """Let a run of the recipe take `total` iterations."""
+    opt['train'] |= {'total_iter': total, 'fix_encoder': round(RESTING * total)}
+    opt['train']['scheduler']['periods'] = [total]
+    opt['val']['val_freq'] = -(-total // 4)
+
+
+def split_images(job: Job, least: int) -> tuple[list[str], list[str]]:
+    """The names of the images to train on, and of those that are held back for validation.
+
+    Images with a side below `least` are left out. Those held back are spread over the folder, of a megapixel at most
+    where there are such ones.
+
+    Raises:
+        UserError: There are too few.
+    """
+    source = ImageSource(job.data, '--data', is_lmdb(job.data))
+    sizes = {name: source.header(name)[:2] for name in source.names}
+    usable = [name for name, size in sizes.items() if min(size) >= least]
+    if len(usable) < 2:
+        raise UserError(f'--data {job.data}: {len(usable)} images of at least {least} x {least} pixels; 2 are needed.')
+    if job.validation is not None:
+        return usable, []
+    small = [name for name in usable if sizes[name][0] * sizes[name][1] <= VALIDATION_PIXELS] or usable
+    step = max(len(small) // VALIDATION_IMAGES, 2)
+    held_back = small[step // 2 :: step][:VALIDATION_IMAGES]
+    return [name for name in usable if name not in held_back], held_back
+
+
+def options_of(path: Path, is_train: bool = True, auto_resume: bool = False) -> dict[str, Any]:
+    """The checked options of a file, as the commands get them."""
+    arguments = Namespace(opt=str(path), force_yml=None, launcher='none', auto_resume=auto_resume, debug=False)
+    return parse_options(arguments, str(Path.cwd()), is_train)
+
+
+def seconds_per_step(opt: dict[str, Any]) -> tuple[float, float]:
+    """Median time of a training step while the encoder rests, and while it trains."""
+    ranks = Ranks()
+    opt = ranks.options({**opt, 'manual_seed': opt.get('manual_seed') or 0})
+    model = build_model(opt)
+    batches = TrainData(opt, ranks, model.device).batches(Place())
+    medians = []
+    for first in (1, opt['train']['fix_encoder'] + 1):
+        times = []
+        for iteration in range(first, first + UNTIMED_STEPS + TIMED_STEPS):
+            began = time.perf_counter()
+            model.feed_data(next(batches)[1])
+            model.optimize_parameters(iteration)
+            model.get_current_log()
+            times.append(time.perf_counter() - began)
+        medians.append(sorted(times[UNTIMED_STEPS:])[TIMED_STEPS // 2])
+    return medians[0], medians[1]
+
+
+def measure(opt: dict[str, Any], network_g: dict, weights: Path | None, name: str) -> list[Compared]:
+    """Bicubic interpolation and one network on the validation images, at `FACTORS`."""
+    own = {key: value for key, value in opt['datasets']['val'].items() if key not in ('name', 'scale')}
+    data = {
+        'name': name,
+        'model_type': opt['model_type'],
+        'num_gpu': opt['num_gpu'],
+        'network_g': network_g,
+        'datasets': {
+            f'test_{number}': {**own, 'name': f'val_x{factor}', 'scale': factor} for number, factor in enumerate(FACTORS)
+        },
+        'path': {'pretrain_network_g': str(weights), 'param_key_g': 'params_ema'} if weights else {},
+        'val': {key: value for key, value in opt['val'].items() if key != 'val_freq'},
+    }
+    path = Path('experiments', f'test_{name}.yml')
+    write_text(path, yaml.safe_dump(data, sort_keys=False))
+    if code := test(options_of(path, is_train=False)):
+        raise UserError(f'the comparison at the end was stopped (exit code {code}); the same command goes on with it.')
+    rows = [row for row in schema.load(Path('results', name, RESULTS_FILE))['rows'] if row['case'] == 'mean']
+    labels = [schema.scale_label(row['scale']) for row in rows]
+    macs = {label: row['macs']['total'] / 1e3 for label, row in zip(labels, rows)}
+    return [
+        Compared('bicubic', {label: row['metrics']['bicubic_psnr'] for label, row in zip(labels, rows)}, {}),
+        Compared(name, {label: row['metrics']['psnr'] for label, row in zip(labels, rows)}, macs),
+    ]

@@ -1,0 +1,129 @@
+"""`basicsr adapt`: from a fixed-scale checkpoint to a model file of any factor."""
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from basicsr.archs.edsr_arch import EDSR
+
+from moeisr_basicsr.checkpoint import read_model
+from moeisr_basicsr.cli import main
+from moeisr_basicsr.engine import adapt as adaptation
+from moeisr_basicsr.inference import upscale
+from moeisr_basicsr.shipped import load_network as load
+
+ARCH = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A current folder with a checkpoint and six smooth images."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save({'params': EDSR(**{key: value for key, value in ARCH.items() if key != 'type'}).state_dict()}, 'net.pth')
+    (tmp_path / 'data').mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        small = rng.integers(0, 255, (12, 13, 3), np.uint8)
+        cv2.imwrite(f'data/{number}.png', cv2.resize(small, (104, 98), interpolation=cv2.INTER_CUBIC))
+    return tmp_path
+
+
+def run(*words):
+    return main(['adapt', 'net.pth', '--arch', str(ARCH), '--data', 'data', '-o', 'out.safetensors', *words])
+
+
+def small_recipe(monkeypatch, path, **train):
+    """A recipe of 12 short steps in place of the real one."""
+    recipe = yaml.safe_load(adaptation.RECIPE.read_text())
+    recipe['train'] |= {**train, 'total_iter': 12, 'fix_encoder': 3}
+    recipe['train']['scheduler']['periods'] = [12]
+    recipe['datasets']['train'] |= {'batch_size_per_gpu': 2, 'lq_size': 24, 'sample_q': 100}
+    path.write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(adaptation, 'RECIPE', path)
+
+
+def test_the_recipe_that_is_printed_is_the_one_in_options(capsys):
+    assert main(['adapt', '--print-options']) == 0
+    assert capsys.readouterr().out == (Path(__file__).parents[1] / 'options' / 'adapt.yml').read_text(encoding='utf-8')
+
+
+def test_a_fixed_scale_network_gets_every_factor(workplace, monkeypatch, capsys):
+    small_recipe(monkeypatch, workplace / 'recipe.yml')
+    assert run() == 0
+    out = capsys.readouterr().out
+    assert re.search(r'adapt_out_resampled', out) and 'x3.3' in out
+    net = load('out.safetensors')
+    assert type(net).__name__ in ('MoEISR', 'FixedScale')
+    (workplace / 'net.pth').unlink()  # the file needs nothing else
+    assert upscale(load('out.safetensors'), torch.rand(1, 3, 9, 11), 2.7).image.shape == (1, 3, 24, 30)
+    options = yaml.safe_load(Path('experiments/adapt_out.yml').read_text())
+    listed = [Path(options['datasets'][part]['meta_info_file']).read_text().split() for part in ('train', 'val')]
+    assert sorted(listed[0] + listed[1]) == [f'{number}.png' for number in range(6)]
+    assert listed[0] and listed[1]
+
+
+def test_training_that_does_not_help_is_thrown_away(workplace, monkeypatch, capsys):
+    """A learning rate of 3 spoils any network."""
+    optim = {'type': 'SGD', 'lr': 3.0}
+    small_recipe(monkeypatch, workplace / 'recipe.yml', optim_g=optim, grad_clip=None, non_finite='skip')
+    assert run() == 0
+    assert 'Training has not improved on the resampled image' in capsys.readouterr().out
+    assert read_model('out.safetensors').network_opt['type'] == 'FixedScale'
+    image = torch.rand(1, 3, 10, 8)
+    net = EDSR(**{key: value for key, value in ARCH.items() if key != 'type'}).eval()
+    net.load_state_dict(torch.load('net.pth')['params'])
+    with torch.no_grad():
+        torch.testing.assert_close(upscale(load('out.safetensors'), image, 2.0).image, net(image))
+
+
+def test_the_same_command_goes_on(workplace, monkeypatch, capsys):
+    small_recipe(monkeypatch, workplace / 'recipe.yml')
+    assert run() == 0
+    capsys.readouterr()
+    assert run() == 2
+    assert 'out.safetensors already exists: give --overwrite' in capsys.readouterr().err
+    log = Path('experiments/adapt_out/metrics.jsonl').read_text()
+    assert run('--overwrite') == 0
+    assert Path('experiments/adapt_out/metrics.jsonl').read_text() == log  # nothing was trained again
+    assert run('--overwrite', '--decoder', 'liif') == 0  # another run: the first one is put aside
+    assert len(list(Path('experiments').glob('adapt_out_archived_*'))) == 1
+
+
+def test_the_schedule_fits_the_minutes(workplace, monkeypatch):
+    """With steps of 0.2 s at rest and 0.6 s in training, 0.9 minutes of 1 minute hold 108 iterations."""
+    small_recipe(monkeypatch, workplace / 'recipe.yml')
+    monkeypatch.setattr(adaptation, 'seconds_per_step', lambda opt: (0.2, 0.6))
+    encoder = {'type': 'NetworkEncoder', 'arch': ARCH, 'weights': str(workplace / 'net.pth')}
+    job = adaptation.Job(encoder, 'data', Path('out.safetensors'), minutes=1)
+    path, resumes = adaptation.write_options(job, adaptation.time.monotonic())
+    train = yaml.safe_load(path.read_text())['train']
+    assert not resumes and train['total_iter'] == pytest.approx(108, abs=2)
+    assert train['fix_encoder'] == 27 and train['scheduler']['periods'] == [train['total_iter']]
+
+
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['net.pth'], 'needs --data FOLDER and -o OUT.safetensors'),
+        (['net.pth', '--data', 'data', '-o', 'out.pth'], "must end in '.safetensors'"),
+        (['net.pth', '--data', 'none', '-o', 'out.safetensors'], '--data: none is not a folder'),
+        (['no.pth', '--data', 'data', '-o', 'out.safetensors'], 'there is no checkpoint no.pth'),
+        (['net.pth', '--data', 'data', '-o', 'none/out.safetensors'], 'the folder none does not exist'),
+        (['net.pth', '--data', 'data', '-o', 'out.safetensors', '--minutes', '0'], '--minutes must be above 0; got 0'),
+        (['net.pth', '--data', 'data', '-o', 'out.safetensors', '--arch', 'EDSR'], '--arch must be a section'),
+        (['net.pth', '--data', '.', '-o', 'out.safetensors'], 'has no image'),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(workplace, capsys, words, message):
+    before = sorted(workplace.rglob('*'))
+    assert main(['adapt', *words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0]
+    assert sorted(workplace.rglob('*')) == before
