@@ -66,7 +66,7 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
     dense = dense_decoder(net.decoder, setting.dense_hidden)
     backend, cell = fused_backend(dense, device, precision) or TORCH, net.test_cell(lq_size, size)
     with evaluation(net, device.type, precision):
-        feat = net.encode(lq)
+        feat = net.encode(lq).feat
 
     def run(clock: StageClock) -> None:
         with clock('other'):
