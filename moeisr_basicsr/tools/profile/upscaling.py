@@ -24,7 +24,7 @@ from .rendering import CHUNK, plain_image
 from .stages import measure_stages, mib_text, show_table
 
 # stage of a row's `time_ms` -> parts of its `macs`; 'other' is the skip image
-STAGES = {'encode': ['encoder'], 'map': ['mapper'], 'decode': ['tables', 'experts'], 'other': []}
+STAGES = {'encode': ['encoder'], 'map': ['mapper'], 'decode': ['tables', 'experts'], 'other': ['skip']}
 WHOLES = {'total': ['total'], 'dense_folded': ['dense_folded'], 'dense_plain': ['dense_plain']}  # dense decoders alone
 
 
