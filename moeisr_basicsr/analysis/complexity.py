@@ -91,7 +91,8 @@ def dense_folded_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple
     """MACs per output pixel of the most expensive expert alone, folded as here: its LR tables and its queries."""
     j, pool = most_expensive(decoder), decoder.pool
     all_tables = pool.table_macs()  # LTE's experts share them
-    tables = 9 * pool.in_channels * pool.linears(j)[0].out_features if decoder.family == 'liif' else all_tables
+    own = sum(9 * pool.in_channels * layer.out_features for layer in pool.linears(j)[:1])  # 0 without layers
+    tables = own if decoder.family == 'liif' else all_tables
     return tables * lr_density(lq_size, size) + decoder.expert_macs[j]
 
 
@@ -167,6 +168,6 @@ def parameters(net: MoEISR) -> dict:
     )  # here: its first import ever must not run in two ranks at once (yapf)
 
     count = parameter_count(net)
-    experts = [count[f'decoder.pool.experts.{j}'] for j in range(net.num_experts)]
+    experts = [count.get(f'decoder.pool.experts.{j}', 0) for j in range(net.num_experts)]
     parts = {'encoder': count['encoder'], 'mapper': count.get('decoder.mapper', 0)}
     return {**parts, 'shared': count['decoder.pool'] - sum(experts), 'experts': experts, 'total': count['']}

@@ -1,4 +1,4 @@
-"""MoEISR (Oh et al., arXiv 2311.12077), and dense LIIF, LTE and LMLIIF as its case of one expert.
+"""MoEISR (Oh et al., arXiv 2311.12077), and its cases of one expert: dense LIIF, LTE and LMLIIF, and no decoder at all.
 
 Shapes: B images, C_in and C_out channels, (H, W) LR size, (R, S) output rows and columns, Q queries, J experts.
 """
@@ -72,6 +72,10 @@ def build_encoder(options: dict, in_channels: int, tail: bool) -> tuple[nn.Modul
     name = options.get('type') if isinstance(options, Mapping) else None
     if not isinstance(name, str):
         raise UserError(f"encoder needs a type, for example {{'type': 'EDSREncoder'}}; got {options!r}.")
+    if tail and not hasattr(ARCH_REGISTRY.get(name), 'with_image'):
+        raise UserError(
+            f"skip 'network' needs an encoder that makes an image, as SMFANetEncoder does; {name} makes none."
+        )
     try:
         encoder = build_network({'num_in_ch': in_channels, **({'tail': True} if tail else {}), **options})
     except TypeError as error:
@@ -333,4 +337,16 @@ class LMLIIF(MoEISR):
             scale=scale,
             render_width=render_width,
             cell_scale_max=cell_scale_max,
+        )
+
+
+@ARCH_REGISTRY.register()
+class FixedScale(MoEISR):
+    """The encoder's own fixed-scale output, resampled to any size: no decoder, the baseline of every table."""
+
+    def __init__(
+        self, encoder: dict, in_channels: Positive = 3, out_channels: Positive = 3, scale: Factors | None = None
+    ):
+        super().__init__(
+            encoder, experts=[[]], skip='network', in_channels=in_channels, out_channels=out_channels, scale=scale
         )
