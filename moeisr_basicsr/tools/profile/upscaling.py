@@ -24,7 +24,7 @@ from .rendering import CHUNK, plain_image
 from .stages import measure_stages, mib_text, show_table
 
 # stage of a row's `time_ms` -> parts of its `macs`; 'other' is the skip image
-STAGES = {'encode': ['encoder'], 'map': ['mapper'], 'decode': ['tables', 'experts'], 'other': []}
+STAGES = {'encode': ['encoder'], 'map': ['mapper'], 'decode': ['tables', 'experts'], 'other': ['skip']}
 WHOLES = {'total': ['total'], 'dense_folded': ['dense_folded'], 'dense_plain': ['dense_plain']}  # dense decoders alone
 
 
@@ -63,10 +63,10 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
     control = setting.cost_weight, setting.budget
     expert_map = upscale(net, lq, None, size, *control, precision=precision).expert_map
     shares = [1.0] if expert_map is None else expert_shares(expert_map, net.num_experts)
-    dense = dense_decoder(net.decoder, setting.dense_hidden)
+    dense = dense_decoder(net.decoder, setting.dense_hidden).to(device)
     backend, cell = fused_backend(dense, device, precision) or TORCH, net.test_cell(lq_size, size)
     with evaluation(net, device.type, precision):
-        feat = net.encode(lq)
+        feat = net.encode(lq).feat
 
     def run(clock: StageClock) -> None:
         with clock('other'):
@@ -110,7 +110,7 @@ def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int] | None) -> MoEDecod
         hidden = [layer.out_features for layer in pool.linears(most_expensive(decoder))[:-1]]
     family_options = {'hidden_dim': pool.hidden_dim} if isinstance(pool, LTEExperts) else {}
     dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [hidden], None, **family_options)
-    return dense.to(next(decoder.parameters()).device).eval()
+    return dense.eval()
 
 
 def show_upscaling(console: Console, decoder: MoEDecoder, rows: list[dict]) -> None:
