@@ -31,7 +31,7 @@ SMALL = {
         'type': 'MoEISR',
         'encoder': EDSR,
         'experts': [[12], [8, 10], [10, 6, 8]],
-        'mapper': {'num_layers': 2, 'num_feat': 8, 'hidden': 8},
+        'mapper': {'num_layers': 2, 'num_feat': 8},
     },
     'MoEISR-LTE': {
         'type': 'MoEISR',
@@ -39,7 +39,7 @@ SMALL = {
         'decoder': 'lte',
         'experts': [[], [8]],
         'hidden_dim': 12,
-        'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8},
+        'mapper': {'num_layers': 1, 'num_feat': 8},
         'skip': 'bilinear',
     },
 }

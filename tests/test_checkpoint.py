@@ -22,7 +22,7 @@ NETWORK = {
     'type': 'MoEISR',
     'encoder': ENCODER,
     'experts': [[4], [4, 4]],
-    'mapper': {'num_layers': 1, 'num_feat': 4, 'hidden': 4},
+    'mapper': {'num_layers': 1, 'num_feat': 4},
     'skip': 'none',  # an untrained network is more than its skip
 }
 
