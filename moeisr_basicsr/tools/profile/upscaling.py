@@ -65,14 +65,10 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
     control = setting.cost_weight, setting.budget
     expert_map = upscale(net, lq, None, size, *control, precision=precision).expert_map
     shares = [1.0] if expert_map is None else expert_shares(expert_map, net.num_experts)
-<<<<<<< HEAD
-    dense = dense_decoder(net.decoder, setting.dense_hidden).to(device)
-=======
     reads = None if expert_map is None else lr_reads(net.decoder, expert_map[0], lq_size)
     dense = dense_decoder(net.decoder, setting.dense_hidden)
     if dense.family == 'lm':  # its published code runs the latent MLP at LR as this package does: nothing to compare
         setting = setting._replace(plain=False)
->>>>>>> lm
     backend, cell = fused_backend(dense, device, precision) or TORCH, net.test_cell(lq_size, size)
     with evaluation(net, device.type, precision):
         feat = net.encode(lq).feat
@@ -121,10 +117,6 @@ def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int] | None) -> MoEDecod
     pool, j = decoder.pool, most_expensive(decoder)
     expert: Sequence[int] | dict = hidden or [layer.out_features for layer in pool.linears(j)[:-1]]
     family_options = {'hidden_dim': pool.hidden_dim} if isinstance(pool, LTEExperts) else {}
-<<<<<<< HEAD
-    dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [hidden], None, **family_options)
-    return dense.eval()
-=======
     if isinstance(pool, LMExperts):
         if hidden:
             raise UserError("--dense-hidden belongs to the decoders 'liif' and 'lte'; this network's is 'lm'.")
@@ -132,7 +124,6 @@ def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int] | None) -> MoEDecod
         expert, family_options = {'latent': latent, 'depth': len(expert)}, {'render_width': pool.render_width}
     dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [expert], None, **family_options)
     return dense.to(next(decoder.parameters()).device).eval()
->>>>>>> lm
 
 
 def show_upscaling(console: Console, decoder: MoEDecoder, rows: list[dict]) -> None:
