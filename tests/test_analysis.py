@@ -239,7 +239,7 @@ def results():
         'scale': [2, 3.5],
         'lq_size': [5, 6],
         'metrics': {'psnr_y': 30.5, 'psnr': math.inf},
-        'routing': {'loads': [0.25, 0.75], 'mean_cost': 0.5},
+        'routing': {'shares': [0.25, 0.75], 'mean_cost': 0.5},
         'macs': {'total': 7.5, 'each_expert': [1, 2]},
     }
     model = {'name': 'm', 'file': None, 'network_g': {'any': ['thing']}, 'parameters': {'total': 3, 'experts': [1, 2]}}

@@ -85,7 +85,7 @@ def test_metrics_of_several_scales(root):
             costs.append(sum(load * float(cost) for load, cost in zip(loads[-1], model.net_g.expert_costs)))
         for name, values in expected.items():
             assert result.metrics[name] == pytest.approx(sum(values) / 3, abs=1e-3), name
-        assert result.loads == pytest.approx(np.mean(loads, axis=0).tolist())
+        assert result.shares == pytest.approx(np.mean(loads, axis=0).tolist())
         assert result.mean_cost == pytest.approx(sum(costs) / 3)
     best = model.best_metric_results['tiny_x2']
     assert best['y'] == {'better': 'higher', 'val': results[0].metrics['y'], 'iter': 5}
@@ -242,10 +242,10 @@ def test_the_test_loop_writes_one_results_document(root, network, model_type):
     if model_type == 'MoEISRModel':
         stages.add('map')
         macs = images[0]['macs']
-        routed = sum(load * each for load, each in zip(images[0]['routing']['loads'], macs['each_expert']))
+        routed = sum(load * each for load, each in zip(images[0]['routing']['shares'], macs['each_expert']))
         assert macs['experts'] == pytest.approx(routed)
-        assert means[0]['routing']['loads'] == pytest.approx(
-            np.mean([image['routing']['loads'] for image in images[:3]], axis=0).tolist()
+        assert means[0]['routing']['shares'] == pytest.approx(
+            np.mean([image['routing']['shares'] for image in images[:3]], axis=0).tolist()
         )
         assert not images[0]['shuffle_experts']
     for row in images:
@@ -261,16 +261,16 @@ def test_the_test_loop_writes_one_results_document(root, network, model_type):
 
 def test_means_leave_out_what_is_unknown():
     rows = [
-        {'dataset': 'a', 'scale': [2, 2], 'routing': {'loads': [0.25, 0.75], 'texture_correlation': correlation}}
+        {'dataset': 'a', 'scale': [2, 2], 'routing': {'shares': [0.25, 0.75], 'texture_correlation': correlation}}
         for correlation in (None, 0.5, 0.25)
     ]
-    rows[0]['routing']['loads'] = [1.0, 0.0]
+    rows[0]['routing']['shares'] = [1.0, 0.0]
     assert mean_row(rows) == {
         'case': 'mean',
         'dataset': 'a',
         'scale': [2, 2],
         'count': 3,
-        'routing': {'loads': [0.5, 0.5], 'texture_correlation': 0.375},
+        'routing': {'shares': [0.5, 0.5], 'texture_correlation': 0.375},
     }
     assert mean_of([{'encode': None}, {'encode': None}]) == {'encode': None}
 
@@ -300,7 +300,7 @@ def test_shuffled_experts_keep_their_shares(root):
     trained, shuffled = rows('trained'), rows('shuffled', shuffle_experts=True)
     assert [row['shuffle_experts'] for row in trained + shuffled] == [False] * 4 + [True] * 4
     for first, second in zip(trained, shuffled):
-        assert first['routing']['loads'] == second['routing']['loads'] != [1, 0]
+        assert first['routing']['shares'] == second['routing']['shares'] != [1, 0]
         assert first['macs'] == second['macs']
         assert first['metrics']['psnr'] != second['metrics']['psnr']
     for row, item in zip(trained, build_dataset(options(root)['datasets']['val'])):

@@ -41,7 +41,7 @@ class Evaluated:
     scale: str  # as it appears in file names, for example 'x2' or 'x2x3.5'
     count: int  # number of images
     metrics: dict[str, float]  # means; bicubic's beside the model's as 'bicubic_<metric>'
-    loads: list[float]  # share of the output pixels of each expert; empty for a dense network
+    shares: list[float]  # share of the output pixels of each expert; empty for a dense network
     mean_cost: float | None  # mean relative cost of an output pixel; None for a dense network
     rows: list[dict]  # of a results document, one per image
 
@@ -68,9 +68,9 @@ def iterate_jobs(loader: DataLoader, indices: list[int]) -> Iterator[tuple[int, 
 def summarize(rows: list[dict]) -> Evaluated:
     """Means over the images of one dataset; each expert's share is a mean over images, as the metrics are."""
     means = mean_row(rows)
-    routing = means.get('routing', {'loads': [], 'mean_cost': None})
+    routing = means.get('routing', {'shares': [], 'mean_cost': None})
     label = scale_label(means['scale'])
-    return Evaluated(means['dataset'], label, len(rows), means['metrics'], routing['loads'], routing['mean_cost'], rows)
+    return Evaluated(means['dataset'], label, len(rows), means['metrics'], routing['shares'], routing['mean_cost'], rows)
 
 
 def mean_row(rows: list[dict]) -> dict:

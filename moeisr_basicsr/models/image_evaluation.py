@@ -157,7 +157,7 @@ class ImageEvaluator:
         found, loads = {}, [1.0]
         if result.expert_map is not None:
             loads = expert_shares(result.expert_map, net.num_experts)
-            found['routing'] = {'loads': loads, 'mean_cost': mean_cost(loads, net.expert_costs)}
+            found['routing'] = {'shares': loads, 'mean_cost': mean_cost(loads, net.expert_costs)}
             if not self.is_train:
                 # The truth where there is one: where neighbours' experts differ, the output has edges that they made.
                 texture = result.image[0] if gt is None else gt

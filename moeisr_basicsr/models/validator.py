@@ -78,11 +78,11 @@ def report(result: Evaluated, best: dict, current_iter: int | str, tb_logger: An
         known = '' if record is None else f'\tBest: {record["val"]:.4f} @ {record["iter"]} iter'
         lines.append(f'\t # {name}: {value:.4f}{known}')
         scalars[f'metrics/{result.dataset}/{name}'] = value
-    if result.loads:
-        loads = ' '.join(f'{load:.1%}' for load in result.loads)
-        lines.append(f'\t # experts: {loads}\tmean cost: {result.mean_cost:.4f}')
+    if result.shares:
+        shares = ' '.join(f'{share:.1%}' for share in result.shares)
+        lines.append(f'\t # experts: {shares}\tmean cost: {result.mean_cost:.4f}')
         scalars[f'val_cost/{result.dataset}'] = result.mean_cost
-        scalars |= {f'val_share/{result.dataset}/expert_{j}': load for j, load in enumerate(result.loads, 1)}
+        scalars |= {f'val_share/{result.dataset}/expert_{j}': share for j, share in enumerate(result.shares, 1)}
     get_root_logger().info('\n'.join(lines))
     for tag, scalar in scalars.items() if tb_logger else ():
         tb_logger.add_scalar(tag, scalar, current_iter)

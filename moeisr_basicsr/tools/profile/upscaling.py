@@ -99,7 +99,7 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
         'repeats': setting.repeats,
         'peak_mib': {**{stage: peaks[stage] for stage in stages}, 'total': max(known, default=None)},
         'macs': macs_per_pixel(net, lq_size, size, shares, dense),
-        'routing': {'loads': shares, 'mean_cost': mean_cost(shares, net.decoder.expert_costs)},
+        'routing': {'shares': shares, 'mean_cost': mean_cost(shares, net.decoder.expert_costs)},
     }
 
 
@@ -118,7 +118,7 @@ def show_upscaling(console: Console, decoder: MoEDecoder, rows: list[dict]) -> N
     for row in rows:
         show_scale(console, row)
     if decoder.num_experts > 1:
-        macs, shares = rows[0]['macs']['each_expert'], [row['routing']['loads'] for row in rows]
+        macs, shares = rows[0]['macs']['each_expert'], [row['routing']['shares'] for row in rows]
         cells = [
             [str(j + 1), str(depth), thousands(macs[j]), *(f'{100 * of[j]:.1f} %' for of in shares)]
             for j, depth in enumerate(decoder.depths)
