@@ -30,6 +30,11 @@ class UserError(ValueError):
         super().__init__(message)
 
 
+def printable(name: str) -> str:
+    """A name of a file for logs, results and tables: what is no UTF-8, and what would move the cursor, as escapes."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in name)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint such as `` Did you mean 'scale'?`` for an unknown name; an empty string if nothing is near.
 

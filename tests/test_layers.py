@@ -22,7 +22,7 @@ ALLOWED = {
     'kernels': {'core'},
     'errors': set(),
     'safe_reading': {'errors'},
-    'compat': {'errors', 'safe_reading'},
+    'compat': {'atomic_file', 'errors', 'safe_reading'},
     'atomic_file': set(),
     'options': {'errors', 'safe_reading'},
     **{part: {'core', 'options'} | FOUNDATION for part in PARTS},

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
-from moeisr_basicsr.core import MoEDecoder
+from moeisr_basicsr.core import MoEDecoder, reference
 from moeisr_basicsr.core.lte import LTEExperts
 
 
@@ -141,7 +141,7 @@ def macs_per_pixel(
         'experts': parts.experts_at(shares),
         'total': encoder + parts.total(shares),
         'dense_folded': dense_folded_macs(baseline, lq_size, size),
-        'dense_plain': dense_plain_macs(baseline, lq_size, size),
+        **({'dense_plain': dense_plain_macs(baseline, lq_size, size)} if reference.describes(baseline) else {}),
         'each_expert': parts.experts,
     }
 

@@ -3,8 +3,8 @@
 Shapes: B images, C_in and C_out channels, (H, W) LR size, (R, S) output rows and columns, Q queries, J experts.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -25,11 +25,11 @@ from moeisr_basicsr.core.coords import pixel_centres
 from moeisr_basicsr.core.decoder import FAMILIES
 from moeisr_basicsr.core.skip import SKIPS, skip_at, skip_grid
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.options.values import Count, Factors, Key, Positive, Section, Weight, one_of
+from moeisr_basicsr.options.values import Count, Factors, Key, OneOf, Positive, Section, Weight
 
 Skip = Literal['none', 'bilinear', 'bicubic']
 Widths = Sequence[Positive]
-Family = Annotated[str, one_of(*FAMILIES)[0], one_of(*FAMILIES)[1]]
+Family = Annotated[str, OneOf(FAMILIES)]
 LTE_SCALE_MAX = 4  # LTE was trained up to x4; its test code shows it no smaller cell than x4's
 
 
@@ -73,7 +73,7 @@ class MoEISR(nn.Module):
 
     Args:
         encoder: Options of a registered encoder, for example {'type': 'EDSREncoder', 'num_feat': 64}.
-        decoder: Decoder family, a name in `core.decoder.FAMILIES`.
+        decoder: Decoder family; `core.decoder.register_family` adds one.
         experts: Hidden widths of each expert, for example [[256], [256, 256]]; one expert is the dense decoder.
         mapper: num_layers (1 to 5), num_feat, hidden, granularity ('output_pixel' or 'lr_pixel').
         skip: Image that the decoder's output is added to: 'none', 'bilinear', 'bicubic'. With 'bicubic' the decoder's
@@ -88,6 +88,7 @@ class MoEISR(nn.Module):
         shared_layers: How many leading hidden layers the experts have in common, whose widths must agree; 0 for none.
             With 'liif' one LR table then serves all. As many as the deepest expert has make the experts exits of one
             network at different depths.
+        **family_options: Further arguments of a decoder family of one's own.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class MoEISR(nn.Module):
         hidden_dim: Positive | None = None,
         cell_scale_max: Weight | None = None,
         shared_layers: Count = 0,
+        **family_options: Any,
     ):
         super().__init__()
         if skip not in SKIPS:
@@ -115,7 +117,7 @@ class MoEISR(nn.Module):
         self.scale = scale
         self.cell_scale_max = (LTE_SCALE_MAX if decoder == 'lte' else 0) if cell_scale_max is None else cell_scale_max
         self.encoder, num_feat = build_encoder(encoder, in_channels)
-        family = {} if hidden_dim is None else {'hidden_dim': hidden_dim}
+        family = family_options | ({} if hidden_dim is None else {'hidden_dim': hidden_dim})
         try:
             self.decoder = MoEDecoder(
                 num_feat, out_channels, decoder, experts, mapper, shared_layers=shared_layers, **family
@@ -124,6 +126,11 @@ class MoEISR(nn.Module):
             raise UserError(str(error)) from error
         if skip == 'bicubic':
             self.decoder.pool.zero_output()
+
+    @staticmethod
+    def passes_on(network_opt: Mapping[str, Any]) -> Callable | None:
+        """What takes `**family_options`, for the check of options."""
+        return FAMILIES.get(network_opt.get('decoder', 'liif'))
 
     @property
     def num_experts(self) -> int:

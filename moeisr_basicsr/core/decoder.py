@@ -18,6 +18,19 @@ from .lte import LTEExperts
 from .mapper import Draw, Mapper, Routing, route_gumbel
 
 FAMILIES: dict[str, type[ExpertPool]] = {'liif': LIIFExperts, 'lte': LTEExperts}
+
+
+def register_family(name: str) -> Callable[[type[ExpertPool]], type[ExpertPool]]:
+    """Class decorator: its experts are `decoder: NAME`; further arguments of its constructor are keys of network_g."""
+
+    def register(family: type[ExpertPool]) -> type[ExpertPool]:
+        if FAMILIES.setdefault(name, family) is not family:
+            raise ValueError(f'there is a decoder family {name!r} already.')
+        return family
+
+    return register
+
+
 Predict = Callable[[int, Queries], Tensor]  # expert j's predictions for N queries, (N, C_out)
 
 
@@ -52,7 +65,7 @@ class MoEDecoder(nn.Module):
     Args:
         in_channels: C.
         out_channels: C_out.
-        family: 'liif' or 'lte'.
+        family: 'liif', 'lte', or what `register_family` was given.
         experts: Hidden widths of each expert, for example [[256], [256, 256]].
         mapper: Options of `Mapper` (num_layers, num_feat, hidden, granularity); ignored with one expert.
         **family_options: Options of the family (both: shared_layers; lte: hidden_dim).
@@ -73,6 +86,7 @@ class MoEDecoder(nn.Module):
         experts = check_experts(experts)
         self.family = family
         self.out_channels = out_channels
+        self.expert_options, self.family_options = experts, family_options  # as given
         self.pool = FAMILIES[family](in_channels, out_channels, experts, **family_options)
         self.mapper = Mapper(in_channels, len(experts), **(mapper or {})) if len(experts) > 1 else None
 

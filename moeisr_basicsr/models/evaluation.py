@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from moeisr_basicsr.analysis.schema import scale_label
+from moeisr_basicsr.errors import printable
 
 # Keys of a results row (see `analysis.schema`) that are of one image, and those that a dataset has means of.
 OF_IMAGE = ('case', 'image', 'lq_size', 'size', 'pictures')
@@ -70,7 +71,9 @@ def summarize(rows: list[dict]) -> Evaluated:
     means = mean_row(rows)
     routing = means.get('routing', {'shares': [], 'mean_cost': None})
     label = scale_label(means['scale'])
-    return Evaluated(means['dataset'], label, len(rows), means['metrics'], routing['shares'], routing['mean_cost'], rows)
+    return Evaluated(
+        means['dataset'], label, len(rows), means['metrics'], routing['shares'], routing['mean_cost'], rows
+    )
 
 
 def mean_row(rows: list[dict]) -> dict:
@@ -99,8 +102,8 @@ def mean_of(values: list[Any]) -> Any:
 
 
 def image_name(path: str, root: str | None) -> str:
-    """File name without its extension, behind its folders below the dataset's `root`: 'a__1' for a/1.png."""
+    """File name without its extension, behind its folders below the dataset's `root`: 'a__1' for a/1.png; printable."""
     folders = Path(path).parent.parts
     above = Path(root).expanduser().parts if isinstance(root, str) else folders  # some datasets take several
     below = folders[len(above) :] if folders[: len(above)] == above else ()
-    return osp.splitext('__'.join([*below, osp.basename(path)]))[0]
+    return printable(osp.splitext('__'.join([*below, osp.basename(path)]))[0])

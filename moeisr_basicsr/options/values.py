@@ -5,6 +5,7 @@ The types also serve in signatures of registered classes, `num_feat: Positive = 
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -21,9 +22,11 @@ from pydantic import (
     field_validator,
 )
 from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import CoreSchema, core_schema
 
 from moeisr_basicsr.errors import did_you_mean_file
 
+OWN_CLASS = ' A class of your own is known with --import FILE.py.'
 SHOWN_NAMES = 12  # of a longer list a message shows the first ten
 
 
@@ -121,14 +124,21 @@ def no_text(value: Any) -> Any:
     return value
 
 
-def one_of(*names: str) -> tuple[AfterValidator, WithJsonSchema]:
-    """A choice whose names are known at run time only: `Annotated[str, *one_of('liif', 'lte')]`."""
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """A choice among what a dictionary holds by then: `Annotated[str, OneOf(FAMILIES)]`."""
 
-    def check(value: str) -> str:
-        assert value in names
+    names: Mapping[str, Any]
+
+    def check(self, value: str) -> str:
+        assert value in self.names
         return value
 
-    return AfterValidator(check), WithJsonSchema({'enum': list(names), 'type': 'string'})
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: Any) -> dict[str, Any]:
+        return {'enum': list(self.names), 'type': 'string', 'advice': OWN_CLASS}
 
 
 def described(words: str) -> WithJsonSchema:

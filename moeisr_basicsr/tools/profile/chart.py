@@ -46,9 +46,9 @@ def panels_of(rows: Sequence[dict]) -> list[Panel]:
         if 'macs' in row:
             counts = {name: value / 1e3 for name, value in row['macs'].items() if name != 'each_expert'}
             macs.append(Bar(label, {part: counts[part] for part in ('encoder', 'mapper', 'tables', 'experts')}))
-            for name in ('dense folded', 'dense plain'):
-                parts = {'encoder': counts['encoder'], 'dense decoder': counts[name.replace(' ', '_')]}
-                macs.append(Bar(f'{label} {name}', parts))
+            for name in sorted(counts.keys() & {'dense_folded', 'dense_plain'}):
+                parts = {'encoder': counts['encoder'], 'dense decoder': counts[name]}
+                macs.append(Bar(f'{label} {name.replace("_", " ")}', parts))
             routed = row['routing']['shares']
             if len(routed) > 1:
                 shares.append(Bar(label, {f'expert {j}': 100 * share for j, share in enumerate(routed, 1)}))

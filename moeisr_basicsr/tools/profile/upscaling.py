@@ -14,8 +14,7 @@ from moeisr_basicsr.analysis.measure import StageClock
 from moeisr_basicsr.analysis.routing_stats import expert_shares, mean_cost
 from moeisr_basicsr.analysis.schema import scale_label
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
-from moeisr_basicsr.core import MoEDecoder, render_image
-from moeisr_basicsr.core.lte import LTEExperts
+from moeisr_basicsr.core import MoEDecoder, reference, render_image
 from moeisr_basicsr.core.render import TORCH
 from moeisr_basicsr.inference import evaluation, make_control, target_size, upscale, upscale_strips
 from moeisr_basicsr.kernels import fused_backend
@@ -64,6 +63,7 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
     expert_map = upscale(net, lq, None, size, *control, precision=precision).expert_map
     shares = [1.0] if expert_map is None else expert_shares(expert_map, net.num_experts)
     dense = dense_decoder(net.decoder, setting.dense_hidden)
+    plain = setting.plain and reference.describes(dense)
     backend, cell = fused_backend(dense, device, precision) or TORCH, net.test_cell(lq_size, size)
     with evaluation(net, device.type, precision):
         feat = net.encode(lq)
@@ -74,15 +74,15 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
                 pass
         with clock('dense_folded'), evaluation(dense, device.type, precision):
             render_image(dense, feat, size, cell, backend=backend)
-        if setting.plain:
+        if plain:
             with clock('dense_plain'), evaluation(dense, device.type, 'fp32'):
                 plain_image(dense, 0, feat.float(), size, cell, max_chunks=1)
-        if setting.plain and dense.family == 'lte':
+        if plain and dense.family == 'lte':
             with clock('lte_tables'), evaluation(dense, device.type, 'fp32'):
                 dense.pool.tables(feat.float())
 
     times, peaks = measure_stages(run, device, setting.repeats)
-    if setting.plain:  # one chunk was timed: all cost the same but for LTE's tables, which its own code makes once
+    if plain:  # one chunk was timed: all cost the same but for LTE's tables, which its own code makes once
         once = times.pop('lte_tables', 0.0)
         chunks = max(size[0] * size[1] / CHUNK, 1.0)  # the last one may be shorter
         times['dense_plain'] = once + (times['dense_plain'] - once) * chunks
@@ -106,9 +106,8 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
 def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int] | None) -> MoEDecoder:
     """A decoder like `decoder`, of one expert of these hidden widths and random weights, to measure against."""
     pool = decoder.pool
-    if hidden is None:
-        hidden = [layer.out_features for layer in pool.linears(most_expensive(decoder))[:-1]]
-    family_options = {'hidden_dim': pool.hidden_dim} if isinstance(pool, LTEExperts) else {}
+    hidden = decoder.expert_options[most_expensive(decoder)] if hidden is None else hidden
+    family_options = {**decoder.family_options, 'shared_layers': 0}
     dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [hidden], None, **family_options)
     return dense.to(next(decoder.parameters()).device).eval()
 
