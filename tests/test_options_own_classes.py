@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from PIL import Image
 from options_cases import GOOD, line_of, swap, write
+from PIL import Image
 
 from moeisr_basicsr.cli import main
 

@@ -14,8 +14,9 @@ examples:
   basicsr upscale photos -o large --model model.safetensors --size 3840x2160 --ext webp
   basicsr upscale scan.png -o . --model model.safetensors --scale 2.5x4 --expert-map
 
-OUT is a file name for one image, or a folder; in a folder the name says the factor: photo_x3.3.png. Transparency, 16 bit per channel and grey stay as they are, as far as the output's format can
-hold them.
+OUT is a file name for one image, or a folder; in a folder the name says the factor: photo_x3.3.png. Of animations the
+first frame is taken. Transparency, 16 bit per channel and grey stay as they are, as far as the output's format can hold
+them.
 
 The expert map shows which expert made which pixel: cheapest to most expensive in yellow, green, blue and red.
 Under torchrun the images are shared among the processes."""
