@@ -12,22 +12,31 @@ from moeisr_basicsr.core.mapper import Draw, Routing, gumbel_noise
 
 EXPERTS = {
     'liif': [[12], [8, 20], [16, 4, 8]],
-    'lte': [[], [12], [8, 20]],
+    'lte': [[4], [12], [8, 20]],
     'shared': [[12], [12, 20], [12, 4, 8]],
     'nested': [[12, 8], [12], [12, 8, 20]],
-    'nested-lte': [[], [12], [12, 20]],
+    'nested-lte': [[12], [12, 8], [12, 8, 20]],
+    'lm': [{'latent': [], 'depth': 1}, {'latent': [12], 'depth': 3}, {'latent': [9, 14], 'depth': 2}],
+    'liif-and-none': [[12], [], [16, 4, 8]],
+    'nested-and-none': [[], [12], [12, 8, 20]],
+    'lte-and-none': [[4], [8, 20], []],
+    'lm-and-none': [[], {'latent': [12], 'depth': 3}, {'latent': [9, 14], 'depth': 2}],
 }
 OPTIONS = {
     'lte': {'hidden_dim': 12},
     'shared': {'shared_layers': 1},
     'nested': {'shared_layers': 3},
-    'nested-lte': {'shared_layers': 2, 'hidden_dim': 12},
+    'nested-lte': {'shared_layers': 3, 'hidden_dim': 12},
+    'nested-and-none': {'shared_layers': 3},
+    'lte-and-none': {'hidden_dim': 12},
+    'lm': {'render_width': 5},
+    'lm-and-none': {'render_width': 5},
 }
-FAMILY = {'lte': 'lte', 'nested-lte': 'lte'}
 for name in method_families:  # a new family is tested with LIIF's experts unless it has its own here
     EXPERTS.setdefault(name, EXPERTS['liif'])
-    FAMILY.setdefault(name, name)
+FAMILY = {kind: next((name for name in method_families if name in kind.split('-')), 'liif') for kind in EXPERTS}
 KINDS = list(EXPERTS)
+DENSE = {'lm': {'latent': [11], 'depth': 2}}  # elsewhere [10, 6]
 
 
 def make_decoder(family='liif', experts=None, seed=0, **options):
@@ -36,9 +45,9 @@ def make_decoder(family='liif', experts=None, seed=0, **options):
     decoder = MoEDecoder(
         6,
         3,
-        FAMILY.get(family, 'liif'),
+        FAMILY[family],
         experts or EXPERTS[family],
-        mapper={'num_layers': 2, 'num_feat': 8, 'hidden': 8},
+        mapper={'num_layers': 2, 'num_feat': 8},
         **OPTIONS.get(family, {}),
         **options,
     )
@@ -55,8 +64,8 @@ def make_decoder(family='liif', experts=None, seed=0, **options):
 def random_queries(batch=2, count=37, seed=1):
     generator = torch.Generator().manual_seed(seed)
     coord = torch.rand(batch, count, 2, generator=generator) * 2 - 1
-    cell = torch.rand(batch, count, 2, generator=generator) * 0.2 + 0.02
-    return coord, cell
+    cell = torch.rand(batch, 1, 2, generator=generator) * 0.2 + 0.02  # of each image: lm needs one for all its queries
+    return coord, cell.repeat(1, count, 1)
 
 
 def close(actual, expected, tolerance=1e-5):
@@ -91,15 +100,15 @@ def test_render_equals_plain_grid(family, factor):
 
 
 @pytest.mark.parametrize('family', KINDS)
-@pytest.mark.parametrize('experts', [None, [[10, 6]]])
-def test_tiled_equals_whole(family, experts):
-    decoder = make_decoder(family, experts).eval()
+@pytest.mark.parametrize('is_dense', [False, True])
+def test_tiled_equals_whole(family, is_dense):
+    decoder = make_decoder(family, [DENSE.get(FAMILY[family], [10, 6])] if is_dense else None).eval()
     feat = torch.randn(1, 6, 23, 17)
     whole = render_image(decoder, feat, (61, 50), tile=64)
     for tile in (1, 5, 16):
         tiled = render_image(decoder, feat, (61, 50), tile=tile)
         close(tiled.output, whole.output, 2e-6)
-        if experts is None:
+        if not is_dense:
             assert torch.equal(tiled.expert_map, whole.expert_map)
         else:
             assert tiled.expert_map is None
@@ -171,7 +180,7 @@ def test_idle_expert_gets_a_zero_gradient():
     assert all(torch.count_nonzero(grad) > 0 for grad in busy)
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('family', list(method_families))
 def test_one_query(family):
     decoder = make_decoder(family).eval()
     feat = torch.randn(1, 6, 4, 4)
@@ -181,10 +190,10 @@ def test_one_query(family):
     close(output, FAMILIES[family](decoder.pool, int(routing.expert), feat, coord, cell))
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('family', list(method_families))
 def test_one_expert_is_the_dense_decoder(family):
     """No mapper, no routing, the same code: in training and in test, output and gradients."""
-    decoder = make_decoder(family, [[10, 6]])
+    decoder = make_decoder(family, [DENSE.get(family, [10, 6])])
     assert decoder.mapper is None
     coord, cell = random_queries()
     feat = torch.randn(2, 6, 5, 7)
@@ -290,8 +299,7 @@ def test_linear_layers_as_convolutions(rows, widths):
     [
         ('liif', [[8], [12, 8]], 1, 'first widths agree'),
         ('liif', [[8, 6], [8, 5]], 2, 'first widths agree'),
-        ('liif', [[8], []], 1, 'one hidden layer in each LIIF expert'),
-        ('liif', [[], []], 1, 'one hidden layer in each'),
+        ('lm', [[]], 1, "'lm' have no layers in common; got 1"),
         ('lte', [[8], [12, 8]], 1, 'first widths agree'),
         ('liif', [[8]], -1, 'must not be negative'),
     ],
@@ -308,6 +316,17 @@ def test_shared_layers_need_equal_widths(family, experts, count, message):
         ({'experts': []}, 'experts must list'),
         ({'experts': [256]}, 'experts must list'),
         ({'experts': [[0]]}, 'experts must list'),
+        ({'experts': [{'latent': [8], 'depth': 2}]}, 'experts must list the hidden widths'),
+        *(
+            ({'family': 'lm', 'experts': [wrong]}, 'experts must list the layers')
+            for wrong in (
+                [8],
+                {'latent': [8]},
+                {'latent': [8], 'depth': 0},
+                {'latent': [0], 'depth': 2},
+                {'latent': [8], 'depth': 2, 'width': 16},
+            )
+        ),
         ({'experts': [[]] * 257}, '256 experts at most; got 257'),
         ({'family': 'lte', 'hidden_dim': 7}, 'hidden_dim'),
         ({'mapper': {'num_layers': 6}}, 'num_layers'),

@@ -1,4 +1,4 @@
-"""MoEISR (Oh et al., arXiv 2311.12077), and dense LIIF and LTE as its case of one expert.
+"""MoEISR (Oh et al., arXiv 2311.12077), and dense LIIF, LTE and LMLIIF as its case of one expert.
 
 Shapes: B images, C_in and C_out channels, (H, W) LR size, (R, S) output rows and columns, Q queries, J experts.
 """
@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
-from pydantic import Field
+from pydantic import ConfigDict, Field, with_config
 from torch import Tensor, nn
+from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
 from moeisr_basicsr.core import (
     Draw,
@@ -25,12 +26,30 @@ from moeisr_basicsr.core.coords import pixel_centres
 from moeisr_basicsr.core.decoder import FAMILIES
 from moeisr_basicsr.core.skip import SKIPS, skip_at, skip_grid
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.options.values import Count, Factors, Key, OneOf, Positive, Section, Weight
+from moeisr_basicsr.options.values import Count, Factors, Key, OneOf, Positive, Section, Weight, described
 
 Skip = Literal['none', 'bilinear', 'bicubic']
 Widths = Sequence[Positive]
 Family = Annotated[str, OneOf(FAMILIES)]
-LTE_SCALE_MAX = 4  # LTE was trained up to x4; its test code shows it no smaller cell than x4's
+CELL_SCALE_MAX = {'lte': 4, 'lm': 4}  # trained up to x4, their test codes show them no smaller cell than x4's
+
+
+@with_config(ConfigDict(extra='forbid'))
+class LMLayers(TypedDict):
+    """Of an expert of `core.lm`: hidden widths of its latent MLP, hidden layers of its render MLP."""
+
+    latent: Widths
+    depth: Positive
+
+
+Experts = Sequence[
+    Annotated[
+        Widths | LMLayers,
+        described(
+            "a list of widths, or with 'lm' a section of a list of widths, `latent`, and a whole number, `depth`"
+        ),
+    ]
+]
 
 
 class MapperOptions(Section):
@@ -38,8 +57,7 @@ class MapperOptions(Section):
 
     fills_defaults: ClassVar[bool] = False
     num_layers: Annotated[int, Field(ge=1, le=5)] = Key('convolutions on the features', 5)
-    num_feat: Positive = Key('their width', 32)
-    hidden: Positive = Key('width of the layer per query', 32)
+    num_feat: Positive = Key('their width, and that of the layer per query', 32)
     granularity: Literal['output_pixel', 'lr_pixel'] = Key(
         'one decision per output pixel (the paper), or per LR pixel (MoEISR-J)', 'output_pixel'
     )
@@ -74,17 +92,20 @@ class MoEISR(nn.Module):
     Args:
         encoder: Options of a registered encoder, for example {'type': 'EDSREncoder', 'num_feat': 64}.
         decoder: Decoder family; `core.decoder.register_family` adds one.
-        experts: Hidden widths of each expert, for example [[256], [256, 256]]; one expert is the dense decoder.
-        mapper: num_layers (1 to 5), num_feat, hidden, granularity ('output_pixel' or 'lr_pixel').
+        experts: Hidden widths of each expert, for example [[256], [256, 256]]; with 'lm' `latent`, the hidden widths of
+            its latent MLP, and `depth`, the hidden layers of its render MLP, for example [{latent: [208], depth: 6}].
+            [] is an expert without layers, which predicts 0. One expert is the dense decoder.
+        mapper: num_layers (1 to 5), num_feat, granularity ('output_pixel' or 'lr_pixel').
         skip: Image that the decoder's output is added to: 'none', 'bilinear', 'bicubic'. With 'bicubic' the decoder's
             output starts at zero, so that training starts at bicubic's quality.
         in_channels: C_in.
         out_channels: C_out; a skip needs C_in = C_out.
         scale: Factor of `net(lq)`, one or [rows, columns]; at least 1.
         hidden_dim: Width of LTE's Fourier basis; None for its default of 256.
+        render_width: Width of the render MLPs of 'lm'; None for its default of 16.
         cell_scale_max: Largest factor whose cell the decoder is shown, best the largest that it is trained on: cells
-            that it never saw cost up to 0.04 dB at x6 and x8. None for 4 with LTE (its official test code) and no limit
-            with LIIF; 0 for no limit.
+            that it never saw cost up to 0.04 dB at x6 and x8. None for 4 with LTE and LM (their official test codes)
+            and no limit with LIIF; 0 for no limit.
         shared_layers: How many leading hidden layers the experts have in common, whose widths must agree; 0 for none.
             With 'liif' one LR table then serves all. As many as the deepest expert has make the experts exits of one
             network at different depths.
@@ -95,7 +116,7 @@ class MoEISR(nn.Module):
         self,
         encoder: dict,
         decoder: Family = 'liif',
-        experts: Sequence[Widths] = ((256,), (256,) * 2, (256,) * 3, (256,) * 4),
+        experts: Experts = ((256,), (256,) * 2, (256,) * 3, (256,) * 4),
         mapper: Annotated[dict | None, MapperOptions] = None,
         skip: Skip = 'none',
         in_channels: Positive = 3,
@@ -104,6 +125,7 @@ class MoEISR(nn.Module):
         hidden_dim: Positive | None = None,
         cell_scale_max: Weight | None = None,
         shared_layers: Count = 0,
+        render_width: Positive | None = None,
         **family_options: Any,
     ):
         super().__init__()
@@ -111,13 +133,16 @@ class MoEISR(nn.Module):
             raise UserError(f'skip must be one of {SKIPS}; got {skip!r}.')
         if skip != 'none' and in_channels != out_channels:
             raise UserError(f"skip '{skip}' needs in_channels = out_channels; got {in_channels} and {out_channels}.")
-        if hidden_dim is not None and decoder != 'lte':
-            raise UserError(f"hidden_dim belongs to the decoder 'lte'; the decoder is {decoder!r}.")
+        family = dict(family_options)
+        for name, value, owner in (('hidden_dim', hidden_dim, 'lte'), ('render_width', render_width, 'lm')):
+            if value is not None:
+                family[name] = value
+                if decoder != owner:
+                    raise UserError(f'{name} belongs to the decoder {owner!r}; the decoder is {decoder!r}.')
         self.skip = skip
         self.scale = scale
-        self.cell_scale_max = (LTE_SCALE_MAX if decoder == 'lte' else 0) if cell_scale_max is None else cell_scale_max
+        self.cell_scale_max = CELL_SCALE_MAX.get(decoder, 0) if cell_scale_max is None else cell_scale_max
         self.encoder, num_feat = build_encoder(encoder, in_channels)
-        family = family_options | ({} if hidden_dim is None else {'hidden_dim': hidden_dim})
         try:
             self.decoder = MoEDecoder(
                 num_feat, out_channels, decoder, experts, mapper, shared_layers=shared_layers, **family
@@ -273,5 +298,34 @@ class LTE(MoEISR):
             out_channels=out_channels,
             scale=scale,
             hidden_dim=hidden_dim,
+            cell_scale_max=cell_scale_max,
+        )
+
+
+@ARCH_REGISTRY.register()
+class LMLIIF(MoEISR):
+    """Dense LM-LIIF (He and Jin, CVPR 2024, arXiv 2404.16451): one pair of latent and render MLP."""
+
+    def __init__(
+        self,
+        encoder: dict,
+        latent: Widths = (208,),
+        depth: Positive = 6,
+        render_width: Positive = 16,
+        skip: Skip = 'none',
+        in_channels: Positive = 3,
+        out_channels: Positive = 3,
+        scale: Factors | None = None,
+        cell_scale_max: Weight | None = None,
+    ):
+        super().__init__(
+            encoder,
+            'lm',
+            [LMLayers(latent=latent, depth=depth)],
+            skip=skip,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            scale=scale,
+            render_width=render_width,
             cell_scale_max=cell_scale_max,
         )

@@ -5,7 +5,7 @@ Reads like the paper's table: map, route, decode. `reference.py` has the same wi
 Shapes: B images, C feature channels, (H, W) LR size, Q queries (N of one image), J experts, C_out output channels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from .coords import Queries, make_corners, make_near, make_queries
 from .liif import ExpertPool, LIIFExperts
+from .lm import LMExperts
 from .lte import LTEExperts
 from .mapper import Draw, Mapper, Routing, route_gumbel
 
-FAMILIES: dict[str, type[ExpertPool]] = {'liif': LIIFExperts, 'lte': LTEExperts}
+FAMILIES: dict[str, type[ExpertPool]] = {'liif': LIIFExperts, 'lte': LTEExperts, 'lm': LMExperts}
 
 
 def register_family(name: str) -> Callable[[type[ExpertPool]], type[ExpertPool]]:
@@ -65,10 +66,11 @@ class MoEDecoder(nn.Module):
     Args:
         in_channels: C.
         out_channels: C_out.
-        family: 'liif', 'lte', or what `register_family` was given.
-        experts: Hidden widths of each expert, for example [[256], [256, 256]].
-        mapper: Options of `Mapper` (num_layers, num_feat, hidden, granularity); ignored with one expert.
-        **family_options: Options of the family (both: shared_layers; lte: hidden_dim).
+        family: 'liif', 'lte', 'lm', or what `register_family` was given.
+        experts: Hidden widths of each expert, for example [[256], [256, 256]]; of lm, latent and depth, for example
+            [{'latent': [208], 'depth': 6}]. An entry [] is the expert without layers: it predicts 0 and costs nothing.
+        mapper: Options of `Mapper` (num_layers, num_feat, granularity); ignored with one expert.
+        **family_options: Options of the family (all: shared_layers; lte: hidden_dim; lm: render_width).
     """
 
     def __init__(
@@ -76,14 +78,14 @@ class MoEDecoder(nn.Module):
         in_channels: int,
         out_channels: int = 3,
         family: str = 'liif',
-        experts: Sequence[Sequence[int]] = ((256,), (256,) * 2, (256,) * 3, (256,) * 4),
+        experts: Sequence = ((256,), (256,) * 2, (256,) * 3, (256,) * 4),
         mapper: dict | None = None,
         **family_options,
     ):
         super().__init__()
         if family not in FAMILIES:
-            raise ValueError(f'decoder must be one of {sorted(FAMILIES)}; got {family!r}.')
-        experts = check_experts(experts)
+            raise ValueError(f'decoder must be one of {list(FAMILIES)}; got {family!r}.')
+        experts = check_experts(experts, FAMILIES[family])
         self.family = family
         self.out_channels = out_channels
         self.expert_options, self.family_options = experts, family_options  # as given
@@ -97,8 +99,8 @@ class MoEDecoder(nn.Module):
 
     @property
     def depths(self) -> list[int]:
-        """Number of hidden layers of each expert."""
-        return [len(self.pool.linears(j)) - 1 for j in range(self.num_experts)]
+        """Number of hidden layers of each expert that run per query."""
+        return [max(len(self.pool.linears(j)) - 1, 0) for j in range(self.num_experts)]
 
     @property
     def expert_macs(self) -> list[int]:
@@ -107,9 +109,9 @@ class MoEDecoder(nn.Module):
 
     @property
     def expert_costs(self) -> Tensor:
-        """(J,) fp32: each expert's multiply-adds over those of the most expensive one."""
-        macs = torch.tensor(self.expert_macs, dtype=torch.float32)
-        return macs / macs.max()
+        """(J,) fp32: each expert's cost over that of the most expensive one; see `ExpertPool.cost`."""
+        costs = torch.tensor([self.pool.cost(j) for j in range(self.num_experts)], dtype=torch.float32)
+        return costs / costs.max().clamp(min=1)  # experts without layers only cost nothing
 
     def forward(self, feat: Tensor, coord: Tensor, cell: Tensor) -> Decoded:
         """Answer queries at any positions; in training with gradients, the noise from torch's generator.
@@ -125,7 +127,7 @@ class MoEDecoder(nn.Module):
         routing = self.route(feat, coord, cell)  # map, route
         decoded = [
             dispatch(partial(self.pool.predict, tables=tables), queries, expert, self.num_experts)
-            for (queries, tables), expert in zip(self.images(feat, coord, cell), routing.expert)
+            for (queries, tables), expert in zip(self.images(feat, coord, cell, routing.expert), routing.expert)
         ]
         return Decoded(torch.stack(decoded), routing)
 
@@ -162,16 +164,37 @@ class MoEDecoder(nn.Module):
         logits = self.logits(feat, coord, cell)
         return Routing(logits.argmax(dim=-1), None) if draw is None else route_gumbel(logits, draw)
 
-    def images(self, feat: Tensor, coord: Tensor, cell: Tensor) -> Iterator[tuple[Queries, list[Tensor]]]:
-        """Queries and LR tables of each image.
+    def images(
+        self, feat: Tensor, coord: Tensor, cell: Tensor, expert: Tensor | None = None
+    ) -> Iterator[tuple[Queries, list[Tensor]]]:
+        """Queries and LR tables of each image; of the tables only what `expert` (B, Q) reads, where it is given.
 
         Image by image: a batch's activations would fall out of the cache, and above 32 MiB each temporary is mapped
         anew by the C library.
         """
         lr_size = feat.shape[-2], feat.shape[-1]
         corners, cell_lr = make_corners(coord, lr_size), cell * cell.new_tensor(lr_size)
-        for image, tables in enumerate(zip(*(table.unbind() for table in self.pool.tables(feat)))):
-            yield make_queries(corners, cell_lr[image], image), list(tables)
+        reads = None
+        if expert is not None and self.pool.skips_unread:
+            reads = reads_of(corners.index, expert, self.num_experts, lr_size[0] * lr_size[1])
+        tables = self.pool.tables(feat, cell_lr=cell_lr, reads=reads)
+        for image, own in enumerate(zip(*(table.unbind() for table in tables))):
+            yield make_queries(corners, cell_lr[image], image), list(own)
+
+
+def reads_of(index: Tensor, expert: Tensor, num_experts: int, num_codes: int) -> Tensor:
+    """Which LR pixels the queries of each expert read: (J, B, T) bool.
+
+    Args:
+        index: (4, B, Q) int64, the LR pixels at the corners of the queries.
+        expert: (B, Q), the chosen expert.
+        num_experts: J.
+        num_codes: T.
+    """
+    reads = torch.zeros(num_experts, expert.shape[0], num_codes, dtype=torch.bool, device=index.device)
+    image = torch.arange(expert.shape[0], device=index.device)[:, None]
+    reads[expert.long(), image, index] = True
+    return reads
 
 
 def group_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
@@ -209,25 +232,15 @@ def predict_chosen(predict: Predict, queries: Queries, expert: Tensor, num_exper
     return torch.stack(predictions, dim=1)
 
 
-def check_experts(experts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The hidden widths of every expert as lists of positive integers.
+def check_experts(experts: Sequence, family: type[ExpertPool]) -> list:
+    """The experts as the family takes them.
 
     Raises:
-        ValueError: There is no expert or more than 256, or an entry is not a list of positive integers.
+        ValueError: There is no expert or more than 256, or an entry describes none.
     """
-
-    def is_list(value: object) -> bool:
-        return isinstance(value, Sequence) and not isinstance(value, str)
-
-    ok = (
-        is_list(experts)
-        and len(experts) > 0
-        and all(is_list(hidden) and all(type(width) is int and width > 0 for width in hidden) for hidden in experts)
-    )
-    if not ok:
-        raise ValueError(
-            f'experts must list the hidden widths of each expert, for example [[256], [256, 256]]; got {experts!r}.'
-        )
+    is_list = isinstance(experts, Sequence) and not isinstance(experts, str)
+    if not (is_list and len(experts) > 0 and all(map(family.is_entry, experts))):
+        raise ValueError(f'experts must list {family.entries}; got {experts!r}.')
     if len(experts) > 256:  # expert maps are bytes
         raise ValueError(f'there may be 256 experts at most; got {len(experts)}.')
-    return [list(hidden) for hidden in experts]
+    return [dict(entry) if isinstance(entry, Mapping) else list(entry) for entry in experts]

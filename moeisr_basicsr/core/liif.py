@@ -10,6 +10,7 @@ Shapes: B images, C feature channels, T = H * W latent codes, N queries with 4 c
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class Expert(nn.Module):
     Parameter names follow the official LIIF and LTE checkpoints (`layers.0`, `layers.2`, ...).
 
     Args:
-        widths: Of input, hidden layers and output.
+        widths: Of input, hidden layers and output; none at all for no layers.
     """
 
     def __init__(self, widths: Sequence[int]):
@@ -48,8 +49,17 @@ class Expert(nn.Module):
         self.layers = nn.Sequential(*layers[:-1])
 
 
+def is_widths(value: object) -> bool:
+    """Whether it lists widths of layers, positive integers."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return False
+    return all(type(width) is int and width > 0 for width in value)
+
+
 class ExpertPool(nn.Module):
     """The experts of a decoder family, which may have leading hidden layers in common.
+
+    An entry `[]` is the expert without layers: it predicts 0 and costs nothing.
 
     With all hidden layers in common the experts are exits of one network at different depths: each trains the layers of
     all that are deeper, and one pass through the deepest answers for all. What runs at test does not change.
@@ -65,6 +75,8 @@ class ExpertPool(nn.Module):
     """
 
     in_channels: int  # C, which each family sets
+    entries = 'the hidden widths of each expert, for example [[256], [256, 256]]'  # what `experts` lists
+    skips_unread = False  # whether `tables` leaves out the LR pixels that no query of an expert reads
 
     def __init__(self, in_features: int, out_channels: int, experts: Sequence[Sequence[int]], shared_layers: int = 0):
         super().__init__()
@@ -73,10 +85,17 @@ class ExpertPool(nn.Module):
         common = max(experts, key=len)[:shared_layers]
         widths = [in_features, *common]
         self.shared = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths[:-1], widths[1:]))
+        self.out_channels = out_channels
         self.num_shared = [min(len(hidden), len(common)) for hidden in experts]  # layers of each expert
         self.experts = nn.ModuleList(
-            Expert([widths[count], *hidden[count:], out_channels]) for hidden, count in zip(experts, self.num_shared)
+            Expert([widths[count], *hidden[count:], out_channels] if hidden else [])
+            for hidden, count in zip(experts, self.num_shared)
         )
+
+    @staticmethod
+    def is_entry(entry: object) -> bool:
+        """Whether `experts` may list it."""
+        return is_widths(entry)
 
     @classmethod
     def unshareable(cls, experts: Sequence[Sequence[int]], shared_layers: int) -> str | None:
@@ -91,23 +110,33 @@ class ExpertPool(nn.Module):
 
     @property
     def is_nested(self) -> bool:
-        """Whether the experts share all hidden layers and only have output layers of their own."""
-        return len(self.shared) > 0 and all(len(self.linears(j)) == n + 1 for j, n in enumerate(self.num_shared))
+        """Whether the experts share all hidden layers and have at most an output layer of their own."""
+        return len(self.shared) > 0 and all(len(self.linears(j)) <= n + 1 for j, n in enumerate(self.num_shared))
 
     def linears(self, j: int) -> list[nn.Linear]:
-        """Expert j's linear layers from first to last."""
-        modules = [*self.shared[: self.num_shared[j]], *self.experts[j].modules()]
+        """Expert j's linear layers from first to last; none for an expert without layers."""
+        modules = [*self.shared[: self.num_shared[j]], *cast(Expert, self.experts[j]).layers]
         return [module for module in modules if isinstance(module, nn.Linear)]
 
     @torch.no_grad()
     def zero_output(self) -> None:
         """Let every expert predict exactly zero, so that a network with an image skip starts as that skip."""
         for j in range(len(self.experts)):
-            for parameter in self.linears(j)[-1].parameters():  # never shared
-                nn.init.zeros_(parameter)
+            for last in self.linears(j)[-1:]:  # never shared
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
 
-    def tables(self, feat: Tensor, padding: int = 1) -> list[Tensor]:
-        """What can be computed once per LR pixel, each (B, T, width); `padding` is 0 where `feat` has its halo."""
+    def tables(
+        self, feat: Tensor, padding: int = 1, cell_lr: Tensor | None = None, reads: Tensor | None = None
+    ) -> list[Tensor]:
+        """What can be computed once per LR pixel, each (B, T, width).
+
+        Args:
+            feat: (B, C, H, W), or with its halo of one code per side and `padding` 0.
+            padding: 1, or 0.
+            cell_lr: (B, N, 2), the queries' or one for all, in LR pixels; for families whose tables depend on it.
+            reads: (J, B, T) bool, which rows each expert's queries read; the others stay zero if `skips_unread`.
+        """
         raise NotImplementedError
 
     def enter(self, j: int, tables: list[Tensor], queries: Queries) -> tuple[int, Tensor]:
@@ -118,9 +147,21 @@ class ExpertPool(nn.Module):
         """Multiply-adds of expert j for one query, LR tables not counted."""
         raise NotImplementedError
 
-    def table_macs(self) -> int:
-        """Multiply-adds of all LR tables for one LR pixel."""
+    def own_table_macs(self, j: int) -> int:
+        """Multiply-adds for one LR pixel of the LR tables that expert j reads."""
         raise NotImplementedError
+
+    def table_macs(self, reads: Sequence[float] | None = None) -> float:
+        """Multiply-adds of all LR tables for one LR pixel, in the mean.
+
+        Args:
+            reads: (J,) share of the LR pixels that each expert's queries read, where `skips_unread`; None for all.
+        """
+        raise NotImplementedError
+
+    def cost(self, j: int) -> float:
+        """What expert j costs the routing: its multiply-adds for one query."""
+        return self.macs(j)
 
     def predict(self, j: int, queries: Queries, tables: list[Tensor], trunk: dict[int, Tensor] | None = None) -> Tensor:
         """Expert j's predictions for N queries of one image: (N, C_out).
@@ -132,6 +173,12 @@ class ExpertPool(nn.Module):
             trunk: Activations after the shared layers that an earlier expert has computed, by their number; those that
                 this expert adds are put there.
         """
+        if not self.linears(j):
+            return queries.rel.new_zeros(queries.rel.shape[0], self.out_channels)
+        return self.run(j, queries, tables, trunk)
+
+    def run(self, j: int, queries: Queries, tables: list[Tensor], trunk: dict[int, Tensor] | None) -> Tensor:
+        """`predict` for an expert with layers."""
         shared = self.num_shared[j]
         known = max((depth for depth in trunk or () if depth <= shared), default=None)
         start, x = self.enter(j, tables, queries) if trunk is None or known is None else (known, trunk[known])
@@ -150,7 +197,7 @@ class ExpertPool(nn.Module):
 
 
 class LIIFExperts(ExpertPool):
-    """LIIF decoders over one feature map; `tables` are one (T, D1) per expert.
+    """LIIF decoders over one feature map; `tables` are one (T, D1) per expert, D1 = 0 without layers.
 
     Args:
         in_channels: C.
@@ -166,19 +213,16 @@ class LIIFExperts(ExpertPool):
         super().__init__(in_channels * 9 + 4, out_channels, experts, shared_layers)
         self.in_channels = in_channels
 
-    @classmethod
-    def unshareable(cls, experts: Sequence[Sequence[int]], shared_layers: int) -> str | None:
-        """As in `ExpertPool`; the first layer, folded to LR resolution, is shared or not for all experts alike."""
-        if shared_layers > 0 and not all(experts):
-            return (
-                f'{shared_layers} needs at least one hidden layer in each LIIF expert; got {list(map(list, experts))}.'
-            )
-        return super().unshareable(experts, shared_layers)
-
     @property
     def num_tables(self) -> int:
         """Number of different LR tables: one per expert, or one in all."""
         return 1 if len(self.shared) else len(self.experts)
+
+    @property
+    def owners(self) -> list[int]:
+        """The experts whose first layers, hence LR tables, differ: all with layers, or one where they share it."""
+        layered = [j for j in range(len(self.experts)) if self.linears(j)]
+        return layered[:1] if len(self.shared) else layered
 
     def split_first(self, j: int) -> tuple[Tensor, Tensor]:
         """Expert j's first weight cut apart: for the features (D1, C, 3, 3), for coordinate and cell (D1, 4)."""
@@ -187,44 +231,43 @@ class LIIFExperts(ExpertPool):
         kernel = rearrange(weight[:, :unfolded], 'd (c kh kw) -> d c kh kw', kh=3, kw=3)  # as F.unfold orders them
         return kernel, weight[:, unfolded:]
 
-    def tables(self, feat: Tensor, padding: int = 1) -> list[Tensor]:
+    def tables(
+        self, feat: Tensor, padding: int = 1, cell_lr: Tensor | None = None, reads: Tensor | None = None
+    ) -> list[Tensor]:
         """The feature part of every expert's first layer at LR resolution, its bias included.
-
-        Args:
-            feat: (B, C, H, W), or with its halo of one code per side and `padding` 0.
 
         Returns:
             One (B, T, D1) per expert; the same one for all that share it.
         """
-        kernels = [self.split_first(j)[0] for j in range(self.num_tables)]
-        biases: list[Tensor] = [self.linears(j)[0].bias for j in range(self.num_tables)]
+        owners = self.owners
+        if not owners:
+            return [feat.new_zeros(feat.shape[0], 0, 0)] * len(self.experts)
+        kernels = [self.split_first(j)[0] for j in owners]
+        biases: list[Tensor] = [self.linears(j)[0].bias for j in owners]
         feat = feat.contiguous(memory_format=torch.channels_last)  # the convolution then writes rows of the table
         table = F.conv2d(feat, torch.cat(kernels), torch.cat(biases), padding=padding)  # (B, sum of D1, H, W)
         table = rearrange(table, 'b d h w -> b (h w) d')  # (B, T, sum of D1)
-        tables = list(table.split([bias.shape[0] for bias in biases], dim=-1))
-        return tables if self.num_tables > 1 else tables * len(self.experts)
-
-    def first(self, j: int, tables: list[Tensor], queries: Queries) -> Tensor:
-        """Expert j's first layer before its ReLU: (4 N, D1)."""
-        x = queries.gather(tables[j])
-        return x.addmm_(queries.local().to(x), self.split_first(j)[1].t().to(x))
+        own = dict(zip(owners, table.split([bias.shape[0] for bias in biases], dim=-1)))
+        shared = own[owners[0]] if len(self.shared) else table[..., :0]
+        return [own.get(j, shared) for j in range(len(self.experts))]
 
     def enter(self, j: int, tables: list[Tensor], queries: Queries) -> tuple[int, Tensor]:
         """The first layer: 1, (4 N, D1)."""
-        return 1, F.relu_(self.first(j, tables, queries))
-
-    def predict(self, j: int, queries: Queries, tables: list[Tensor], trunk: dict[int, Tensor] | None = None) -> Tensor:
-        """As in `ExpertPool`; where the first layer is the last, the blend is all that is left."""
-        if len(self.linears(j)) == 1:
-            return queries.blend(self.first(j, tables, queries))
-        return super().predict(j, queries, tables, trunk)
+        x = queries.gather(tables[j])
+        return 1, F.relu_(x.addmm_(queries.local().to(x), self.split_first(j)[1].t().to(x)))
 
     def macs(self, j: int) -> int:
         """Multiply-adds of expert j's linear layers for one query, LR tables not counted."""
-        first, *hidden = self.linears(j)
-        per_corner = 2 * first.out_features + sum(layer.weight.numel() for layer in hidden[:-1])
-        return 4 * per_corner + sum(layer.weight.numel() for layer in hidden[-1:])
+        if not self.linears(j):
+            return 0
+        first, *hidden, last = self.linears(j)
+        per_corner = 2 * first.out_features + sum(layer.weight.numel() for layer in hidden)
+        return 4 * per_corner + last.weight.numel()
 
-    def table_macs(self) -> int:
+    def own_table_macs(self, j: int) -> int:
+        """Multiply-adds of expert j's LR table for one LR pixel."""
+        return sum(9 * self.in_channels * first.out_features for first in self.linears(j)[:1])
+
+    def table_macs(self, reads: Sequence[float] | None = None) -> float:
         """Multiply-adds of the LR tables of all experts for one LR pixel."""
-        return sum(9 * self.in_channels * self.linears(j)[0].out_features for j in range(self.num_tables))
+        return sum(map(self.own_table_macs, self.owners))

@@ -24,7 +24,7 @@ class LTEExperts(ExpertPool):
     Args:
         in_channels: C.
         out_channels: C_out.
-        experts: Hidden widths of each expert; an empty list is one linear layer on the Fourier basis.
+        experts: Hidden widths of each expert.
         hidden_dim: 2 K, width of the Fourier basis; even.
         shared_layers: See `ExpertPool`; convolutions and phase are always shared.
     """
@@ -46,11 +46,10 @@ class LTEExperts(ExpertPool):
         self.freq = nn.Conv2d(in_channels, hidden_dim, 3, padding=1)
         self.phase = nn.Linear(2, hidden_dim // 2, bias=False)
 
-    def tables(self, feat: Tensor, padding: int = 1) -> list[Tensor]:
+    def tables(
+        self, feat: Tensor, padding: int = 1, cell_lr: Tensor | None = None, reads: Tensor | None = None
+    ) -> list[Tensor]:
         """Coefficient and frequency at LR resolution.
-
-        Args:
-            feat: (B, C, H, W), or with its halo of one code per side and `padding` 0.
 
         Returns:
             Two of (B, T, 2 K).
@@ -75,10 +74,15 @@ class LTEExperts(ExpertPool):
 
     def macs(self, j: int) -> int:
         """Multiply-adds of expert j for one query, LR tables not counted: angles, MLP."""
-        linears = self.linears(j)
-        per_corner = self.hidden_dim + sum(layer.weight.numel() for layer in linears[:-1])
-        return 4 * per_corner + linears[-1].weight.numel()
+        if not self.linears(j):
+            return 0
+        *hidden, last = self.linears(j)
+        return 4 * (self.hidden_dim + sum(layer.weight.numel() for layer in hidden)) + last.weight.numel()
 
-    def table_macs(self) -> int:
-        """Multiply-adds of both convolutions for one LR pixel."""
-        return 2 * 9 * self.in_channels * self.hidden_dim
+    def own_table_macs(self, j: int) -> int:
+        """Multiply-adds of both convolutions for one LR pixel; none without layers."""
+        return 2 * 9 * self.in_channels * self.hidden_dim if self.linears(j) else 0
+
+    def table_macs(self, reads: Sequence[float] | None = None) -> float:
+        """The same: all experts share both convolutions."""
+        return max(map(self.own_table_macs, range(len(self.experts))))

@@ -5,10 +5,11 @@
     g = GumbelSoftmax(l; tau), hard           `gates` in training; one-hot argmax at test
     s(x) = sum_j g_j f_j(z, x, cell)          `mixture` of the experts' `predict`
 
-(Oh et al., arXiv 2311.12077, section 3.) The experts f_j are LIIF's (Chen et al., CVPR 2021) or LTE's (Lee and Jin,
-CVPR 2022) decoders of different depth. No folding, no dispatch, no tiles: every expert answers every query with a full
-pass per corner, over PyTorch's own `unfold` and `grid_sample`. The weights are those of our modules, so this is the
-truth that tests compare the fast code with, in output and gradients, and the plain algorithm that benchmarks time.
+(Oh et al., arXiv 2311.12077, section 3.) The experts f_j are LIIF's (Chen et al., CVPR 2021), LTE's (Lee and Jin, CVPR
+2022) or LMF's (He and Jin, CVPR 2024) decoders of different depth; one without layers predicts 0. No folding, no
+dispatch, no tiles: every expert answers every query with a full pass per corner, over PyTorch's own `unfold` and
+`grid_sample`. The weights are those of our modules, so this is the truth that tests compare the fast code with, in
+output and gradients, and the plain algorithm that benchmarks time.
 
 Shapes: B images, C feature channels, (H, W) LR size, Q queries, J experts, C_out output channels. `coord` (B, Q, 2)
 lies in [-1, 1], rows first; `cell` (B, Q, 2) is 2 / output size.
@@ -20,9 +21,10 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .decoder import MoEDecoder
+from .lm import LMExperts
 from .lte import LTEExperts
 
 
@@ -89,10 +91,27 @@ def predict(
 
 
 def mlp(decoder: MoEDecoder, j: int, x: Tensor) -> Tensor:
-    """Expert j's layers with ReLU between them: (B, Q, inputs) -> (B, Q, C_out)."""
+    """Expert j's layers with ReLU between them: (B, Q, inputs) -> (B, Q, C_out); 0 without layers."""
+    if not decoder.pool.linears(j):
+        return x.new_zeros(*x.shape[:-1], decoder.pool.out_channels)
+    if decoder.family == 'lm':
+        return modulated(cast(LMExperts, decoder.pool), j, x)
     *hidden, last = decoder.pool.linears(j)
     for linear in hidden:
         x = F.relu(linear(x))
+    return last(x)
+
+
+def modulated(pool: LMExperts, j: int, x: Tensor) -> Tensor:
+    """Expert j of 'lm': the latent MLP's scales, shifts and code, then the render MLP. LMF, section 3.2."""
+    codes, rel, cell_lr = x.split([x.shape[-1] - 4, 2, 2], dim=-1)
+    row = cast(nn.Sequential, pool.latent(j))(torch.cat([codes, cell_lr], dim=-1))
+    *hidden, last = pool.linears(j)
+    width = last.in_features
+    *modulations, code = row.split(width, dim=-1)
+    x = torch.cat([code, rel, cell_lr], dim=-1)
+    for layer, linear in enumerate(hidden):
+        x = F.relu(linear(x) * (1 + modulations[layer]) + modulations[len(hidden) + layer])
     return last(x)
 
 
@@ -106,7 +125,7 @@ def ensemble(
 ) -> Tensor:
     """Local ensemble of four corners: what each reads from its latent code, a full pass, blended by area."""
     maps = maps_of(decoder, feat) if maps is None else maps
-    read = {'liif': read_liif, 'lte': read_lte}[decoder.family]
+    read = read_lte if decoder.family == 'lte' else read_liif
     (height, width), positions = feat.shape[-2:], centres(feat)
     predictions, areas = [], []
     for row_side in (-1, 1):
@@ -123,15 +142,15 @@ def ensemble(
 
 
 def maps_of(decoder: MoEDecoder, feat: Tensor) -> list[Tensor]:
-    """What the corners sample: LIIF's unfolded features (B, 9 C, H, W); LTE's coefficients and frequencies."""
-    if decoder.family == 'liif':
+    """What the corners sample: unfolded features (B, 9 C, H, W); LTE's coefficients and frequencies."""
+    if decoder.family != 'lte':
         return [F.unfold(feat, 3, padding=1).unflatten(-1, feat.shape[-2:])]
     pool = cast(LTEExperts, decoder.pool)  # or, in tests, the layers of an official network
     return [pool.coef(feat), pool.freq(feat)]
 
 
 def read_liif(decoder: MoEDecoder, codes: list[Tensor], rel: Tensor, cell_lr: Tensor) -> Tensor:
-    """What a LIIF expert reads, (B, Q, 9 C + 4)."""
+    """What a LIIF or LM expert reads, (B, Q, 9 C + 4)."""
     return torch.cat([*codes, rel, cell_lr], dim=-1)
 
 

@@ -28,7 +28,7 @@ from .coords import (
     near_axis,
     pixel_centres,
 )
-from .decoder import MoEDecoder, dispatch
+from .decoder import MoEDecoder, dispatch, reads_of
 from .mapper import Mapper
 
 LOGITS = 1 << 18  # pixels whose logits are held at once
@@ -79,9 +79,13 @@ class TorchBackend:
 
     def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
         """LR tables of the window, then each pixel to its expert, in chunks."""
-        tables = [table[0] for table in decoder.pool.tables(tile.window, padding=0)]
-        width = tile.window.shape[-1] - 2
-        queries = make_queries(grid_corners(tile.rows, tile.cols, width), tile.cell_lr[None])
+        height, width = tile.window.shape[-2] - 2, tile.window.shape[-1] - 2
+        corners = grid_corners(tile.rows, tile.cols, width)
+        reads = None
+        if tile.expert_map is not None and decoder.pool.skips_unread:
+            reads = reads_of(corners.index, tile.expert_map.reshape(1, -1), decoder.num_experts, height * width)
+        tables = [table[0] for table in decoder.pool.tables(tile.window, 0, tile.cell_lr[None, None], reads)]
+        queries = make_queries(corners, tile.cell_lr[None])
 
         def predict(j: int, group: Queries) -> Tensor:
             return torch.cat([decoder.pool.predict(j, chunk, tables) for chunk in group.split(CHUNK)])

@@ -32,7 +32,7 @@ def fused_backend(decoder: MoEDecoder, device: torch.device | str, precision: st
     if switched_off():
         _say(logging.INFO, 'Decode runs on torch code: MOEISR_KERNELS=off.')
         return None
-    if decoder.family not in FAMILIES:
+    if decoder.family not in FAMILIES or 0 in decoder.depths:  # nor for experts without layers
         return None
     device = torch.device(device)
     if device.type == 'cpu' and precision != 'fp16':  # no processor's kernel is written for fp16

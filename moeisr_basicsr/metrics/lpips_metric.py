@@ -8,7 +8,7 @@ import importlib.util
 import pickle
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ def _as_conv(kernel: np.ndarray) -> Tensor:
 class _Arrays(pickle.Unpickler):
     """A pickle of NumPy arrays in plain containers. Anything else in it is rejected, never run."""
 
-    allowed = {entry.__name__: entry for entry in (np.zeros(0).__reduce__()[0], np.ndarray, np.dtype)}
+    allowed: ClassVar = {entry.__name__: entry for entry in (np.zeros(0).__reduce__()[0], np.ndarray, np.dtype)}
 
     def find_class(self, module: str, name: str) -> Any:
         if not module.startswith('numpy') or name not in self.allowed:

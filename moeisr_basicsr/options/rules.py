@@ -62,7 +62,7 @@ def routing(data: dict) -> Problems:
     """The balance loss has a share for every expert, and one thing decides what a test may cost."""
     val, experts = section(data, 'val'), section(data, 'network_g').get('experts')
     target = section(data, 'train', 'balance_opt').get('target')
-    if not isinstance(experts, list) or not all(isinstance(hidden, list) for hidden in experts):
+    if not isinstance(experts, list) or not all(isinstance(entry, (list, dict)) for entry in experts):
         experts = target
     if isinstance(target, list) and isinstance(experts, list) and len(target) != len(experts):
         message = f'must have a share for each of the {len(experts)} experts; got {len(target)}.'

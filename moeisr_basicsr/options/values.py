@@ -79,6 +79,8 @@ def as_written(value: Any, result: Any) -> Any:
     """`result`, what pydantic made of `value`, with lists as lists; neither text nor booleans become numbers."""
     if isinstance(value, list) and isinstance(result, Iterable) and not isinstance(result, Mapping):
         return [as_written(before, after) for before, after in zip(value, result)]
+    if isinstance(value, dict) and isinstance(result, dict):
+        return {name: as_written(value[name], after) if name in value else after for name, after in result.items()}
     for family in (bool, str):
         assert isinstance(value, family) == isinstance(result, family) or not isinstance(result, (str, int, float))
     return value if isinstance(value, int) and isinstance(result, float) else result  # a scale of 2 is no 2.0

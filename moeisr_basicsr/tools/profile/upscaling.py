@@ -11,11 +11,12 @@ from torch import Tensor
 
 from moeisr_basicsr.analysis.complexity import macs_per_pixel, most_expensive
 from moeisr_basicsr.analysis.measure import StageClock
-from moeisr_basicsr.analysis.routing_stats import expert_shares, mean_cost
+from moeisr_basicsr.analysis.routing_stats import expert_shares, lr_reads, mean_cost
 from moeisr_basicsr.analysis.schema import scale_label
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import MoEDecoder, reference, render_image
 from moeisr_basicsr.core.render import TORCH
+from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import evaluation, make_control, target_size, upscale, upscale_strips
 from moeisr_basicsr.kernels import fused_backend
 
@@ -62,8 +63,10 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
     control = setting.cost_weight, setting.budget
     expert_map = upscale(net, lq, None, size, *control, precision=precision).expert_map
     shares = [1.0] if expert_map is None else expert_shares(expert_map, net.num_experts)
+    reads = None if expert_map is None else lr_reads(net.decoder, expert_map[0], lq_size)
     dense = dense_decoder(net.decoder, setting.dense_hidden)
-    plain = setting.plain and reference.describes(dense)
+    # lm's published code runs the latent MLP at LR as this package does: nothing to compare
+    plain = setting.plain and dense.family != 'lm' and reference.describes(dense)
     backend, cell = fused_backend(dense, device, precision) or TORCH, net.test_cell(lq_size, size)
     with evaluation(net, device.type, precision):
         feat = net.encode(lq)
@@ -98,17 +101,22 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
         'time_ms': {**times, 'total': sum(times[stage] for stage in stages)},
         'repeats': setting.repeats,
         'peak_mib': {**{stage: peaks[stage] for stage in stages}, 'total': max(known, default=None)},
-        'macs': macs_per_pixel(net, lq_size, size, shares, dense),
-        'routing': {'shares': shares, 'mean_cost': mean_cost(shares, net.decoder.expert_costs)},
+        'macs': macs_per_pixel(net, lq_size, size, shares, dense, reads),
+        'routing': {
+            'shares': shares,
+            'mean_cost': mean_cost(shares, net.decoder.expert_costs),
+            **({'lr_reads': reads} if reads else {}),
+        },
     }
 
 
 def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int] | None) -> MoEDecoder:
     """A decoder like `decoder`, of one expert of these hidden widths and random weights, to measure against."""
-    pool = decoder.pool
-    hidden = decoder.expert_options[most_expensive(decoder)] if hidden is None else hidden
-    family_options = {**decoder.family_options, 'shared_layers': 0}
-    dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [hidden], None, **family_options)
+    if hidden and decoder.family == 'lm':
+        raise UserError("--dense-hidden belongs to the decoders 'liif' and 'lte'; this network's is 'lm'.")
+    expert = hidden or decoder.expert_options[most_expensive(decoder)]
+    options = {**decoder.family_options, 'shared_layers': 0}
+    dense = MoEDecoder(decoder.pool.in_channels, decoder.out_channels, decoder.family, [expert], None, **options)
     return dense.to(next(decoder.parameters()).device).eval()
 
 
