@@ -19,13 +19,14 @@ from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import output_size
 from moeisr_basicsr.core.control import Budget, CostWeight, Shuffle
 from moeisr_basicsr.core.render import TORCH, Clock, FeatureWindow, Renderer, spans
+from moeisr_basicsr.core.skip import ImageWindow
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.kernels import fused_backend
 
 # Input pixels that the encoder sees at once by default: 64-channel fp32 features of 640 x 640 take 100 MiB, and an
 # encoder holds several of them. The halo of EDSR-baseline then costs a quarter more.
 TILE_PIXELS = 640 * 640
-STRIP_ROWS = 128  # of a band of tiles that are finished at once: the skip image and its temporaries stay small
+STRIP_ROWS = 128  # of a band of tiles that are handed out at once: the caller's temporaries stay small
 PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
@@ -34,6 +35,13 @@ class Upscaled(NamedTuple):
 
     image: Tensor  # (B, C, R, S) fp32, not clamped
     expert_map: Tensor | None  # (B, R, S) uint8, the expert of each output pixel; None for a dense decoder
+
+
+class Window(NamedTuple):
+    """What the output of one encoder tile is made of."""
+
+    features: FeatureWindow
+    base: ImageWindow | None  # None without a skip
 
 
 class Strip(NamedTuple):
@@ -117,24 +125,31 @@ def encoder_tiles(
     return rows, cols
 
 
-def encode_window(net: MoEISR, lq: Tensor, bounds: tuple[int, int, int, int]) -> FeatureWindow:
-    """Features of the LR codes (top, bottom, left, right; ends excluded), exact up to their edges.
+def encode_window(net: MoEISR, lq: Tensor, bounds: tuple[int, int, int, int]) -> Window:
+    """An image's LR codes (top, bottom, left, right; ends excluded), exact up to the edges.
 
     Args:
         lq: (1, C, H, W), the whole image.
     """
-    top, bottom, left, right = bounds
     height, width = lq.shape[-2:]
+    top, bottom, left, right = bounds
+    if net.skip != 'none':  # its kernel reaches 2 LR pixels, since no factor is below 1; the renderer's margin is 1
+        top, bottom, left, right = max(top - 1, 0), min(bottom + 1, height), max(left - 1, 0), min(right + 1, width)
     if lq.device.type == 'cpu' or torch.is_autocast_enabled():
         lq = lq.contiguous(memory_format=torch.channels_last)  # convolutions 1.3x faster in fp32, 2x in bf16
-    if (top, bottom, left, right) == (0, height, 0, width):
-        return FeatureWindow(net.encode(lq), 0, 0, (height, width))
-    halo, multiple = getattr(net.encoder, 'halo', None), getattr(net.encoder, 'tile_multiple', 1)
-    assert halo is not None  # `encoder_tiles` cuts nothing without it
+    halo = getattr(net.encoder, 'halo', None) or 0  # None: `encoder_tiles` cuts nothing
+    multiple = getattr(net.encoder, 'tile_multiple', 1)
     row0, row1 = aligned(top - halo, bottom + halo, height, multiple)
     col0, col1 = aligned(left - halo, right + halo, width, multiple)
-    feat = net.encode(lq[..., row0:row1, col0:col1])
-    return FeatureWindow(feat[..., top - row0 : bottom - row0, left - col0 : right - col0], top, left, (height, width))
+    feat, image = net.encode(lq[..., row0:row1, col0:col1])
+    features = FeatureWindow(
+        feat[..., top - row0 : bottom - row0, left - col0 : right - col0], top, left, (height, width)
+    )
+    if image is None:
+        return Window(features, None)
+    s = image.shape[-2] // feat.shape[-2]  # the base image's own factor
+    image = image[..., s * (top - row0) : s * (bottom - row0), s * (left - col0) : s * (right - col0)]
+    return Window(features, ImageWindow(image, s * top, s * left, (s * height, s * width)))
 
 
 def aligned(start: int, stop: int, size: int, multiple: int) -> tuple[int, int]:
@@ -220,41 +235,38 @@ def render_tiles(
 ) -> Iterator[Strip]:
     """The strips of `upscale_strips`; each step must run under `evaluation`."""
     size = renderer.size
-    windows: dict[tuple, FeatureWindow] = {}
+    windows: dict[tuple, Window] = {}
 
-    def window(rows: tuple[int, int], cols: tuple[int, int]) -> FeatureWindow:
+    def window(rows: tuple[int, int], cols: tuple[int, int]) -> Window:
         if (rows, cols) not in windows:
             windows.clear()  # one tile's features at a time
             with renderer.clock('encode'):
                 windows[rows, cols] = encode_window(net, lq, renderer.window_of(rows, cols))
         return windows[rows, cols]
 
+    def strips(rows: tuple[int, int], cols: tuple[int, int]) -> Iterator[Strip]:
+        features, base = window(rows, cols)
+        for top, bottom, strip in renderer.render_region(features, rows, cols):
+            image = net.add_skip(strip.output, base, size, (top, bottom), cols)[0]
+            yield Strip(top, bottom, image, None if strip.expert_map is None else strip.expert_map[0])
+
     for show in renderer.previews():
         for rows, cols in product(row_spans, col_spans):
-            show(window(rows, cols), rows, cols)
+            show(window(rows, cols).features, rows, cols)
     for rows in row_spans:
         if len(col_spans) == 1:
-            for top, bottom, strip in renderer.render_region(window(rows, col_spans[0]), rows, col_spans[0]):
-                yield finish(net, lq, size, top, bottom, strip.output[0], strip.expert_map)
+            yield from strips(rows, col_spans[0])
             continue
         band = torch.empty(net.decoder.out_channels, rows[1] - rows[0], size[1], device=lq.device)
         experts = None if net.num_experts == 1 else torch.empty(band.shape[1:], dtype=torch.uint8, device=lq.device)
         for cols in col_spans:
-            for top, bottom, strip in renderer.render_region(window(rows, cols), rows, cols):
-                band[:, top - rows[0] : bottom - rows[0], cols[0] : cols[1]] = strip.output[0]
-                if experts is not None and strip.expert_map is not None:
-                    experts[top - rows[0] : bottom - rows[0], cols[0] : cols[1]] = strip.expert_map[0]
+            for top, bottom, image, expert_map in strips(rows, cols):
+                band[:, top - rows[0] : bottom - rows[0], cols[0] : cols[1]] = image
+                if experts is not None and expert_map is not None:
+                    experts[top - rows[0] : bottom - rows[0], cols[0] : cols[1]] = expert_map
         for top, bottom in spans(*rows, math.ceil((rows[1] - rows[0]) / STRIP_ROWS)):
             part = slice(top - rows[0], bottom - rows[0])
-            yield finish(net, lq, size, top, bottom, band[:, part], None if experts is None else experts[None, part])
-
-
-def finish(
-    net: MoEISR, lq: Tensor, size: tuple[int, int], top: int, bottom: int, output: Tensor, expert_map: Tensor | None
-) -> Strip:
-    """Decoder output (C, r, S) and map (1, r, S) of the rows top to bottom as a strip of the image."""
-    image = net.add_skip(output.float()[None], lq, size, slice(top, bottom))[0]
-    return Strip(top, bottom, image, None if expert_map is None else expert_map[0])
+            yield Strip(top, bottom, band[:, part], None if experts is None else experts[part])
 
 
 def upscale(

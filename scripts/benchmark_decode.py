@@ -71,7 +71,7 @@ class Benchmark:
         self.lq_size = (args.lq_size, args.lq_size)
         self.lq = torch.rand(1, 3, *self.lq_size, device=self.device)
         with torch.no_grad():
-            self.feat = self.net.encode(self.lq)
+            self.feat = self.net.encode(self.lq).feat
             self.feat = self.feat / self.feat.std()  # a trained encoder's features are of this order
         self.plain: dict[str, Callable[..., Tensor]] = {'plain': self.plain_image}  # the first one is the baseline
         if args.peer is not None:
@@ -118,7 +118,7 @@ class Benchmark:
         """Encoder, mapper (its routing is thrown away) and decoder."""
         with evaluation(self.net, self.device.type, precision):
             lq = self.lq.contiguous(memory_format=torch.channels_last) if self.device.type == 'cpu' else self.lq
-            feat = self.net.encode(lq)  # as `upscale` does
+            feat = self.net.encode(lq).feat  # as `upscale` does
             route(self.moe, feat, size, backend)
         return self.render(feat, size, backend, precision, expert_map)
 
@@ -234,7 +234,7 @@ class Benchmark:
         assert output <= LIMITS['fp32'] and gradient <= GRADIENT_LIMIT, 'training differs from the plain sum'
         lq = torch.rand(batch, 3, PATCH, PATCH, device=self.device)
         plain, exact = (Case(f'train-{form}', partial(steps.run, form), guess=1.0) for form in ('plain', 'exact'))
-        encode = Case('encoder', lambda: self.net.encode(lq).sum().backward(), guess=1.0)
+        encode = Case('encoder', lambda: self.net.encode(lq).feat.sum().backward(), guess=1.0)
         row = {'repeats': self.turns.take([plain, exact, encode], lambda case: None), 'count': batch}
         row |= {'lq_size': [PATCH, PATCH], 'notes': f'{QUERIES} queries per image'}
         if encode.times:

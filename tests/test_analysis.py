@@ -12,6 +12,7 @@ import torch
 from jsonschema import Draft202012Validator
 from mmengine.analysis import FlopAnalyzer
 from mmengine.analysis.jit_handles import addmm_flop_jit
+from tail_encoder import TailEncoder
 from torch import nn
 
 from moeisr_basicsr.analysis import schema
@@ -20,6 +21,7 @@ from moeisr_basicsr.analysis.complexity import (
     dense_folded_macs,
     dense_plain_macs,
     encoder_macs,
+    macs_per_pixel,
     most_expensive,
     parameters,
     plain_query_macs,
@@ -224,6 +226,16 @@ def test_encoder_macs_against_mmengine(encoder):
         kinds = ('conv', 'linear', 'matmul', 'addmm')
         assert encoder_macs(encoder, size) == sum(counted.get(kind, 0) for kind in kinds)
     assert all(value.device.type == 'cpu' and value.equal(before[key]) for key, value in encoder.state_dict().items())
+
+
+def test_macs_of_a_network_skip():
+    """The tail counts with the encoder; the resampling's taps are told beside the sum."""
+    net = MoEISR({'type': TailEncoder.__name__, 'scale': 4}, experts=[[8], [8, 8]], skip='network')
+    macs = macs_per_pixel(net, (10, 12), (20, 12), [0.5, 0.5])
+    convolutions = 9 * (3 * 8 + 8 * 8 + 8 * 3 * 16)
+    assert macs['encoder'] == convolutions / 2
+    assert macs['skip'] == 3 * (8 * 48 / 12 + 16)  # kernels of 4 taps, widened 2 and 4 times
+    assert macs['total'] == macs['encoder'] + macs['mapper'] + macs['tables'] + macs['experts']
 
 
 @pytest.mark.parametrize(

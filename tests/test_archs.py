@@ -10,18 +10,19 @@ import torch
 import torch.nn.functional as F
 from basicsr.archs import build_network
 from reference import FAMILIES, grid
+from tail_encoder import TailEncoder
 from torch import nn
 
 import moeisr_basicsr  # noqa: F401  before BasicSR, which needs its shims
 from moeisr_basicsr.archs.moeisr_arch import MapperOptions, Skip
-from moeisr_basicsr.core import Draw, Predictions, make_coord
-from moeisr_basicsr.core.coords import pixel_centres
+from moeisr_basicsr.core import Draw, Predictions
 from moeisr_basicsr.core.mapper import GRANULARITIES, Mapper
-from moeisr_basicsr.core.skip import SKIPS, skip_at, skip_grid
+from moeisr_basicsr.core.skip import SKIPS, ImageWindow, skip_at, skip_grid
 from moeisr_basicsr.official import official
 
 EDSR = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
 RDN = {'type': 'RDNEncoder', 'num_feat': 8, 'num_block': 2, 'num_conv': 2, 'growth': 4}
+TAIL = {'type': TailEncoder.__name__}
 SWINIR = {'type': 'SwinIREncoder', 'embed_dim': 12, 'depths': [2], 'num_heads': [2]}
 SMALL = {
     'LIIF': {'type': 'LIIF', 'encoder': EDSR, 'hidden_list': [12, 10]},
@@ -136,7 +137,7 @@ def test_dense_equals_the_published_algorithm(name, size, out):
             )[:, :, 0].transpose(1, 2)
         expected = plain * 0.5 + 0.5
         close(net(lq, coord, cell), expected)
-        rendered = net.decode_image(lq, net.encode(lq), out)
+        rendered = net.decode_image(net.encode(lq), out)
     assert rendered.expert_map is None
     close(rendered.output, expected.transpose(1, 2).unflatten(-1, out))
 
@@ -151,7 +152,7 @@ def test_cell_factor_beyond_the_training_scales(name, limit, out):
     if limit:
         cell = cell * torch.tensor([max(out[0] / 5 / limit, 1), max(out[1] / 4 / limit, 1)])
     with torch.no_grad():
-        close(net.decode_image(lq, net.encode(lq), out).output.flatten(2).transpose(1, 2), net(lq, coord, cell))
+        close(net.decode_image(net.encode(lq), out).output.flatten(2).transpose(1, 2), net(lq, coord, cell))
 
 
 def test_cell_scale_max_can_be_set():
@@ -168,7 +169,7 @@ def test_queries_are_shown_the_same_cells_as_whole_images():
         out = net(lq, coord, cell)
         close(out, free(lq, coord, torch.tensor([2 / 10, 2 / 6]).expand_as(cell)))  # rows x3, columns x1.5
         assert not torch.allclose(out, free(lq, coord, cell), atol=1e-4)
-        close(net.decode_image(lq, net.encode(lq), (15, 6)).output.flatten(2).transpose(1, 2), out)
+        close(net.decode_image(net.encode(lq), (15, 6)).output.flatten(2).transpose(1, 2), out)
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -182,8 +183,8 @@ def test_whole_image_equals_its_queries(name, scale):
     with torch.no_grad():
         image = net(lq)
         prediction = net(lq, coord, cell)
-        expert = net.decoder.route(net.encode(lq), coord, net.shown_cell(cell, (9, 7))).expert
-        rendered = net.decode_image(lq, net.encode(lq), size)
+        expert = net.decoder.route(net.encode(lq).feat, coord, net.shown_cell(cell, (9, 7))).expert
+        rendered = net.decode_image(net.encode(lq), size)
     close(image, prediction.transpose(1, 2).unflatten(-1, size))
     if net.num_experts > 1:
         assert expert.unique().numel() > 1
@@ -226,30 +227,36 @@ def test_other_channel_counts(name, channels):
 
 
 @pytest.mark.parametrize('name', SMALL)
-@pytest.mark.parametrize('skip', ['none', 'bilinear', 'bicubic'])
-def test_output_is_added_to_the_skip(name, skip):
-    net = random_output(build(name, skip=skip)).eval()
-    lq = torch.rand(1, 3, 6, 5)
-    coord, cell = grid((13, 12))
+@pytest.mark.parametrize('skip', SKIPS)
+@pytest.mark.parametrize('size', [(13, 12), (24, 40)])
+def test_output_is_added_to_the_skip(name, skip, size):
+    net = random_output(build(name, skip=skip, encoder=TAIL)).eval()
+    lq = torch.rand(2, 3, 6, 5)
+    coord, cell = grid(size, batch=2)
     with torch.no_grad():
-        decoded = net.decoder(net.encode(lq), coord, cell).prediction
-        base = 0.5 if skip == 'none' else skip_at(lq, coord, skip)
+        feat = net.encoder(lq * 2 - 1)
+        decoded = net.decoder(feat, coord, net.shown_cell(cell, (6, 5))).prediction
+        image = net.encoder.tail(feat) if skip == 'network' else lq
+        base = 0.5 if skip == 'none' else skip_at(image, coord, cell, skip)  # the true cell, never the limited one
         close(net(lq, coord, cell), decoded * 0.5 + base)
-        close(net.decode_image(lq, net.encode(lq), (13, 12)).output.flatten(2).transpose(1, 2), decoded * 0.5 + base)
+        close(net.decode_image(net.encode(lq), size).output.flatten(2).transpose(1, 2), decoded * 0.5 + base)
 
 
 @pytest.mark.parametrize('name', SMALL)
-def test_zero_initialised_network_is_exactly_bicubic(name):
-    net = build(name, skip='bicubic', scale=3)
+@pytest.mark.parametrize('skip', ['bicubic', 'network'])
+def test_zero_initialised_network_is_exactly_its_skip(name, skip):
+    options = {'skip': skip, 'encoder': TAIL, 'scale': 2.5}
+    net = build(name, **options)
     lq = torch.rand(2, 3, 6, 5)
-    coord = make_coord((18, 15)).expand(2, -1, -1)
-    bicubic = skip_grid(lq, pixel_centres(18), pixel_centres(15), 'bicubic')
+    coord, cell = grid((15, 13), batch=2)
     with torch.no_grad():
-        assert torch.equal(net.eval()(lq), bicubic)
-        close(net.train()(lq), bicubic, 2e-6)
-        assert torch.equal(net(lq, coord, torch.full_like(coord, 0.1)), skip_at(lq, coord, 'bicubic'))
-        started = random_output(build(name, skip='bicubic', scale=3)).eval()
-        assert not torch.allclose(started(lq), bicubic, atol=1e-4)
+        image = net.encoder.with_image(lq * 2 - 1)[1] if skip == 'network' else lq
+        base = skip_grid(ImageWindow.whole(image), (15, 13), (0, 15), (0, 13), skip)
+        assert torch.equal(net.eval()(lq), base)
+        close(net.train()(lq), base, 2e-6)
+        assert torch.equal(net(lq, coord, cell), skip_at(image, coord, cell, skip))
+        started = random_output(build(name, **options)).train()  # drawn: one expert may have no layers
+        assert not torch.allclose(started(lq), base, atol=1e-4)
 
 
 def test_image_keeps_fp32_under_autocast():

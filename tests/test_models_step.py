@@ -28,10 +28,10 @@ def build_twice(options, other):
 def plain_predictions(net, batch, iteration, tau=1.0):
     """Every expert's predictions in image space and the gates, by the reference."""
     noise = torch.stack([gumbel_noise((40, 2), 3, iteration, slot) for slot in range(4)])
-    feat, (coord, cell) = net.encode(batch['lq']), (batch['coord'], batch['cell'])
+    feat, (coord, cell) = net.encode(batch['lq']).feat, (batch['coord'], batch['cell'])
     gate = method.gates(method.logits(net.decoder, feat, coord, cell), noise, tau)
     experts = torch.stack([method.predict(net.decoder, j, feat, coord, cell) for j in range(2)], dim=2)
-    base = 0.5 if net.skip == 'none' else skip_at(batch['lq'], coord, net.skip).unsqueeze(2)
+    base = 0.5 if net.skip == 'none' else skip_at(batch['lq'], coord, cell, net.skip).unsqueeze(2)
     return experts * 0.5 + base, gate
 
 
@@ -300,7 +300,7 @@ def test_first_step_spreads_the_logits_once(parts):
     model.feed_data(batch)
     model.optimize_parameters(1)
     for net in (model.net_g, model.net_g_ema):
-        logits = net.decoder.logits(net.encode(batch['lq']), batch['coord'], batch['cell']).flatten(0, 1)
+        logits = net.decoder.logits(net.encode(batch['lq']).feat, batch['coord'], batch['cell']).flatten(0, 1)
         torch.testing.assert_close(logits.mean(dim=0), torch.zeros(2), rtol=0, atol=1e-3)
         torch.testing.assert_close(logits.std(dim=0, correction=0), torch.ones(2), rtol=1e-3, atol=0)
     before = weights_of(model)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from reference import grid
+from tail_encoder import TailEncoder
 
 from moeisr_basicsr import inference
 from moeisr_basicsr.archs.moeisr_arch import LIIF, MoEISR
@@ -14,6 +16,7 @@ ENCODERS = [
     {'type': 'RDNEncoder', 'num_feat': 8, 'num_block': 2, 'num_conv': 2, 'growth': 4},
     {'type': 'SwinIREncoder', 'embed_dim': 12, 'depths': [2, 2], 'num_heads': [2, 2]},
 ]
+TAIL = {'type': TailEncoder.__name__, 'scale': 4}
 
 
 def make_net(encoder, seed=0):
@@ -43,6 +46,23 @@ def test_tiled_equals_whole(encoder, budget):
             assert agreement >= 0.999  # rounding may turn a near tie
         cost = [net.expert_costs[result.expert_map.long()].double().mean().item() for result in (tiled, whole)]
         assert cost[0] == pytest.approx(cost[1], abs=1e-3)
+
+
+@pytest.mark.parametrize('skip', ['bilinear', 'bicubic', 'network'])
+@pytest.mark.parametrize('scale', [(1, 1.1), (2.3, 3), (4, 7.5)])
+@pytest.mark.parametrize('dense', [True, False])
+def test_the_base_image_of_a_tile_is_the_wholes(skip, scale, dense):
+    """The resampling's taps lie further out than the codes of a decoder without a mapper."""
+    torch.manual_seed(0)
+    net = LIIF(TAIL, [8], skip=skip) if dense else MoEISR(TAIL, experts=[[8], [8, 8]], skip=skip)
+    lq = torch.rand(1, 3, 71, 53)
+    whole = upscale(net, lq, scale, tile=0)
+    tiled = upscale(net, lq, scale, tile=16)
+    torch.testing.assert_close(tiled.image, whole.image, rtol=0, atol=1e-5)
+    coord, cell = grid(tuple(whole.image.shape[-2:]))
+    with torch.no_grad():
+        queries = net.eval()(lq, coord, cell).transpose(1, 2).view_as(whole.image)
+    torch.testing.assert_close(whole.image, queries, rtol=0, atol=2e-5)  # fp32 coordinates
 
 
 def test_halo_is_needed():
@@ -105,8 +125,8 @@ def test_shuffled_experts(monkeypatch, fused, control):
     assert torch.equal(*counts) and (counts[0] > 0).sum() > 1
     assert not torch.equal(shuffled.expert_map, trained.expert_map)
     size = tuple(trained.image.shape[-2:])
-    expected = render_fixed(net.decoder, net.encode(lq).detach(), size, shuffled.expert_map[0])
-    torch.testing.assert_close(shuffled.image, net.add_skip(expected[None], lq, size), rtol=0, atol=1e-5)
+    expected = render_fixed(net.decoder, net.encode(lq).feat.detach(), size, shuffled.expert_map[0])
+    torch.testing.assert_close(shuffled.image, expected[None] * 0.5 + 0.5, rtol=0, atol=1e-5)
     tiled = upscale(net, lq, (2.3, 3), tile=16, shuffle_seed=1, **control)
     moved = tiled.expert_map.flatten().bincount(minlength=3) - counts[0]
     assert moved.abs().max() <= 2  # rounding may turn a near tie

@@ -2,7 +2,9 @@
 
 Counted are the multiply-adds of linear layers, convolutions and attention products, one per multiply-add, biases not:
 what `mmengine.analysis` counts. Interpolation, activations and the blending of the four corners are not; the largest of
-these, the blend of the last hidden vectors, is 4 x width per pixel (1024 at width 256, below 0.1 % of plain LIIF).
+these, the blend of the last hidden vectors, is 4 x width per pixel (1024 at width 256, below 0.1 % of plain LIIF). What
+the skip's resampling takes is told beside the sums: 24 to 200 per pixel. A tail that makes the skip's image is counted
+with the encoder.
 
 The published decoder costs, in thousand MACs per output pixel at 320x180 -> 1280x720, and what they count:
 
@@ -30,6 +32,7 @@ from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import MoEDecoder, reference
 from moeisr_basicsr.core.lm import LMExperts
 from moeisr_basicsr.core.lte import LTEExperts
+from moeisr_basicsr.core.skip import resampling_macs
 
 
 class DecoderMacs(NamedTuple):
@@ -114,8 +117,8 @@ def plain_query_macs(decoder: MoEDecoder, j: int) -> int:
 
 
 @lru_cache(maxsize=256)  # counting runs the encoder's Python code; a test set repeats its sizes
-def encoder_macs(encoder: nn.Module, lq_size: tuple[int, int]) -> int:
-    """MACs of the encoder for a whole image of `lq_size`, without halos of tiles.
+def encoder_macs(encoder: nn.Module, lq_size: tuple[int, int], tail: bool = False) -> int:
+    """MACs of the encoder, or of encoder and tail, for a whole image of `lq_size`, without halos of tiles.
 
     Runs a copy of the encoder on tensors without data, so it takes no memory and no time whatever the size; the counter
     of `mmengine.analysis` would run it on the image.
@@ -123,7 +126,8 @@ def encoder_macs(encoder: nn.Module, lq_size: tuple[int, int]) -> int:
     in_channels = next(parameter for parameter in encoder.parameters() if parameter.dim() == 4).shape[1]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shadow = copy.deepcopy(encoder).to('meta').eval()
-        shadow(torch.empty(1, in_channels, *lq_size, device='meta'))
+        run = shadow.with_image if tail else shadow
+        run(torch.empty(1, in_channels, *lq_size, device='meta'))
     return counter.get_total_flops() // 2  # PyTorch counts a multiply-add as two
 
 
@@ -142,17 +146,27 @@ def macs_per_pixel(
     """
     baseline = net.decoder if dense is None else dense
     parts = decoder_macs(net.decoder, lq_size, size, reads)
-    encoder = encoder_macs(net.encoder, lq_size) / (size[0] * size[1])
+    encoder = encoder_macs(net.encoder, lq_size, net.skip == 'network') / (size[0] * size[1])
     return {
         'encoder': encoder,
         'mapper': parts.mapper,
         'tables': parts.tables,
         'experts': parts.experts_at(shares),
+        'skip': skip_macs(net, lq_size, size),
         'total': encoder + parts.total(shares),
         'dense_folded': dense_folded_macs(baseline, lq_size, size),
         **({'dense_plain': dense_plain_macs(baseline, lq_size, size)} if reference.describes(baseline) else {}),
         'each_expert': parts.experts,
     }
+
+
+def skip_macs(net: MoEISR, lq_size: tuple[int, int], size: tuple[int, int]) -> float:
+    """MACs of the skip's resampling per output pixel."""
+    if net.skip == 'none':
+        return 0.0
+    scale = net.encoder.scale if net.skip == 'network' else 1
+    base_size = scale * lq_size[0], scale * lq_size[1]
+    return resampling_macs(base_size, size, net.skip, net.decoder.out_channels)
 
 
 def parameters(net: MoEISR) -> dict:
@@ -162,6 +176,6 @@ def parameters(net: MoEISR) -> dict:
     )  # here: its first import ever must not run in two ranks at once (yapf)
 
     count = parameter_count(net)
-    experts = [count[f'decoder.pool.experts.{j}'] for j in range(net.num_experts)]
+    experts = [count.get(f'decoder.pool.experts.{j}', 0) for j in range(net.num_experts)]
     parts = {'encoder': count['encoder'], 'mapper': count.get('decoder.mapper', 0)}
     return {**parts, 'shared': count['decoder.pool'] - sum(experts), 'experts': experts, 'total': count['']}

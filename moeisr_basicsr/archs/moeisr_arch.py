@@ -1,10 +1,10 @@
-"""MoEISR (Oh et al., arXiv 2311.12077), and dense LIIF, LTE and LMLIIF as its case of one expert.
+"""MoEISR (Oh et al., arXiv 2311.12077), and its cases of one expert: dense LIIF, LTE and LMLIIF, and no decoder at all.
 
 Shapes: B images, C_in and C_out channels, (H, W) LR size, (R, S) output rows and columns, Q queries, J experts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -22,13 +22,12 @@ from moeisr_basicsr.core import (
     output_size,
     render_image,
 )
-from moeisr_basicsr.core.coords import pixel_centres
 from moeisr_basicsr.core.decoder import FAMILIES
-from moeisr_basicsr.core.skip import SKIPS, skip_at, skip_grid
+from moeisr_basicsr.core.skip import SKIPS, ImageWindow, skip_at, skip_grid
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.options.values import Count, Factors, Key, OneOf, Positive, Section, Weight, described
 
-Skip = Literal['none', 'bilinear', 'bicubic']
+Skip = Literal['none', 'bilinear', 'bicubic', 'network']
 Widths = Sequence[Positive]
 Family = Annotated[str, OneOf(FAMILIES)]
 CELL_SCALE_MAX = {'lte': 4, 'lm': 4}  # trained up to x4, their test codes show them no smaller cell than x4's
@@ -63,7 +62,7 @@ class MapperOptions(Section):
     )
 
 
-def build_encoder(options: dict, in_channels: int) -> tuple[nn.Module, int]:
+def build_encoder(options: dict, in_channels: int, tail: bool) -> tuple[nn.Module, int]:
     """The registered network that `encoder` names, and the number of its feature channels.
 
     Raises:
@@ -72,8 +71,12 @@ def build_encoder(options: dict, in_channels: int) -> tuple[nn.Module, int]:
     name = options.get('type') if isinstance(options, Mapping) else None
     if not isinstance(name, str):
         raise UserError(f"encoder needs a type, for example {{'type': 'EDSREncoder'}}; got {options!r}.")
+    if tail and not hasattr(ARCH_REGISTRY.get(name), 'with_image'):
+        raise UserError(
+            f"skip 'network' needs an encoder that makes an image, as SMFANetEncoder does; {name} makes none."
+        )
     try:
-        encoder = build_network({'num_in_ch': in_channels, **options})
+        encoder = build_network({'num_in_ch': in_channels, **({'tail': True} if tail else {}), **options})
     except TypeError as error:
         raise UserError(f'encoder {name} cannot be built: {error}') from error
     num_feat = getattr(encoder, 'num_feat', None)
@@ -83,6 +86,13 @@ def build_encoder(options: dict, in_channels: int) -> tuple[nn.Module, int]:
             'its feature channels; EDSREncoder, RDNEncoder and SwinIREncoder do.'
         )
     return encoder, num_feat
+
+
+class Encoded(NamedTuple):
+    """What an encoder makes of an image, or of a part of one."""
+
+    feat: Tensor  # (B, C, H, W), the implicit representation
+    image: Tensor | None  # (B, C_out, s H, s W), the base image; None without a skip
 
 
 @ARCH_REGISTRY.register()
@@ -96,8 +106,9 @@ class MoEISR(nn.Module):
             its latent MLP, and `depth`, the hidden layers of its render MLP, for example [{latent: [208], depth: 6}].
             [] is an expert without layers, which predicts 0. One expert is the dense decoder.
         mapper: num_layers (1 to 5), num_feat, granularity ('output_pixel' or 'lr_pixel').
-        skip: Image that the decoder's output is added to: 'none', 'bilinear', 'bicubic'. With 'bicubic' the decoder's
-            output starts at zero, so that training starts at bicubic's quality.
+        skip: Image that the decoder's output is added to: 'none', 'bilinear', 'bicubic', or 'network', the encoder's
+            own fixed-scale output, resampled. With the last two the decoder's output starts at zero, so that training
+            starts at that image's quality.
         in_channels: C_in.
         out_channels: C_out; a skip needs C_in = C_out.
         scale: Factor of `net(lq)`, one or [rows, columns]; at least 1.
@@ -142,14 +153,14 @@ class MoEISR(nn.Module):
         self.skip = skip
         self.scale = scale
         self.cell_scale_max = CELL_SCALE_MAX.get(decoder, 0) if cell_scale_max is None else cell_scale_max
-        self.encoder, num_feat = build_encoder(encoder, in_channels)
+        self.encoder, num_feat = build_encoder(encoder, in_channels, tail=skip == 'network')
         try:
             self.decoder = MoEDecoder(
                 num_feat, out_channels, decoder, experts, mapper, shared_layers=shared_layers, **family
             )
         except ValueError as error:  # the method knows nothing of users
             raise UserError(str(error)) from error
-        if skip == 'bicubic':
+        if skip in ('bicubic', 'network'):
             self.decoder.pool.zero_output()
 
     @staticmethod
@@ -172,9 +183,13 @@ class MoEISR(nn.Module):
         """(J,) each expert's multiply-adds over those of the most expensive one."""
         return self.decoder.expert_costs
 
-    def encode(self, lq: Tensor) -> Tensor:
-        """The implicit representation z = E(lq): (B, C_in, H, W) in [0, 1] -> (B, C, H, W)."""
-        return self.encoder(lq * 2 - 1)  # LIIF feeds its encoder [-1, 1]
+    def encode(self, lq: Tensor) -> Encoded:
+        """The implicit representation z = E(lq) and the base image of the skip: (B, C_in, H, W) in [0, 1]."""
+        scaled = lq * 2 - 1  # LIIF feeds its encoder [-1, 1]
+        if self.skip == 'network':
+            feat, image = self.encoder.with_image(scaled)
+            return Encoded(feat, image.to(lq.dtype))  # 16 bit under autocast
+        return Encoded(self.encoder(scaled), None if self.skip == 'none' else lq)
 
     def forward(
         self, lq: Tensor, coord: Tensor | None = None, cell: Tensor | None = None, draw: Draw | None = None
@@ -193,8 +208,8 @@ class MoEISR(nn.Module):
         if coord is None:
             return self.upscale(lq)
         assert cell is not None, 'coord and cell come together'
-        feat, shown = self.encode(lq), self.shown_cell(cell, (lq.shape[-2], lq.shape[-1]))
-        base = lq.new_tensor(0.5) if self.skip == 'none' else skip_at(lq, coord, self.skip)
+        (feat, image), shown = self.encode(lq), self.shown_cell(cell, (lq.shape[-2], lq.shape[-1]))
+        base = lq.new_tensor(0.5) if image is None else skip_at(image, coord, cell, self.skip)
         # The decoder works in [-1, 1], the image lies in [0, 1]; under autocast the image keeps the input's precision.
         if draw is None:
             return self.decoder(feat, coord, shown).prediction.to(lq.dtype) * 0.5 + base
@@ -203,7 +218,7 @@ class MoEISR(nn.Module):
 
     def logits(self, lq: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
         """The mapper's logits, (B, Q, J); arguments as for `forward`."""
-        return self.decoder.logits(self.encode(lq), coord, self.shown_cell(cell, (lq.shape[-2], lq.shape[-1])))
+        return self.decoder.logits(self.encode(lq).feat, coord, self.shown_cell(cell, (lq.shape[-2], lq.shape[-1])))
 
     def upscale(self, lq: Tensor) -> Tensor:
         """The whole image at the network's `scale`, with gradients in training: (B, C_out, R, S)."""
@@ -211,7 +226,7 @@ class MoEISR(nn.Module):
             raise UserError('net(lq) without coordinates needs `scale` in network_g.')
         size = output_size((lq.shape[-2], lq.shape[-1]), self.scale)
         if not self.training:
-            return self.decode_image(lq, self.encode(lq), size).output
+            return self.decode_image(self.encode(lq), size).output
         batch = lq.shape[0]
         coord = make_coord(size, lq.device).expand(batch, -1, -1)  # (B, R * S, 2)
         cell = make_cell(size, lq.device).expand(batch, coord.shape[1], -1)
@@ -219,23 +234,23 @@ class MoEISR(nn.Module):
         assert isinstance(output, Tensor)  # without a draw
         return output.transpose(1, 2).unflatten(-1, size)
 
-    def decode_image(self, lq: Tensor, feat: Tensor, size: tuple[int, int]) -> Rendered:
-        """The whole image at any size, without gradients.
+    def decode_image(self, encoded: Encoded, size: tuple[int, int]) -> Rendered:
+        """The whole image at any size (R, S), without gradients."""
+        feat, image = encoded
+        rendered = render_image(self.decoder, feat, size, self.test_cell((feat.shape[-2], feat.shape[-1]), size))
+        base = None if image is None else ImageWindow.whole(image)
+        return rendered._replace(output=self.add_skip(rendered.output, base, size, (0, size[0]), (0, size[1])))
 
-        Args:
-            lq: (B, C_in, H, W) in [0, 1].
-            feat: `encode(lq)`.
-            size: (R, S).
-        """
-        rendered = render_image(self.decoder, feat, size, self.test_cell((lq.shape[-2], lq.shape[-1]), size))
-        return rendered._replace(output=self.add_skip(rendered.output, lq, size))
-
-    def add_skip(self, output: Tensor, lq: Tensor, size: tuple[int, int], rows: slice = slice(None)) -> Tensor:
-        """Decoder output to image: `output` (B, C_out, r, S) holds the output rows `rows` of a whole of `size`."""
-        if self.skip == 'none':
-            return output * 0.5 + 0.5
-        row_coord, col_coord = (pixel_centres(n, lq.device) for n in size)
-        return output * 0.5 + skip_grid(lq, row_coord[rows], col_coord, self.skip)
+    def add_skip(
+        self,
+        output: Tensor,
+        base: ImageWindow | None,
+        size: tuple[int, int],
+        rows: tuple[int, int],
+        cols: tuple[int, int],
+    ) -> Tensor:
+        """Decoder output to image: `output` (B, C_out, r, s) holds the region `rows`, `cols` of a whole of `size`."""
+        return output * 0.5 + (0.5 if base is None else skip_grid(base, size, rows, cols, self.skip))
 
     def test_cell(self, lr_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
         """The cell that the decoder is shown for a whole image: (2,)."""
@@ -328,4 +343,16 @@ class LMLIIF(MoEISR):
             scale=scale,
             render_width=render_width,
             cell_scale_max=cell_scale_max,
+        )
+
+
+@ARCH_REGISTRY.register()
+class FixedScale(MoEISR):
+    """The encoder's own fixed-scale output, resampled to any size: no decoder, the baseline of every table."""
+
+    def __init__(
+        self, encoder: dict, in_channels: Positive = 3, out_channels: Positive = 3, scale: Factors | None = None
+    ):
+        super().__init__(
+            encoder, experts=[[]], skip='network', in_channels=in_channels, out_channels=out_channels, scale=scale
         )

@@ -79,6 +79,8 @@ class TorchBackend:
 
     def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
         """LR tables of the window, then each pixel to its expert, in chunks."""
+        if not any(decoder.expert_macs):
+            return tile.window.new_zeros(decoder.out_channels, tile.rows.rel.shape[1], tile.cols.rel.shape[1]).float()
         height, width = tile.window.shape[-2] - 2, tile.window.shape[-1] - 2
         corners = grid_corners(tile.rows, tile.cols, width)
         reads = None

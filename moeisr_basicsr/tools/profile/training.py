@@ -67,7 +67,7 @@ def profile_training(net: MoEISR, batch: int = 16, patch: int = 48, queries: int
 def watch_network(net: MoEISR, clocks: list[StageClock]) -> None:
     """Make the parts of a network's forward tell `clocks[0]`. Unchosen experts are those that run without autograd."""
     pool, mapper = net.decoder.pool, net.decoder.mapper
-    watched = [(net.encoder, 'forward', 'encoder'), (pool, 'tables', 'tables')]
+    watched = [(net, 'encode', 'encoder'), (pool, 'tables', 'tables')]
     watched += [(pool, name, 'chosen experts') for name in ('predict', 'predict_all')]
     watched += [(mapper, name, 'mapper') for name in ('forward', 'table') if mapper is not None]
 

@@ -24,7 +24,7 @@ from .rendering import CHUNK, plain_image
 from .stages import measure_stages, mib_text, show_table
 
 # stage of a row's `time_ms` -> parts of its `macs`; 'other' is the skip image
-STAGES = {'encode': ['encoder'], 'map': ['mapper'], 'decode': ['tables', 'experts'], 'other': []}
+STAGES = {'encode': ['encoder'], 'map': ['mapper'], 'decode': ['tables', 'experts'], 'other': ['skip']}
 WHOLES = {'total': ['total'], 'dense_folded': ['dense_folded'], 'dense_plain': ['dense_plain']}  # dense decoders alone
 
 
@@ -64,12 +64,12 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
     expert_map = upscale(net, lq, None, size, *control, precision=precision).expert_map
     shares = [1.0] if expert_map is None else expert_shares(expert_map, net.num_experts)
     reads = None if expert_map is None else lr_reads(net.decoder, expert_map[0], lq_size)
-    dense = dense_decoder(net.decoder, setting.dense_hidden)
+    dense = dense_decoder(net.decoder, setting.dense_hidden).to(device)
     # lm's published code runs the latent MLP at LR as this package does: nothing to compare
     plain = setting.plain and dense.family != 'lm' and reference.describes(dense)
     backend, cell = fused_backend(dense, device, precision) or TORCH, net.test_cell(lq_size, size)
     with evaluation(net, device.type, precision):
-        feat = net.encode(lq)
+        feat = net.encode(lq).feat
 
     def run(clock: StageClock) -> None:
         with clock('other'):
@@ -117,7 +117,7 @@ def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int] | None) -> MoEDecod
     expert = hidden or decoder.expert_options[most_expensive(decoder)]
     options = {**decoder.family_options, 'shared_layers': 0}
     dense = MoEDecoder(decoder.pool.in_channels, decoder.out_channels, decoder.family, [expert], None, **options)
-    return dense.to(next(decoder.parameters()).device).eval()
+    return dense.eval()
 
 
 def show_upscaling(console: Console, decoder: MoEDecoder, rows: list[dict]) -> None:
