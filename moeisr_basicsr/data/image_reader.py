@@ -24,6 +24,7 @@ from moeisr_basicsr.errors import UserError
 from .exif import ORIENTATION, kept_exif, upright
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.webp', '.bmp')
+FORMATS = ('PNG', 'JPEG', 'TIFF', 'WEBP', 'BMP')  # of Pillow's many; it hands an EPS, whatever its name, to Ghostscript
 MAX_PIXELS = 1 << 30  # OpenCV's own limit; a few bytes of a hostile file could ask for more memory than there is
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANAR, TIFF_EXTRA = 258, 262, 284, 338  # tag numbers
 _pillow_lock = threading.Lock()
@@ -117,7 +118,7 @@ def _opened(source: str | os.PathLike | bytes, name: str | None) -> Iterator[tup
                 if file.seek(0, os.SEEK_END) == 0:
                     raise UserError(f'{name}: the file is empty.')
                 file.seek(0)
-                with Image.open(file) as image:
+                with Image.open(file, formats=FORMATS) as image:
                     if image.width * image.height > MAX_PIXELS:
                         raise UserError(
                             f'{name}: {image.height} x {image.width} pixels are more than the limit of {MAX_PIXELS}.'
