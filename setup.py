@@ -29,7 +29,7 @@ setup(
         'mmengine-lite>=0.10',  # the package `mmengine` without matplotlib and a second OpenCV
         'numpy>=1.24',
         'opencv-python>=4.8',
-        'Pillow>=9.1',
+        'Pillow>=11.3',  # reads AVIF
         'tifffile>=2022.4.22',  # comes with scikit-image, which BasicSR needs
         'lmdb>=1.4',
         'einops>=0.7',

@@ -25,6 +25,8 @@ from moeisr_basicsr.errors import UserError
 from .exif import ORIENTATION, kept_exif, upright
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.jfif', '.tif', '.tiff', '.webp', '.bmp', '.gif', '.jp2', '.avif')
+# Of Pillow's many; it hands an EPS, whatever its name, to Ghostscript
+FORMATS = ('PNG', 'JPEG', 'TIFF', 'WEBP', 'BMP', 'GIF', 'JPEG2000', 'AVIF')
 MAX_PIXELS = 1 << 30  # OpenCV's own limit; a few bytes of a hostile file could ask for more memory than there is
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANAR, TIFF_EXTRA = 258, 262, 284, 338  # tag numbers
 HEAD_BYTES = 1 << 16  # hold a file's boxes
@@ -122,7 +124,7 @@ def _opened(source: str | os.PathLike | bytes, name: str | None) -> Iterator[tup
                 if file.seek(0, os.SEEK_END) == 0:
                     raise UserError(f'{name}: the file is empty.')
                 file.seek(0)
-                with Image.open(file) as image:
+                with Image.open(file, formats=FORMATS) as image:
                     if image.width * image.height > MAX_PIXELS:
                         raise UserError(
                             f'{name}: {image.height} x {image.width} pixels are more than the limit of {MAX_PIXELS}.'

@@ -77,9 +77,9 @@ class ArbitraryScaleModel(SRModel):
         return net
 
     def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'):
-        """Load weights (.pth or .safetensors) without running code from the file."""
-        get_root_logger().info(f'Loading {net.__class__.__name__} from {load_path}, parameters [{param_key}].')
-        self.pretrained = load_weights(self.get_bare_model(net), load_path, strict, param_key)
+        """Load weights (.pth, .safetensors, or a shipped model) without running code from the file."""
+        network_opt = self.opt['network_g'] if net is self.net_g else None
+        self.pretrained = load_weights(self.get_bare_model(net), load_path, strict, param_key, network_opt)
 
     def init_training_settings(self) -> None:
         """EMA, losses, optimizer and scheduler, as SRModel; then what is ours."""
@@ -265,13 +265,14 @@ class ArbitraryScaleModel(SRModel):
     def save_network(
         self, net: nn.Module | list[nn.Module], net_label: str, current_iter: int, param_key: str | list[str] = 'params'
     ) -> None:
-        """BasicSR's weights file, written so that it is complete or absent."""
+        """BasicSR's weights file with the network's options, written so that it is complete or absent."""
         if self.opt['rank'] != 0:
             return
         nets, keys = ([entry] if not isinstance(entry, list) else entry for entry in (net, param_key))
         label = 'latest' if current_iter == -1 else current_iter
-        weights = {key: bare_weights(self.get_bare_model(one)) for one, key in zip(nets, keys)}
-        save_atomic(weights, f'{self.opt["path"]["models"]}/{net_label}_{label}.pth')
+        weights: dict = {key: bare_weights(self.get_bare_model(one)) for one, key in zip(nets, keys)}
+        options = f'network_{net_label.removeprefix("net_")}'
+        save_atomic({**weights, options: self.opt.get(options)}, f'{self.opt["path"]["models"]}/{net_label}_{label}.pth')
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         """BasicSR's state file, for BasicSR's own loop; the plugin's loop keeps more."""

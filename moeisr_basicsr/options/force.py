@@ -64,4 +64,7 @@ def parse_value(text: str, source: str = '--force_yml') -> Any:
     if text.startswith(('[', '{', '!!float')):
         return read_text(text, source)[0]
     loader = PlainLoader(text)
-    return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
+    try:
+        return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
+    except ValueError as error:
+        raise UserError(f'{source:.80}: {text[:40]!r} is no number of 64 bits.') from error

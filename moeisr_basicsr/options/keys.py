@@ -34,6 +34,7 @@ from .values import (
     Section,
     Share,
     Text,
+    Weights,
     described,
     opened,
 )
@@ -75,7 +76,7 @@ def dataset_model(entry: Any) -> type[Section]:
 
 
 class Path(Section):
-    pretrain_network_g: File = Key('weights (.pth or .safetensors) to start from', None)
+    pretrain_network_g: Weights = Key('weights (.pth or .safetensors) to start from, or to test', None)
     strict_load_g: bool = Key('whether every weight must fit', True)
     param_key_g: Text = Key('params or params_ema', None)
     resume_state: File = Key('training state to go on from; --auto_resume finds it by itself', None)
@@ -116,6 +117,7 @@ class Val(Section):
     """What BasicSR's SRModel reads."""
 
     val_freq: Positive = Key('in training: iterations between two validations', None)
+    needs_weights: bool = Key('in testing: whether `path: pretrain_network_g` must name weights', True)
     save_img: bool = Key('write the result images', False)
     pbar: bool = Key('show a progress bar', None)
     suffix: Text = Key('text at the end of the names of result images', None)
@@ -188,9 +190,9 @@ class Options(Section):
 
 
 class OneNetwork(Section):
-    """A network by itself."""
+    """A network by itself, which is built at once after the check."""
 
-    network_g: Network = Key('the network')
+    network_g: Annotated[dict, Typed('a registered network', registry('ARCH'))] = Key('the network')
 
 
 class ArbitraryScaleOptions(Options):

@@ -25,6 +25,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import CoreSchema, core_schema
 
 from moeisr_basicsr.errors import did_you_mean_file
+from moeisr_basicsr.shipped import find_model, names
 
 OWN_CLASS = ' A class of your own is known with --import FILE.py.'
 SHOWN_NAMES = 12  # of a longer list a message shows the first ten
@@ -106,6 +107,15 @@ def existing(kind: str, wanted: Callable[[Path], bool]) -> Callable[[str | list[
     return check
 
 
+def model_or_file(value: str) -> str:
+    """A check that a shipped model or a file is named, and not both."""
+    if value in names():
+        find_model(value)
+    else:
+        existing('file', Path.is_file)(value)
+    return value
+
+
 def nearest_path(path: Path, wanted: Callable[[Path], bool]) -> str:
     """How far a missing path exists, and what is there that is spelled alike; `wanted` is Path.is_file or is_dir."""
     parent = path.parent
@@ -159,6 +169,11 @@ Factors = Factor | FactorPair
 Text = Annotated[str, Field(min_length=1)]
 FolderName = Annotated[str, AfterValidator(one_folder_name), described('text that names one folder, without / and \\')]
 File = Annotated[Text, AfterValidator(existing('file', Path.is_file)), described('the path of a file')]
+Weights = Annotated[
+    Text,
+    AfterValidator(model_or_file),
+    described('the path of a file, or the name of a model that comes with the package'),
+]
 # of images, or an LMDB folder
 Folder = Annotated[
     Text | list[Text],
