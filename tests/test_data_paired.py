@@ -70,12 +70,14 @@ def test_paired_validation(pair_folders):
     item = build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x'))[1]
     np.testing.assert_array_equal(item['gt'].permute(1, 2, 0) * 255, noise(80, 90, 1))
     assert item['lq'].shape == (3, 32, 30) and item['scale'].tolist() == [2.5, 3]
-    item = build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=[2, 2.9]))[1]
-    assert item['gt'].shape == (3, 64, 87)
-    with pytest.raises(
-        UserError, match='b.png .80 x 90.*smaller than its LR image .*bx.png .32 x 30. times the scale of 3 x 3'
-    ):
-        build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=3))[1]
+    item = build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=[2.4, 2.9]))[1]
+    assert item['gt'].shape == (3, 77, 87)
+    for scale, named in (3, '3'), ([2.5, 1.5], '2.5 x 1.5'):  # the second would cut off half of the HR image
+        words = f'ax.png .32 x 30.* does not fit .*a.png .80 x 90.: a factor of 2.5 x 3, but the scale .* is {named}. '
+        with pytest.raises(UserError, match=words + '.* 1 more'):
+            build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=scale))
+    with pytest.raises(UserError, match='b.png .80 x 90.*smaller than its LR image .*bx.png .32 x 30. times the scale'):
+        build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=[2.55, 3]))[1]
 
 
 def test_a_rest_that_the_lr_image_lacks_is_cut_off(tmp_path):
@@ -116,7 +118,7 @@ def test_two_hr_images_of_one_partner(pair_folders, tmp_path):
         write_image(gt / folder / '1.png', noise(80, 90))
     (lq / 'ax.png').rename(lq / '1.png')
     (tmp_path / 'list.txt').write_text('a/1.png\nb/1.png\n')
-    with pytest.raises(UserError, match='b/1.png and a/1.png would both have the partner .*lq/1.png'):
+    with pytest.raises(UserError, match='b/1.png and .*a/1.png would both have the partner .*lq/1.png'):
         build_dataset(paired(lq, gt, meta_info_file=str(tmp_path / 'list.txt')))
     (tmp_path / 'list.txt').write_text('a/1.png\na/1.png\n')  # one image twice is a choice
     assert len(build_dataset(paired(lq, gt, meta_info_file=str(tmp_path / 'list.txt')))) == 2
