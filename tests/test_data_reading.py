@@ -109,7 +109,9 @@ def test_more_damaged_images_than_allowed_end_the_run(tmp_path, workers):
     run_yaml(tmp_path)
     for number in (0, 2):
         cut(tmp_path / 'train' / f'{number}.png')
-    words = r'skip leaves out at most 1 of 4 images, and 2 cannot be used; `basicsr check` .*\d.png: the image is damaged'
+    words = (
+        r'skip leaves out at most 1 of 4 images, and 2 cannot be used; `basicsr check` .*\d.png: the image is damaged'
+    )
     with pytest.raises(UserError, match=words) as error:
         take(train_data(tmp_path, on_damaged='skip', num_worker_per_gpu=workers), Place(), 10)
     assert '\n' not in str(error.value)

@@ -49,8 +49,8 @@ def test_all_mistakes_at_once_with_their_lines():
     assert found == [
         f'run.yml:{line_of(text, "dataroot_gt: image")}: datasets: train: dataroot_gt: there is no folder image; '
         f"{found[0].split('; ')[1].split(' has')[0]} has no 'image'. Did you mean 'images'?",
-        f'run.yml:{line_of(text, "lq_size")}: datasets: train: lq_size: must be a whole number of at least 1, or a list '
-        'of 2 entries, each a whole number of at least 1; got 0.',
+        f'run.yml:{line_of(text, "lq_size")}: datasets: train: lq_size: must be a whole number of at least 1, or a '
+        'list of 2 entries, each a whole number of at least 1; got 0.',
         f"run.yml:{line_of(text, 'num_fet')}: network_g: encoder: num_fet: unknown key. Did you mean 'num_feat'?",
         found[3],
         f"run.yml:{line_of(text, 'val_freq')}: val: val_freq: must be a whole number of at least 1; got 'often'.",
