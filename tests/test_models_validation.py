@@ -415,10 +415,13 @@ class Listed(SimpleNamespace):
 
 
 def test_names_of_images():
-    dataset = Listed(opt={'dataroot_gt': '/hr', 'dataroot_lq': ['/x/a', '/x/b']}, paths=[])
-    dataset.paths = [{'lq_path': path, 'gt_path': '/hr/1.png'} for path in ('/x/a/1.png', '/x/b/1.png', '/x/b/c/1.jpg')]
-    dataset.paths += [{'lq_path': path} for path in ('/x/b/c/1.png', '/x/b/2.png', '/x/b/2.png', '/y/7.png')]
-    assert image_names(dataset) == ['a__1', 'b__1', 'b__c__1.jpg', 'b__c__1.png', 'b__2.png', 'b__2.png__2', '7']
+    dataset = Listed(opt={'dataroot_gt': '/hr', 'dataroot_lq': ['/x/a/lq', '/x/b/lq']}, paths=[])
+    dataset.paths = [
+        {'lq_path': path, 'gt_path': '/hr/1.png'} for path in ('/x/a/lq/1.png', '/x/b/lq/1.png', '/x/b/lq/c/1.jpg')
+    ]
+    dataset.paths += [{'lq_path': path} for path in ('/x/b/lq/c/1.png', '/x/b/lq/2.png', '/x/b/lq/2.png', '/y/7.png')]
+    names = ['a__lq__1', 'b__lq__1', 'b__lq__c__1.jpg', 'b__lq__c__1.png', 'b__lq__2.png', 'b__lq__2.png__2', '7']
+    assert image_names(dataset) == names
     dataset.paths, dataset.opt = ['/hr/a/1.png', '/hr/2.png'], {'dataroot_gt': '/hr'}
     assert image_names(dataset) == ['a__1', '2']
 

@@ -175,7 +175,11 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
         if len(self.lq_source.roots) != len(self.gt_source.roots):
             counts = f'{len(self.lq_source.roots)} and {len(self.gt_source.roots)}'
             raise fail(opt, f'dataroot_lq and dataroot_gt must list as many folders; got {counts}.')
-        self.pairs = find_pairs(self.lq_source, self.gt_source, options.filename_tmpl)
+        try:
+            self.pairs = find_pairs(self.lq_source, self.gt_source, options.filename_tmpl)
+        except PairsError as error:
+            error.sources = self.lq_source, self.gt_source
+            raise
         self.gt_images = self.open_cache(self.gt_source, [gt for _, gt in self.pairs])
         self.lq_images = self.open_cache(self.lq_source, [lq for lq, _ in self.pairs])
         self.rules = self.folder_rules(list(self.headers()))

@@ -35,11 +35,11 @@ class PatchAxis(NamedTuple):
 
 
 class PairsError(UserError):
-    """HR images without a partner of their own; `each` has one line for every one, its message the first."""
+    """HR images without a partner of their own. Its message is the first line of `each`; `sources` are all images."""
 
     def __init__(self, message: str, each: list[str] | None = None):
         super().__init__(message)
-        self.each = each or []
+        self.each, self.sources = each or [], tuple[ImageSource, ...]()
 
 
 def find_pairs(lq: ImageSource, gt: ImageSource, template: str) -> list[tuple[str, str]]:
@@ -95,6 +95,12 @@ class Pair(NamedTuple):
         """HR / LR of rows and columns."""
         return self.gt_size[0] / self.lq_size[0], self.gt_size[1] / self.lq_size[1]
 
+    @property
+    def nominal(self) -> tuple[float, float]:
+        """`factors`, as whole numbers where the sizes allow it."""
+        whole = round(self.factors[0]), round(self.factors[1])
+        return whole if self.has(whole) else self.factors
+
     def has(self, factors: tuple[float, float]) -> bool:
         """Whether the sizes are those of `factors`, but for less than a pixel that was rounded or cut off."""
         sizes = zip(self.lq_size, self.gt_size, factors)
@@ -147,7 +153,7 @@ def show_factors(factors: tuple[float, float]) -> str:
 
 def count_factors(pairs: Iterable[Pair]) -> Counter[str]:
     """How many pairs have which factors, as people read them."""
-    return Counter(show_factors(pair.factors) for pair in pairs)
+    return Counter(show_factors(pair.nominal) for pair in pairs)
 
 
 def align_pair(

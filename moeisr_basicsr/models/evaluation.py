@@ -146,13 +146,14 @@ def mean_of(values: list[Any]) -> Any:
 
 def image_name(path: str, root: str | list[str] | None) -> str:
     """File name without its extension, behind its folders below the dataset's `root`: 'a__1' for a/1.png. Where a
-    dataset has several roots, their names come first."""
+    dataset has several roots, those below what the roots have in common."""
     roots = [root] if isinstance(root, str) else root or []
-    for above in (Path(folder).expanduser() for folder in roots):
-        if Path(path).is_relative_to(above):
-            first = [above.name] if len(roots) > 1 else []
-            return osp.splitext('__'.join([*first, *Path(path).relative_to(above).parts]))[0]
-    return osp.splitext(osp.basename(path))[0]
+    file = Path(path).absolute()
+    if roots:
+        above = osp.commonpath([Path(folder).expanduser().absolute() for folder in roots])
+        if file.is_relative_to(above):
+            return osp.splitext('__'.join(file.relative_to(above).parts))[0]
+    return osp.splitext(file.name)[0]
 
 
 def files_of(dataset: Any, index: int) -> list[str]:
