@@ -1,6 +1,8 @@
 """Validation: metrics against sums written out by hand, file names, shared work, results documents."""
 
+import logging
 import math
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -9,7 +11,6 @@ import torch
 from basicsr.data import build_dataset
 from basicsr.models import build_model
 from tiny_runs import DENSE, NETWORK, change, parse, run_yaml, weights_of, write_images
-from torch.utils.data import DataLoader
 
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.analysis.pictures import expert_colours
@@ -20,7 +21,7 @@ from moeisr_basicsr.engine.test_loop import test as run_test
 from moeisr_basicsr.errors import ExitCode, UserError
 from moeisr_basicsr.inference import upscale
 from moeisr_basicsr.kernels import fused_backend
-from moeisr_basicsr.models.evaluation import mean_of, mean_row, my_jobs
+from moeisr_basicsr.models.evaluation import image_names, mean_of, mean_row, my_jobs
 from moeisr_basicsr.models.image_evaluation import ImageEvaluator
 from moeisr_basicsr.models.measures import describe_input, describe_metric
 
@@ -348,16 +349,81 @@ def test_sizes_and_shave_of_odd_factors(root, scale, lq_size, size, border):
     assert model.validate([loader], 1, None)[0].metrics['rgb'] == pytest.approx(sum(values) / 3, abs=1e-3)
 
 
-def test_errors_from_workers_are_one_line(root):
-    write_images(root / 'bad', 1, (40, 40))
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_broken_validation_image_costs_its_own_row(root, workers, caplog):
+    """The means are those of the others, nothing becomes the best, and the log names the file."""
+    write_images(root / 'bad', 3, (40, 40))
+    opt = options(root, **{'datasets:val:dataroot_gt': str(root / 'bad'), 'datasets:val:num_worker_per_gpu': workers})
+    model, loaders = build_model(opt), evaluation_loaders(opt, ('val',))
+    whole = model.validate(loaders, 1, None)
+    model.best_metric_results = {}
+    logging.getLogger('basicsr').addHandler(caplog.handler)
     (root / 'bad' / '1.png').write_bytes((root / 'bad' / '0.png').read_bytes()[:60])
-    opt = options(root, **{'datasets:val:dataroot_gt': str(root / 'bad')})
-    dataset = build_dataset(opt['datasets']['val'])
-    model = build_model(opt)
-    for workers in (0, 1):
-        with pytest.raises(UserError) as error:
-            model.validate([DataLoader(dataset, batch_size=1, num_workers=workers)], 1, None)
-        assert '1.png' in str(error.value) and '\n' not in str(error.value)
+    first, second = model.validate(loaders, 2, None)
+    psnrs = [row['metrics']['psnr'] for row in whole[0].rows]
+    assert first.count == 2 and first.metrics['psnr'] == pytest.approx((psnrs[0] + psnrs[2]) / 2)
+    assert [row['image'] for row in first.rows] == ['0', '2'] and list(first.failed) == ['1']
+    assert second.metrics == whole[1].metrics and second.failed == {}
+    assert list(model.best_metric_results) == ['tiny_x3.3']
+    message = next(record.message for record in caplog.records if record.levelname == 'ERROR')
+    assert '1 of 3 images could not be used' in message and str(root / 'bad' / '1.png') in message
+    for path in (root / 'bad').iterdir():
+        path.write_bytes(b'')
+    assert model.validate(loaders, 3, None)[0].count == 0  # none is left, and the other dataset goes on
+
+
+def test_images_that_do_not_fit_a_metric_or_memory(root, monkeypatch):
+    write_images(root / 'mixed', 2, (40, 40))
+    cv2.imwrite(str(root / 'mixed' / '1.png'), np.zeros((8, 8, 3), np.uint8))
+    metrics = {'psnr': {'type': 'calculate_psnr_sr', 'protocol': 'benchmark', 'crop_border': 4}}
+    opt = options(root, **{'datasets:val:dataroot_gt': str(root / 'mixed'), 'val:metrics': metrics})
+    model, loaders = build_model(opt), evaluation_loaders(opt, ('val',))[:1]
+    assert 'mixed/1.png: An image of 8 x 8 pixels has none left' in model.validate(loaders, 1, None)[0].failed['1']
+
+    def full(self, net, lq, *arguments):
+        if lq.shape[-1] == 20:
+            raise MemoryError
+        return whole(self, net, lq, *arguments)
+
+    whole = ImageEvaluator.timed
+    monkeypatch.setattr(ImageEvaluator, 'timed', full)
+    failed = model.validate(loaders, 1, None)[0].failed
+    assert failed['0'] == '0: not enough memory.' and list(failed) == ['0', '1']
+
+
+def test_no_two_images_have_one_name(root):
+    """Those of one name keep their ending or their folder; rows and pictures are called alike."""
+    write_images(root / 'set', 2, (26, 33))
+    (root / 'set' / '0.jpg').write_bytes((root / 'set' / '0.png').read_bytes())
+    base = run_yaml(root)
+    sections = {
+        **{key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path')},
+        'datasets': {'test': {**base['datasets']['val'], 'dataroot_gt': str(root / 'set')}},
+        'val': {'save_img': True},
+    }
+    assert run_test(parse(root, sections, is_train=False)) == ExitCode.OK
+    rows = schema.load(root / 'results/run/results.json')['rows']
+    assert [row.get('image') for row in rows] == ['0.jpg', '0.png', '1', None]
+    pictures = [row['pictures']['result'] for row in rows[:3]]
+    assert pictures == [f'visualization/tiny_x2/{name}_x2.png' for name in ('0.jpg', '0.png', '1')]
+    assert all((root / 'results/run' / picture).is_file() for picture in pictures)
+
+
+class Listed(SimpleNamespace):
+    def __len__(self):
+        return len(self.paths)
+
+
+def test_names_of_images():
+    dataset = Listed(opt={'dataroot_gt': '/hr', 'dataroot_lq': ['/x/a/lq', '/x/b/lq']}, paths=[])
+    dataset.paths = [
+        {'lq_path': path, 'gt_path': '/hr/1.png'} for path in ('/x/a/lq/1.png', '/x/b/lq/1.png', '/x/b/lq/c/1.jpg')
+    ]
+    dataset.paths += [{'lq_path': path} for path in ('/x/b/lq/c/1.png', '/x/b/lq/2.png', '/x/b/lq/2.png', '/y/7.png')]
+    names = ['a__lq__1', 'b__lq__1', 'b__lq__c__1.jpg', 'b__lq__c__1.png', 'b__lq__2.png', 'b__lq__2.png__2', '7']
+    assert image_names(dataset) == names
+    dataset.paths, dataset.opt = ['/hr/a/1.png', '/hr/2.png'], {'dataroot_gt': '/hr'}
+    assert image_names(dataset) == ['a__1', '2']
 
 
 def test_readers_are_told_what_was_compared():

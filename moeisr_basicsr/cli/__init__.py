@@ -15,6 +15,7 @@ from moeisr_basicsr.errors import ExitCode, UserError, did_you_mean, printable
 COMMANDS = {
     'train': 'train a network as an options file says',
     'test': 'evaluate a network on datasets as an options file says',
+    'check': 'decode all images of an options file before a long run, and list what is wrong with them',
     'upscale': 'upscale images by any factor, or to any size',
     'convert': 'make one self-describing model file of a checkpoint',
     'models': 'list the models that come with the package, or show one',

@@ -41,7 +41,7 @@ if hasattr(os, 'register_at_fork'):  # a forked worker must not get a lock that 
 class ImageHeader(NamedTuple):
     """What a file says before it is decoded."""
 
-    height: int  # rows; EXIF's orientation may exchange the two
+    height: int  # rows of the upright image
     width: int
     bit_depth: int  # 8 or 16
 
@@ -102,7 +102,12 @@ def read_header(source: str | os.PathLike | bytes, name: str | None = None) -> I
         UserError: As `read_image`, as far as it can be told from the header.
     """
     with _opened(source, name) as (image, _):
-        return ImageHeader(image.height, image.width, _bit_depth(image))
+        # Pillow turns a TIFF file's size by itself, and would decode a whole PNG in search of EXIF data.
+        exif = image.getexif() if image.format != 'TIFF' and 'exif' in image.info else {}
+        height, width = (
+            (image.width, image.height) if exif.get(ORIENTATION) in (5, 6, 7, 8) else (image.height, image.width)
+        )
+        return ImageHeader(height, width, _bit_depth(image))
 
 
 def to_float(image: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from moeisr_basicsr.atomic_file import save_atomic
 from moeisr_basicsr.errors import UserError
 
 from .batch import Batch
-from .evaluation import Evaluated
+from .evaluation import Evaluated, Journal
 from .image_evaluation import ImageEvaluator, size_of
 from .non_finite import NonFiniteGuard
 from .optimizers import build_optimizer, build_scheduler, step_schedulers
@@ -175,7 +175,15 @@ class ArbitraryScaleModel(SRModel):
         return self.reconstruction_losses(output, part), {}
 
     def reconstruction_losses(self, output: Tensor, part: Batch) -> dict[str, Tensor]:
-        """BasicSR's pixel and perceptual losses, in fp32 or better."""
+        """BasicSR's pixel and perceptual losses, in fp32 or better.
+
+        Raises:
+            UserError: The output has another shape than the truth.
+        """
+        if part.gt is not None and output.shape != part.gt.shape:
+            shapes = f'the output is {tuple(output.shape)}, the truth {tuple(part.gt.shape)}'
+            advice = "Check scale, in_channels and out_channels of network_g and the dataset's gt_size, scale and grey"
+            raise UserError(f'{part.paths[0] if part.paths else "a batch"}: {shapes}. {advice}.')
         output = output if output.dtype == torch.float64 else output.float()
         losses = OrderedDict()
         if self.cri_pix:
@@ -232,6 +240,7 @@ class ArbitraryScaleModel(SRModel):
         tb_logger: object,
         save_img: bool = False,
         should_stop: Callable[[], bool] | None = None,
+        journal: Journal | None = None,
     ) -> list[Evaluated] | None:
         """Evaluate every dataset, images x scales shared among the ranks; the same results on every rank.
 
@@ -241,21 +250,27 @@ class ArbitraryScaleModel(SRModel):
             tb_logger: TensorBoard writer, or None.
             save_img: Whether to write result images.
             should_stop: Asked before every image; once True, validation is given up on all ranks.
+            journal: Knows and gets rows, and the results of every dataset.
 
         Returns:
             The results in the order of `dataloaders`; None where validation was given up.
         """
-        results = run_validation(
-            self.opt, self.evaluated_net, dataloaders, current_iter, tb_logger, save_img, should_stop
-        )
-        for result in results or []:
+        results = []
+        for result in run_validation(
+            self.opt, self.evaluated_net, dataloaders, current_iter, tb_logger, save_img, should_stop, journal
+        ):
+            if result is None:
+                return None
             self.record_best(result, current_iter)
             report(result, getattr(self, 'best_metric_results', {}), current_iter, tb_logger)
+            results.append(result)
+            if journal:
+                journal.done(result)
         return results
 
     def record_best(self, result: Evaluated, current_iter: int | str) -> None:
         """Update `best_metric_results`, BasicSR's record of the best value and its iteration."""
-        if not self.is_train or not result.metrics:
+        if not self.is_train or not result.metrics or result.failed:  # means over other images compare with nothing
             return
         self._initialize_best_metric_results(result.dataset)
         for metric in self.opt['val']['metrics']:

@@ -17,10 +17,9 @@ from moeisr_basicsr.analysis.pictures import bicubic, expert_colours
 from moeisr_basicsr.analysis.routing_stats import depth_correlation, expert_shares, lr_reads, mean_cost
 from moeisr_basicsr.analysis.schema import scale_label
 from moeisr_basicsr.core.render import Clock
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.errors import ImageError, UserError
 from moeisr_basicsr.inference import Upscaled, evaluation, upscale
 
-from .evaluation import image_name
 from .measures import describe_input, describe_metric, measure
 
 # name suffix of a saved picture -> its name in a results document
@@ -87,7 +86,7 @@ class ImageEvaluator:
         )
 
     def __call__(
-        self, net: Any, item: dict, dataset_opt: dict, current_iter: int | str, save_img: bool, index: int
+        self, net: Any, item: dict, dataset_opt: dict, current_iter: int | str, save_img: bool, index: int, name: str
     ) -> tuple[dict, dict[str, np.ndarray]]:
         """Its row of a results document (see `analysis.schema`), and the pictures that TensorBoard shows.
 
@@ -98,6 +97,10 @@ class ImageEvaluator:
             current_iter: Iteration, or the run's name in testing.
             save_img: Whether to write pictures.
             index: Place of the image in the dataset.
+            name: Of the image.
+
+        Raises:
+            ImageError: The image does not fit its truth, or is too small for a metric.
         """
         lq = item['lq'].to(next(net.parameters()).device)
         gt = item['gt'][0] if 'gt' in item else None
@@ -105,7 +108,7 @@ class ImageEvaluator:
         result, took = self.timed(net, lq, None if gt is None else size_of(gt), nominal, index)
         sr = result.image[0].float().cpu()
         if gt is not None and sr.shape != gt.shape:
-            raise UserError(
+            raise ImageError(
                 f'{item["lq_path"][0]}: the output is {tuple(sr.shape)}, the ground truth '
                 f'{tuple(gt.shape)} (channels, rows, columns). Check the scale of {dataset_opt["name"]}.'
             )
@@ -114,7 +117,7 @@ class ImageEvaluator:
         row = {
             'case': 'test',
             'dataset': dataset_opt['name'],
-            'image': image_name(item['lq_path'][0], dataset_opt.get('dataroot_lq') or dataset_opt.get('dataroot_gt')),
+            'image': name,
             'protocol': describe_input(dataset_opt),
             'lq_size': list(lq_size),
             'size': list(size),
@@ -125,7 +128,10 @@ class ImageEvaluator:
         }
         if gt is not None:
             border = dataset_opt.get('crop_border')
-            row['metrics'] = self.measure_all(sr, gt, item['lq'][0], tuple(row['scale']), border)
+            try:
+                row['metrics'] = self.measure_all(sr, gt, item['lq'][0], tuple(row['scale']), border)
+            except UserError as error:
+                raise ImageError(f'{item["lq_path"][0]}: {error}') from error
             row['metric_protocols'] = {name: describe_metric(opt, border) for name, opt in self.metrics.items()}
         row |= self.routing(net, lq, result, gt)
         shown = self.shows_pictures and index < self.val_opt.get('tb_images', 1)

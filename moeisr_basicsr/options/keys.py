@@ -58,6 +58,10 @@ class Dataset(Section):
     batch_size_per_gpu: Positive = Key('in training: images per batch and process', None)
     num_worker_per_gpu: Count = Key('in training: loader processes per process', None)
     dataset_enlarge_ratio: Positive = Key('in training: how often one epoch shows each image', 1)
+    on_damaged: Literal['stop', 'skip'] = Key(
+        'in training: what to do when an image cannot be used; skip takes others for up to 1 % of them, at most 100',
+        'stop',
+    )
     use_shuffle: bool = Key('ignored; BasicSR always shuffles', None)
     pin_memory: bool = Key('faster copies to a GPU', False)
     persistent_workers: bool = Key('keep loader processes between epochs', True)
