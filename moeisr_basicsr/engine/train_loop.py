@@ -14,7 +14,7 @@ from moeisr_basicsr.models.non_finite import NonFiniteLossError
 from .checkpoint_store import Checkpoint, CheckpointStore
 from .data_loading import Place, TrainData, evaluation_loaders
 from .distributed import Ranks, launched
-from .experiment import Start, find_start, run_folders
+from .experiment import Start, find_start, root_of, run_folders
 from .logs import MetricsFile, TrainLog, start_logger, start_tensorboard
 from .resume import (
     model_state,
@@ -25,6 +25,7 @@ from .resume import (
     set_rng_state,
     without_pretrained,
 )
+from .run_lock import held
 from .signals import StopRequest
 from .test_loop import evaluate
 
@@ -37,7 +38,7 @@ def train(opt: dict) -> int:
     Raises:
         UserError: Options, data or the checkpoint to resume from do not fit.
     """
-    with launched(opt) as ranks, StopRequest() as stop:
+    with launched(opt) as ranks, held(root_of(opt), ranks), StopRequest() as stop:
         opt, path = ranks.options(opt), opt['path']
         keep = opt['logger'].get('keep_checkpoints', DEFAULT_KEEP)
         store = CheckpointStore(path['models'], path['training_states'], keep)
