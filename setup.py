@@ -33,7 +33,7 @@ setup(
         'tifffile>=2022.4.22',  # comes with scikit-image, which BasicSR needs
         'lmdb>=1.4',
         'einops>=0.7',
-        'filelock>=3.12',
+        'filelock>=4.1',
         'safetensors>=0.4',
         'PyYAML>=6.0',
         'pydantic>=2.6',

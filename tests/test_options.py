@@ -22,7 +22,6 @@ def test_a_good_file_passes_and_gets_defaults():
         'print_freq': 1,
         'save_checkpoint_freq': 5000,
         'keep_checkpoints': 5,
-        'save_best': True,
         'use_tb_logger': False,
     }
     assert opt['path'] == {'pretrain_network_g': None, 'strict_load_g': True}

@@ -20,8 +20,7 @@ def add_options_file(parser: argparse.ArgumentParser, is_train: bool) -> None:
     parser.add_argument(
         '--launcher',
         choices=('none', 'pytorch', 'slurm'),
-        default='none',
-        help='how processes are started: none for one, pytorch under torchrun, slurm under srun',
+        help='how processes are started: none for one, pytorch under torchrun (found by itself), slurm under srun',
     )
     if is_train:
         parser.add_argument('--auto_resume', action='store_true', help='go on from the newest checkpoint of this run')
@@ -103,6 +102,8 @@ def options_of(args: argparse.Namespace, is_train: bool) -> dict | None:
         return None
     if not args.opt:
         raise UserError(f'basicsr {args.command} needs an options file: -opt options/NAME.yml.')
+    from moeisr_basicsr.engine.distributed import find_launcher
     from moeisr_basicsr.options import parse_options
 
+    args.launcher = find_launcher(args.launcher)
     return parse_options(args, os.getcwd(), is_train)

@@ -17,8 +17,9 @@ from moeisr_basicsr.models.evaluation import Evaluated, Journal, mean_row
 
 from .data_loading import evaluation_loaders
 from .distributed import Ranks, launched
-from .experiment import run_folders
+from .experiment import root_of, run_folders
 from .logs import start_logger
+from .run_lock import held
 from .signals import StopRequest
 from .test_progress import Found, Progress, find_progress
 
@@ -34,7 +35,7 @@ def test(opt: dict) -> int:
     Raises:
         UserError: Options, data or weights do not fit.
     """
-    with launched(opt) as ranks, StopRequest() as stop:
+    with launched(opt) as ranks, held(root_of(opt), ranks), StopRequest() as stop:
         opt = ranks.options(opt)
         opt['manual_seed'] = int(opt.get('manual_seed') or 0)
         opt['val'] = {'suffix': None, 'save_img': False, **(opt.get('val') or {})}  # BasicSR's models expect both

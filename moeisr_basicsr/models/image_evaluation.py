@@ -31,7 +31,7 @@ class ImageEvaluator:
 
     Args:
         opt: The whole options; reads `val` (metrics, suffix, bicubic_baseline, budget, cost_weight, precision,
-            shuffle_experts, save_expert_map, save_references, tb_images, measure), `logger: use_tb_logger`,
+            shuffle_experts, save_expert_map, save_references, measure), `logger: use_tb_logger` and `wandb`,
             `path: visualization`, `manual_seed` and `is_train`.
     """
 
@@ -40,7 +40,8 @@ class ImageEvaluator:
         self.folder = Path(opt['path'].get('visualization') or '.')
         self.val_opt = opt.get('val') or {}
         self.metrics = self.val_opt.get('metrics') or {}
-        self.shows_pictures = self.is_train and (opt.get('logger') or {}).get('use_tb_logger', False)
+        logger_opt = opt.get('logger') or {}
+        self.shows_picture = self.is_train and bool(logger_opt.get('use_tb_logger') or logger_opt.get('wandb'))
         self.seed = opt.get('manual_seed') or 0
         self.setting = {  # as it stands in a results row
             'precision': self.val_opt.get('precision', 'fp32'),
@@ -134,7 +135,7 @@ class ImageEvaluator:
                 raise ImageError(f'{item["lq_path"][0]}: {error}') from error
             row['metric_protocols'] = {name: describe_metric(opt, border) for name, opt in self.metrics.items()}
         row |= self.routing(net, lq, result, gt)
-        shown = self.shows_pictures and index < self.val_opt.get('tb_images', 1)
+        shown = self.shows_picture and index == 0
         pictures = {}  # name suffix -> (R, S, 3) uint8 BGR
         if save_img or shown:
             pictures[''] = tensor2img([sr])

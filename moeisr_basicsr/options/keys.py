@@ -138,7 +138,6 @@ class ArbitraryScaleVal(Val):
     shuffle_experts: bool = Key('control experiment: permute the chosen experts over the pixels of each image', False)
     save_expert_map: bool = Key('write the expert maps beside the images', False)
     save_references: bool = Key('in testing, write the truth and the bicubic image beside the images', False)
-    tb_images: Count = Key('images per dataset that TensorBoard shows', 1)
     measure: bool = Key('in testing, measure the memory of each image too', False)
 
 
@@ -151,7 +150,6 @@ class Logger(Section):
     print_freq: Positive = Key('iterations between two lines of the log', 100)
     save_checkpoint_freq: Positive = Key('iterations between two checkpoints', 5000)
     keep_checkpoints: Count = Key('newest checkpoints to keep; 0 keeps all', 5)
-    save_best: bool = Key('keep the weights that are the best of a metric', True)
     use_tb_logger: bool = Key('write TensorBoard files', False)
     wandb: WandB = Key('Weights & Biases', None)
 
@@ -181,7 +179,9 @@ class Options(Section):
     model_type: ModelName = Key('MoEISRModel, ArbitraryScaleModel, or a model of BasicSR')
     scale: Factors = Key('factor given to every dataset; leave it out to train at many factors', None)
     num_gpu: Literal['auto'] | Count = Key('GPUs; auto takes all, 0 the CPU', 'auto')
-    manual_seed: Count = Key('seed of all random draws; drawn where it is not given', None)
+    manual_seed: Annotated[int, Field(ge=0, le=10**18)] = Key(
+        'seed of all random draws; drawn where it is not given', None
+    )
     cudnn_benchmark: bool = Key('let cuDNN time its algorithms; faster, but not the same bits from run to run', True)
     find_unused_parameters: bool = Key('option of DistributedDataParallel', False)
     dist_params: DistParams = Key('distributed training', None)
