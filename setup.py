@@ -29,11 +29,11 @@ setup(
         'mmengine-lite>=0.10',  # the package `mmengine` without matplotlib and a second OpenCV
         'numpy>=1.24',
         'opencv-python>=4.8',
-        'Pillow>=9.1',
+        'Pillow>=11.3',  # reads AVIF
         'tifffile>=2022.4.22',  # comes with scikit-image, which BasicSR needs
         'lmdb>=1.4',
         'einops>=0.7',
-        'filelock>=3.12',
+        'filelock>=4.1',
         'safetensors>=0.4',
         'PyYAML>=6.0',
         'pydantic>=2.6',

@@ -4,14 +4,16 @@ A model file is safetensors with the metadata `format` and `network_g`, the netw
 else is needed to use it. Reading a file never runs code from it.
 """
 
+import copy
+import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from basicsr.archs import build_network
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -19,8 +21,11 @@ from torch import Tensor, nn
 from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.official import official
-from moeisr_basicsr.options import check_network
-from moeisr_basicsr.safe_reading import load_torch_file
+from moeisr_basicsr.options import force
+from moeisr_basicsr.options.registered import registered
+from moeisr_basicsr.options.values import show
+from moeisr_basicsr.safe_building import build_bounded
+from moeisr_basicsr.safe_reading import load_torch_file, plain_options
 
 FORMAT = 'moeisr_basicsr'
 RESERVED = ('format', 'network_g')  # metadata that `save_model` itself writes
@@ -63,23 +68,16 @@ def save_model(
 
 
 def read_model(path: str | PathLike) -> Model:
-    """The content of a model file.
+    """The content of a model file, or of a checkpoint that holds its network.
 
     Raises:
-        UserError: It is missing, truncated, or no model file of this package.
+        UserError: See `read_checkpoint`; or the file does not say which network its weights belong to.
     """
-    if not Path(path).is_file():
-        raise UserError(f'there is no model file {path}.')
-    if Path(path).suffix != '.safetensors':
-        raise UserError(
-            f'{path} is no model file (.safetensors). `basicsr convert {path} -o OUT.safetensors` makes one of a '
-            'checkpoint.'
-        )
-    model = _read_safetensors(path)
+    model = read_checkpoint(path)
     if not model.network_opt:
         raise UserError(
-            f'{path} does not say which network its weights belong to: it is no model file of '
-            "moeisr_basicsr. `basicsr convert` makes one of it, given the network's options."
+            f'{path} does not say which network its weights belong to. `basicsr convert {path} -opt YAML -o '
+            'OUT.safetensors` makes a model file of it, given the options of its training.'
         )
     return model
 
@@ -98,21 +96,28 @@ def build(network_opt: Mapping[str, Any], weights: Mapping[str, Tensor], source:
     """A network with its weights; buffers that it computes by itself may be missing from them.
 
     Raises:
-        UserError: The options are wrong, or the weights are those of another network; `source` is named.
+        UserError: See `build_bounded` and `fill`; or the weights are those of another network. `source` is named.
     """
-    check_network(network_opt, source)
-    try:
-        net = build_network(dict(network_opt))
-    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
-        reason = ' '.join(str(error).split())
-        raise UserError(f'{source}: {network_opt["type"]} cannot be built from its options: {reason}') from error
+    net = build_bounded(network_opt, weights, source)
     parameters = dict(net.named_parameters())
     own = {name: value for name, value in net.state_dict().items() if name in parameters or name in weights}
     if found := misfits(own, weights):
         kind = type(net).__name__
         raise UserError(f'{source}: the weights do not fit the network {kind}: {describe_misfits(found)}.')
-    net.load_state_dict(dict(weights), strict=False)
+    fill(net, weights, source)
     return net
+
+
+def fill(net: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Weights, all of which have their place in `net`, into it.
+
+    Raises:
+        UserError: One is NaN or infinite, or is in single precision.
+    """
+    for name, _ in net.named_parameters():
+        if name in weights and not weights[name].to(torch.float32).isfinite().all():
+            raise UserError(f'{source}: {name} has values that are NaN or infinite: these weights are of no use.')
+    net.load_state_dict(dict(weights), strict=False)
 
 
 def misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -134,6 +139,8 @@ def describe_misfits(found: Mapping[str, list[str]]) -> str:
 def read_checkpoint(path: str | PathLike, param_keys: Sequence[str | None] = PARAM_KEYS) -> Model:
     """The content of any file with weights: safetensors, or a .pth of BasicSR or of the official LIIF or LTE code.
 
+    What distributed and compiled networks put before their parameters' names (`module.`, `_orig_mod.`) is left out.
+
     Args:
         path: The file.
         param_keys: Entries of a BasicSR .pth, the wanted one first; None is the file as a whole.
@@ -143,26 +150,52 @@ def read_checkpoint(path: str | PathLike, param_keys: Sequence[str | None] = PAR
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f'there is no checkpoint {path}.')
+        raise UserError(f'there is no model file or checkpoint {path}.')
     source = {'source': path.name}
     if path.suffix == '.safetensors':
         model = _read_safetensors(path)
-        return model._replace(metadata={**source, **model.metadata} if model.network_opt else source)
+        model = model._replace(metadata={**source, **model.metadata} if model.network_opt else source)
+    else:
+        model = _read_torch(path, param_keys, source)
+    return Model(plain_options(model.network_opt, str(path)), plain_weights(model.weights, path), model.metadata)
+
+
+def plain_weights(weights: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """Weights by the names that a network by itself gives them.
+
+    Raises:
+        UserError: Two become one, or something is no dense tensor of real numbers.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        known = re.sub(r'^module\.|(?<![^.])_orig_mod\.', '', re.sub(r'^_orig_mod\.', '', str(name)))
+        if known in plain:
+            raise UserError(f'{path} has the weights {known} twice, with and without a prefix: they may differ.')
+        is_dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == 'cpu'
+        if not is_dense or value.is_complex() or value.is_quantized:
+            raise UserError(f'{path}: {known} is no tensor of real numbers in memory.')
+        plain[known] = value
+    return plain
+
+
+def _read_torch(path: Path, param_keys: Sequence[str | None], source: dict[str, str]) -> Model:
     content = load_torch_file(path)
     if not isinstance(content, Mapping):
         raise UserError(f'{path} holds no weights but a {type(content).__name__}.')
     if isinstance(content.get('model'), Mapping):
-        return Model(*official(content['model'], str(path)), source)
+        try:
+            return Model(*official(content['model'], str(path)), source)
+        except (AttributeError, KeyError, TypeError) as error:  # anything may stand where options belong
+            raise UserError(f'{path} is no official LIIF or LTE checkpoint: {error!r:.100}.') from error
     for key in param_keys:
         weights = content if key is None else content.get(key)
         if isinstance(weights, Mapping) and weights and all(isinstance(value, Tensor) for value in weights.values()):
-            weights = {str(name).removeprefix('module.'): value for name, value in weights.items()}
-            return Model(content.get('network_g', {}), weights, {**source, 'param_key': key} if key else source)
+            return Model(content.get('network_g') or {}, weights, {**source, 'param_key': key} if key else source)
     if 'optimizers' in content:
         raise UserError(f'{path} is a training state without weights; those are in the models folder beside it.')
     raise UserError(
-        f'{path} has no weights under {" or ".join(key for key in param_keys if key)}; it has '
-        f'{", ".join(map(str, list(content)[:8])) or "nothing"}.'
+        f'{path} has no weights under {" or ".join(key for key in dict.fromkeys(param_keys) if key)}; it has '
+        f'{", ".join(f"{key!s:.40}" for key in list(content)[:8]) or "nothing"}.'
     )
 
 
@@ -173,27 +206,35 @@ def convert(
     param_key: str | None = None,
     store: str = 'fp32',
     notes: Mapping[str, str] | None = None,
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the model file of a checkpoint.
 
     Args:
         checkpoint: See `read_checkpoint`.
         out: The model file.
-        network_opt: The network's options, where the checkpoint does not say them.
+        network_opt: The network's options, where the checkpoint does not say them; where it does, the same.
         param_key: `params` or `params_ema` of a BasicSR checkpoint; the averaged ones if there are any.
         store: 'fp32' or 'fp16', the number format of the weights in the file. A network always gets fp32.
         notes: Further metadata, beside or in place of what a model file that is converted again has.
+        changes: Entries of `--force_yml` that change the options which the checkpoint says.
 
     Returns:
         The network's options.
 
     Raises:
-        UserError: See `read_checkpoint`; the weights do not fit the options; a weight is too large for fp16.
+        UserError: See `read_checkpoint` and `build`; the options are not those of the checkpoint; a weight is too large
+            for fp16.
     """
     model = read_checkpoint(checkpoint, PARAM_KEYS if param_key is None else (param_key,))
-    network_opt = network_opt or model.network_opt
-    if not network_opt:
+    if not network_opt and not model.network_opt:
         raise UserError(f'{checkpoint} does not say which network it belongs to: name its options file with -opt.')
+    if network_opt and model.network_opt and (found := differences(model.network_opt, network_opt)):
+        raise UserError(f'{checkpoint} holds the options of its network, and others were given: {found}. Leave -opt out.')
+    data = {'network_g': copy.deepcopy(dict(network_opt or model.network_opt))}
+    for entry in changes:
+        force(data, entry)
+    network_opt = data['network_g']
     weights = build(network_opt, model.weights, str(checkpoint)).state_dict()
     stored = {name: value.to(STORES[store]) if value.is_floating_point() else value for name, value in weights.items()}
     for name, value in weights.items():
@@ -203,7 +244,31 @@ def convert(
                 f'{torch.finfo(torch.float16).max:.0f}. Store it as fp32.'
             )
     save_model(out, stored, network_opt, **{**model.metadata, **(notes or {})})
-    return dict(network_opt)
+    return network_opt
+
+
+def differences(known: Mapping[str, Any], given: Mapping[str, Any], within: str = 'network_g') -> str:
+    """Where the options of a network differ from those that its weights were trained with; empty if nowhere.
+
+    Much of it changes no shape (skip, granularity, the cell's limit): that the weights fit does not tell.
+    """
+    both = [with_defaults(known), with_defaults(given)]
+    found = []
+    for key in {**both[0], **both[1]}:
+        first, second = (options.get(key) for options in both)
+        if isinstance(first, Mapping) and isinstance(second, Mapping):
+            found.append(differences(first, second, f'{within}: {key}'))
+        elif json.dumps(first) != json.dumps(second) and first != second:  # the former for tuples
+            found.append(f'{within}: {key} is {show(second)}, of the weights {show(first)}')
+    return ', '.join(filter(None, found))
+
+
+def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a network with the defaults of its class, or of any section."""
+    entry = registered('ARCH').get(str(options.get('type')))
+    arguments = {} if entry is None else inspect.signature(entry).parameters
+    defaults = {name: value.default for name, value in arguments.items() if value.default is not value.empty}
+    return {**defaults, **options}
 
 
 def _read_safetensors(path: str | PathLike) -> Model:
@@ -216,6 +281,6 @@ def _read_safetensors(path: str | PathLike) -> Model:
         return Model({}, weights, metadata)
     try:
         network_opt = json.loads(metadata.get('network_g', '{}'))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # the former also for numbers of thousands of digits
         raise UserError(f'{path} is damaged: the options of its network are not JSON ({error}).') from error
     return Model(network_opt, weights, {key: value for key, value in metadata.items() if key not in RESERVED})

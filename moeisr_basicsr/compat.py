@@ -17,8 +17,11 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -27,6 +30,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.safe_reading import PlainLoader, load_torch_file
 
@@ -93,6 +97,7 @@ def patch_basicsr() -> None:
     """Replace what fails in BasicSR, which this imports."""
     import basicsr.train
     import basicsr.utils.dist_util
+    import basicsr.utils.img_util
     import basicsr.utils.options
     from basicsr.models.base_model import BaseModel
 
@@ -104,8 +109,17 @@ def patch_basicsr() -> None:
     for module in (basicsr.utils.dist_util, basicsr.utils.options):  # the second holds it by name
         module.init_dist = init_dist
     basicsr.train.load_resume_state = load_resume_state
+    # All its models write through this module's cv2.
+    basicsr.utils.img_util.cv2 = SimpleNamespace(**{**vars(cv2), 'imwrite': imwrite})
     BaseModel.__init__ = _on_available_device(BaseModel.__init__)
     BaseModel.model_to_device = _to_available_device(BaseModel.model_to_device)
+
+
+def imwrite(file_path: str, image: np.ndarray, params: list[int] | None = None) -> bool:
+    """`cv2.imwrite`, which crashes on a name that is no UTF-8, and leaves half a file on a full disk."""
+    done, content = cv2.imencode(Path(file_path).suffix, image, params or [])
+    write_atomic(file_path, lambda file: file.write(content))
+    return done
 
 
 def init_dist(launcher: str, backend: str | None = None, port: int | None = None, **kwargs: Any) -> None:

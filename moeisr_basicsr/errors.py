@@ -13,6 +13,7 @@ class ExitCode(IntEnum):
     SAVE_FAILED = 1  # a checkpoint could not be written
     USER_ERROR = 2  # wrong options or files
     NON_FINITE = 3  # a loss or gradient was not finite
+    IMAGES_FAILED = 4  # some images could not be used; `test` has measured the others
     INTERRUPTED = 130  # Ctrl-C; `train` has saved its state after the running step
     TERMINATED = 143  # SIGTERM, for example of a scheduler; as above
 
@@ -24,10 +25,20 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        if message.startswith('Caught UserError in DataLoader worker'):
+        name = type(self).__name__
+        if message.startswith(f'Caught {name} in DataLoader worker'):
             # torch raises a worker's error anew, with the worker's traceback as its message; its last line is ours.
-            message = message.rstrip().splitlines()[-1].partition('UserError: ')[2]
+            message = message.rstrip().splitlines()[-1].partition(f'{name}: ')[2]
         super().__init__(message)
+
+
+class ImageError(UserError):
+    """One image (or pair) cannot be used: missing, damaged, too small; the others may be fine."""
+
+
+def printable(name: str) -> str:
+    """A name of a file for logs, results and tables: what is no UTF-8, and what would move the cursor, as escapes."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in name)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ are never held whole; the decoder renders each tile's part of the output. Tiled 
 Shapes: B images, C channels, (H, W) LR size, (R, S) output size.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -159,18 +160,28 @@ def aligned(start: int, stop: int, size: int, multiple: int) -> tuple[int, int]:
 
 @contextmanager
 def evaluation(net: nn.Module, device_type: str, precision: str) -> Iterator[None]:
-    """Eval mode, no gradients, autocast for 16-bit precisions; the training mode comes back afterwards."""
+    """Eval mode, no gradients, and `precision` whatever the caller's autocast and default type; all comes back."""
     if precision not in PRECISIONS:
         raise UserError(f'precision must be one of {", ".join(PRECISIONS)}; got {precision!r}.')
     dtype = PRECISIONS[precision]
     modes = [(module, module.training) for module in net.modules()]  # a frozen part may stay in eval mode for good
+    default = torch.get_default_dtype()
     net.eval()
+    torch.set_default_dtype(torch.float32)
     try:
-        with torch.no_grad(), torch.autocast(device_type, dtype) if dtype else nullcontext():
+        with torch.no_grad(), torch.autocast(device_type, dtype, enabled=dtype is not None):
             yield
     finally:
+        torch.set_default_dtype(default)
         for module, mode in modes:
             module.training = mode
+
+
+def in_single(net: nn.Module) -> nn.Module:
+    """`net`, or a copy of one in another precision: positions, tables and kernels are fp32."""
+    values = (*net.parameters(), *net.buffers())
+    is_single = all(value.dtype == torch.float32 for value in values if value.is_floating_point())
+    return net if is_single else copy.deepcopy(net).float()
 
 
 def upscale_strips(
@@ -187,7 +198,7 @@ def upscale_strips(
     """Upscale one image, strip by strip from top to bottom, in memory that does not grow with the output.
 
     Args:
-        net: `MoEISR`, `LIIF` or `LTE`.
+        net: `MoEISR`, `LIIF` or `LTE`; of any precision, but it computes in `precision`.
         lq: (1, C, H, W) RGB in [0, 1] on the network's device.
         size: (R, S) from `target_size`.
         cost_weight: kappa; above 0 cheaper, below 0 more expensive than the trained routing.
@@ -200,6 +211,7 @@ def upscale_strips(
     Raises:
         UserError: See `make_control`, `make_shuffle` and `encoder_tiles`; an unknown MOEISR_KERNELS.
     """
+    net, lq = in_single(net), lq.float()
     lq_size = lq.shape[-2], lq.shape[-1]
     control = make_control(net, cost_weight, budget)
     shuffle = make_shuffle(net, size, shuffle_seed, lq.device)

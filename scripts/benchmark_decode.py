@@ -200,7 +200,7 @@ class Benchmark:
             if case.backend is not None:
                 row['macs'] = {'total': self.macs(size, case.expert_map)}
             if case.expert_map is not None:
-                row['routing'] = {'loads': list(MAPS[case.expert_map])}
+                row['routing'] = {'shares': list(MAPS[case.expert_map])}
             ratio, baseline = (plain.ms + encode.ms * is_whole) / case.ms, 'whole-' * is_whole + plain.name
             self.report(case.name, scale, ratio, baseline=baseline, **row)
         saved = self.macs(size, None) / self.macs(size, SKEWED)

@@ -23,6 +23,7 @@ STAMP = os.path.join(VENV, 'installed.sha256')
 UNFINISHED = os.path.join(VENV, 'install-unfinished')
 STARTED = 'MOEISR_BASICSR_BOOTSTRAPPED'
 SUPPORTED = ((3, 10), (3, 11), (3, 12))
+NEWER = ' BasicSR 1.4.2 cannot be built on newer ones: install Python 3.12 beside it, and run this again.'
 INPUTS = ('requirements.txt', 'requirements-triton.txt', 'setup.py', 'pyproject.toml')
 # Builds BasicSR's source package; must be there before the rest (see requirements.txt).
 BUILD_TOOLS = ('setuptools', 'wheel')
@@ -163,8 +164,11 @@ def _supported_python():
             )
             return path
     raise SetupError(
-        'Python 3.10, 3.11 or 3.12 is needed; this is {}.{} ({}) and no other was found.'.format(
-            sys.version_info[0], sys.version_info[1], sys.executable
+        'Python 3.10, 3.11 or 3.12 is needed; this is {}.{} ({}) and no other was found.{}'.format(
+            sys.version_info[0],
+            sys.version_info[1],
+            sys.executable,
+            NEWER if sys.version_info[:2] > SUPPORTED[-1] else '',
         )
     )
 

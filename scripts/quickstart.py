@@ -109,7 +109,7 @@ def report(results):
     too_low = []
     for result in results:
         psnr, bicubic = result['metrics']['psnr'], result['metrics']['bicubic_psnr']
-        shares = '  '.join(f'{load:4.0%}' for load in result['loads'])
+        shares = '  '.join(f'{share:4.0%}' for share in result['shares'])
         print('{:>6} {:9.2f} {:9.2f} {:+7.2f}   {}'.format(result['scale'], bicubic, psnr, psnr - bicubic, shares))
         if not psnr - bicubic >= EXPECTED_GAINS[result['scale']]:  # also when it is not a number
             too_low.append((result['scale'], psnr - bicubic))

@@ -10,6 +10,7 @@ import torch
 
 import moeisr_basicsr  # noqa: F401  before any test imports BasicSR, which needs the shims
 from basicsr.utils.logger import initialized_logger
+from moeisr_basicsr.data import reading
 
 if 'OMP_NUM_THREADS' not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -18,6 +19,12 @@ if 'OMP_NUM_THREADS' not in os.environ:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    """Between the attempts to read a file."""
+    monkeypatch.setattr(reading, 'PAUSES_S', (0.01, 0.02, 0.04))
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ RESULTS = [
         'scale': [4.0, 4.0],
         'count': 5,
         'metrics': {'psnr': 30.5, 'bicubic_psnr': 28.25},
-        'routing': {'loads': [0.75, 0.25], 'mean_cost': 0.6},
+        'routing': {'shares': [0.75, 0.25], 'mean_cost': 0.6},
     }
 ]
 NOTES = {

@@ -23,7 +23,7 @@ def image_of(net, lq):
 
 def routed(**options):
     """An expert without layers and two with; neighbouring queries differ in their expert."""
-    mapper = {'num_layers': 1, 'num_feat': 8, 'hidden': 8}
+    mapper = {'num_layers': 1, 'num_feat': 8}
     net = MoEISR(TAIL, experts=[[], [8], [8, 8]], mapper=mapper, skip='network', **options)
     with torch.no_grad():
         net.decoder.mapper.query_in.weight[:, -4:-2].mul_(8)

@@ -77,7 +77,7 @@ def test_results_agree_with_the_closed_forms(profile, options, tmp_path, capsys)
     for row in rows:
         lq_size, size, macs = (6, 9), tuple(row['size']), row['macs']
         assert macs['encoder'] == pytest.approx(encoder_macs(net.encoder, lq_size) / (size[0] * size[1]))
-        counts, shares = decoder_macs(net.decoder, lq_size, size), row['routing']['loads']
+        counts, shares = decoder_macs(net.decoder, lq_size, size), row['routing']['shares']
         assert macs['total'] == pytest.approx(macs['encoder'] + counts.total(shares))
         assert macs['each_expert'] == net.expert_macs
         assert macs['dense_plain'] == dense_plain_macs(net.decoder, lq_size, size)
@@ -105,7 +105,7 @@ def test_model_file_image_and_budget(profile, tmp_path):
     (row,), results = profile(*files, '--scale', '3', '--budget', '0.6', '--no-plain')
     lq = pixels.permute(2, 0, 1)[None] / 255
     counts = torch.bincount(upscale(net, lq, scale=3, budget=0.6).expert_map.flatten().long(), minlength=3)
-    assert row['routing']['loads'] == pytest.approx((counts / counts.sum()).tolist(), abs=1e-6)
+    assert row['routing']['shares'] == pytest.approx((counts / counts.sum()).tolist(), abs=1e-6)
     assert abs(row['routing']['mean_cost'] - 0.6) < 0.01
     assert row['lq_size'] == [8, 10] and row['budget'] == 0.6 and 'dense_plain' not in row['time_ms']
     assert results['model']['file'].endswith('net.safetensors')
@@ -143,7 +143,7 @@ def test_shares_that_say_nothing_of_pictures_are_said_to(options, tmp_path, caps
 
 def test_dense_network_has_no_mapper(profile, options, capsys):
     (row,), _ = profile('-opt', options(LTE), '--scale', '2', '--precision', 'bf16', size='5x5')
-    assert row['routing'] == {'loads': [1.0], 'mean_cost': 1.0} and row['macs']['mapper'] == 0
+    assert row['routing'] == {'shares': [1.0], 'mean_cost': 1.0} and row['macs']['mapper'] == 0
     assert row['macs']['tables'] + row['macs']['experts'] == row['macs']['dense_folded']
     assert set(row['time_ms']) == {'encode', 'decode', 'other', 'total', 'dense_folded', 'dense_plain'}
     shown = capsys.readouterr().out

@@ -1,16 +1,21 @@
 """Own pairs of LR and HR images: what an item holds at factors that are not whole, and pairs that do not fit."""
 
+import logging
+import re
+
 import numpy as np
 import pytest
 import torch
 from basicsr.data import build_dataset
 from data_cases import locate, make_lmdb, noise, options, paired, same
 from helpers import shared_data
+from PIL import Image
 
 from moeisr_basicsr.core.coords import make_coord
 from moeisr_basicsr.data.image_writer import write_image
 from moeisr_basicsr.data.pairs import patch_axis
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.errors import ImageError, UserError
+from moeisr_basicsr.models.evaluation import image_names
 
 
 @pytest.fixture
@@ -70,12 +75,14 @@ def test_paired_validation(pair_folders):
     item = build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x'))[1]
     np.testing.assert_array_equal(item['gt'].permute(1, 2, 0) * 255, noise(80, 90, 1))
     assert item['lq'].shape == (3, 32, 30) and item['scale'].tolist() == [2.5, 3]
-    item = build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=[2, 2.9]))[1]
-    assert item['gt'].shape == (3, 64, 87)
-    with pytest.raises(
-        UserError, match='b.png .80 x 90.*smaller than its LR image .*bx.png .32 x 30. times the scale of 3 x 3'
-    ):
-        build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=3))[1]
+    item = build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=[2.4, 2.9]))[1]
+    assert item['gt'].shape == (3, 77, 87)
+    for scale, named in (3, '3'), ([2.5, 1.5], '2.5 x 1.5'):  # the second would cut off half of the HR image
+        words = f'ax.png .32 x 30.* does not fit .*a.png .80 x 90.: a factor of 2.5 x 3, but the scale .* is {named}. '
+        with pytest.raises(UserError, match=words + '.* 1 more'):
+            build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=scale))
+    with pytest.raises(UserError, match='b.png .80 x 90.*smaller than its LR image .*bx.png .32 x 30. times the scale'):
+        build_dataset(paired(*pair_folders, 'val', filename_tmpl='{}x', scale=[2.55, 3]))[1]
 
 
 def test_a_rest_that_the_lr_image_lacks_is_cut_off(tmp_path):
@@ -109,6 +116,118 @@ def test_pairs_that_do_not_fit(pair_folders):
         build_dataset(paired(lq, gt, filename_tmpl='{}x'))
 
 
+def write_pairs(root, sizes):
+    """HR images of the `sizes` (rows, columns, factor) and LR images of floor(HR / factor); the two folders."""
+    lq, gt = root / 'lq', root / 'gt'
+    lq.mkdir(parents=True)
+    gt.mkdir()
+    for number, (rows, cols, factor) in enumerate(sizes):
+        write_image(gt / f'{number}.png', noise(rows, cols, number))
+        write_image(lq / f'{number}.png', noise(int(rows / factor), int(cols / factor), number))
+    return lq, gt
+
+
+def test_a_rotated_image_and_one_of_another_factor_are_refused(tmp_path, caplog):
+    """They are named with what the rest of their folder has; the log counts the factors."""
+    logging.getLogger('basicsr').addHandler(caplog.handler)
+    logging.getLogger('basicsr').setLevel(logging.INFO)
+    lq, gt = write_pairs(tmp_path, [(64 + number, 96 - number, 3) for number in range(11)])
+    assert len(build_dataset(paired(lq, gt))) == 11
+    assert 'Dataset images: 11 pairs; 11 of factor 3.' in caplog.text
+    picture = noise(21, 31, 1)
+    write_image(lq / '1.png', np.ascontiguousarray(np.rot90(picture)))  # 64 x 95 / (31 x 21)
+    for phase in ('train', 'val'):
+        with pytest.raises(UserError) as error:
+            build_dataset(paired(lq, gt, phase))
+        assert '\n' not in str(error.value) and 'lq/1.png (31 x 21 rows x columns) does not fit' in str(error.value)
+        assert re.search(r'gt/1.png \(65 x 95\): a factor of 2.1 x 4.5, but the other pairs of .* 3', str(error.value))
+    write_image(lq / '1.png', picture)
+    write_image(lq / '2.png', noise(33, 47))  # x2 among x3
+    with pytest.raises(UserError, match=r'lq/2.png \(33 x 47 .* a factor of 2, but the other pairs .* have 3'):
+        build_dataset(paired(lq, gt))
+    dataset = build_dataset(paired(lq, gt, 'val', on_damaged='skip'))  # refused when it is asked for
+    with pytest.raises(ImageError, match='lq/2.png'):
+        dataset[3]  # after 10.png
+    assert dataset[1]['scale'].min() > 2.9
+
+
+def test_what_the_rest_of_a_folder_says(tmp_path):
+    """A folder of several factors is fine, and so are two pairs that differ; every folder is judged by itself."""
+    mixed = [(60, 72, 1.5), (61, 80, 2), (90, 60, 2.5), (96, 64, 3), (64, 96, 4), (80, 80, 4)]
+    lq, gt = write_pairs(tmp_path / 'mixed', mixed)
+    assert len(build_dataset(paired(lq, gt))) == 6
+    write_image(lq / '2.png', np.ascontiguousarray(np.rot90(noise(36, 24, 2))))  # but nobody mixes both
+    with pytest.raises(UserError, match='lq/2.png'):
+        build_dataset(paired(lq, gt))
+    lq, gt = write_pairs(tmp_path / 'two', [(60, 90, 3)] * 2)
+    write_image(lq / '1.png', noise(30, 20, 1))
+    assert len(build_dataset(paired(lq, gt))) == 2  # which of the two is wrong cannot be said
+    # each folder by itself
+    lq_2, gt_2 = write_pairs(tmp_path / 'more', [(60, 90, 2)] * 20)
+    several = paired('', '')
+    several.update(dataroot_gt=[str(tmp_path / 'mixed/gt'), str(gt_2)])
+    several.update(dataroot_lq=[str(tmp_path / 'mixed/lq'), str(lq_2)])
+    with pytest.raises(UserError, match='mixed/lq/2.png'):
+        build_dataset(several)
+
+
+def test_the_camera_held_sideways(tmp_path):
+    """An HR photograph that EXIF turns, and an LR image that is stored upright: a pair of one factor."""
+    lq, gt = write_pairs(tmp_path, [(60, 90, 3)] * 4)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(noise(60, 90, 3)).transpose(Image.Transpose.ROTATE_90).save(gt / '3.jpg', quality=100, exif=exif)
+    (gt / '3.png').unlink()
+    item = build_dataset(paired(lq, gt, 'val'))[3]
+    assert item['gt'].shape == (3, 60, 90) and item['scale'].tolist() == [3, 3]
+
+
+def test_several_roots_and_folders_below_them(tmp_path):
+    """Each LR folder belongs to one HR folder; partners lie in the same folder below. Names may be alike."""
+    for place, data in enumerate(('one', 'two')):
+        for below in ('', 'deep/er'):
+            for kind, size in (('lq', (20, 24)), ('gt', (40, 48))):
+                folder = tmp_path / data / kind / below
+                folder.mkdir(parents=True, exist_ok=True)
+                write_image(
+                    folder / ('ax2.png' if kind == 'lq' else 'a.png'), noise(*size, seed=4 * place + len(below))
+                )
+    roots = {kind: [str(tmp_path / data / kind) for data in ('one', 'two')] for kind in ('lq', 'gt')}
+    opt = {**paired('', '', 'val', filename_tmpl='{}x2', recursive=True), 'dataroot_lq': roots['lq']}
+    opt['dataroot_gt'] = roots['gt']
+    dataset = build_dataset(opt)
+    assert len(dataset) == 4 and len({item['gt_path'] for item in dataset}) == 4
+    for item in dataset:
+        assert item['lq_path'] == item['gt_path'].replace('/gt/', '/lq/').replace('a.png', 'ax2.png')
+        seed = 4 * ('/two/' in item['gt_path']) + len('deep/er') * ('deep' in item['gt_path'])
+        np.testing.assert_array_equal(item['gt'].permute(1, 2, 0) * 255, noise(40, 48, seed))
+        np.testing.assert_array_equal(item['lq'].permute(1, 2, 0) * 255, noise(20, 24, seed))
+    names = [f'{data}__lq__{below}ax2' for data in ('one', 'two') for below in ('', 'deep__er__')]
+    assert image_names(dataset) == names
+    assert len(build_dataset({**opt, 'recursive': False})) == 2
+    with pytest.raises(UserError, match='dataroot_lq and dataroot_gt must list as many folders; got 1 and 2'):
+        build_dataset({**opt, 'dataroot_lq': roots['lq'][:1]})
+    (tmp_path / 'two/lq/deep/er/ax2.png').rename(tmp_path / 'two/lq/deep/ax2.png')
+    with pytest.raises(UserError, match='two/gt/deep/er/a.png has no partner deep/er/ax2 in .*two/lq'):
+        build_dataset(opt)
+
+
+def test_rectangular_patches_of_pairs(pair_folders):
+    """5 rows of 12 LR pixels: every query lies on the LR pixel that covers it."""
+    dataset = build_dataset(paired(*pair_folders, filename_tmpl='{}x', lq_size=[5, 12]))
+    for index in range(20):
+        item = dataset[index]
+        assert item['lq'].shape == (3, 5, 12) and item['scale'].tolist() == [2.5, 3]
+        position = locate(noise(80, 90, index % 2), item['gt'])
+        centre = (position + 0.5) / [2.5, 3]
+        row, col = np.clip(((item['coord'].numpy() + 1) / 2 * [5, 12]).astype(int), 0, [4, 11]).T
+        covering = item['lq'].permute(1, 2, 0).numpy()[row, col] * 255
+        inside = np.abs(centre - np.rint(centre)) > 1e-6
+        np.testing.assert_allclose(covering[:, :2][inside], np.floor(centre)[inside], atol=1e-3)
+    with pytest.raises(UserError, match='x.png.*too small; lq_size is 5 x 31'):
+        build_dataset(paired(*pair_folders, filename_tmpl='{}x', lq_size=[5, 31]))[0]
+
+
 def test_two_hr_images_of_one_partner(pair_folders, tmp_path):
     lq, gt = pair_folders
     for folder in 'ab':
@@ -116,7 +235,7 @@ def test_two_hr_images_of_one_partner(pair_folders, tmp_path):
         write_image(gt / folder / '1.png', noise(80, 90))
     (lq / 'ax.png').rename(lq / '1.png')
     (tmp_path / 'list.txt').write_text('a/1.png\nb/1.png\n')
-    with pytest.raises(UserError, match='b/1.png and a/1.png would both have the partner .*lq/1.png'):
+    with pytest.raises(UserError, match='b/1.png and .*a/1.png would both have the partner .*lq/1.png'):
         build_dataset(paired(lq, gt, meta_info_file=str(tmp_path / 'list.txt')))
     (tmp_path / 'list.txt').write_text('a/1.png\na/1.png\n')  # one image twice is a choice
     assert len(build_dataset(paired(lq, gt, meta_info_file=str(tmp_path / 'list.txt')))) == 2

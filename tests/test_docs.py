@@ -18,7 +18,7 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTR
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob('*.md')), *sorted((ROOT / 'docs').glob('*.md'))]
 FOLDERS = 'assets|docs|examples|moeisr_basicsr|options|scripts|tests'
-COMMANDS = ('train', 'test', 'upscale', 'models', 'profile', 'report', 'convert')
+COMMANDS = ('train', 'test', 'check', 'upscale', 'models', 'profile', 'report', 'convert')
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

@@ -18,7 +18,9 @@ from torch.distributed import TCPStore
 
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.cli import main
+from moeisr_basicsr.engine.distributed import find_launcher
 from moeisr_basicsr.engine.rendezvous import fresh_store
+from moeisr_basicsr.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FLOAT64 = """
@@ -56,29 +58,25 @@ dist.destroy_process_group()
 """
 
 
-def under_torchrun(root, lines):
-    """`basicsr` command lines in two processes below `root`."""
-    (root / 'script.py').write_text(SCRIPT)
+def torchrun(root, *words):
+    """A command in two processes."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(REPOSITORY)}
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--nproc_per_node=2',
-            f'--master_port={port}',
-            'script.py',
-            *lines,
-        ],
+    return subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}', *words],
         cwd=root,
-        env=environment,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+def under_torchrun(root, lines):
+    """`basicsr` command lines in two processes below `root`."""
+    (root / 'script.py').write_text(SCRIPT)
+    done = torchrun(root, 'script.py', *lines)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -240,3 +238,39 @@ def test_attempts_of_torchrun_share_no_keys():
         assert not any(store.check(['address']) for store in stores)
         stores[0].set('address', 'here')
         assert all(store.get('address') == b'here' for store in stores)
+
+
+def test_torchrun_is_recognised(tmp_path):
+    """Without --launcher; before, both processes trained the whole run in one folder."""
+    changes = {'train:total_iter': 2, 'datasets:train:batch_size_per_gpu': 2, 'val': None}
+    (tmp_path / 'run.yml').write_text(yaml.safe_dump(run_yaml(tmp_path, **changes), sort_keys=False))
+    done = torchrun(tmp_path, '-m', 'moeisr_basicsr', 'train', '-opt', 'run.yml')
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert saved(tmp_path, 2)[1]['place'] == {'epoch': 0, 'samples': 4, 'world_size': 2}
+    assert [path.name for path in (tmp_path / 'experiments').iterdir()] == ['run']
+
+
+@pytest.mark.parametrize(
+    ('environment', 'given', 'launcher'),
+    [
+        ({}, None, 'none'),
+        ({'RANK': '0', 'WORLD_SIZE': '1'}, None, 'none'),
+        ({'RANK': '1', 'WORLD_SIZE': '2'}, None, 'pytorch'),
+        ({'RANK': '1', 'WORLD_SIZE': '2'}, 'slurm', 'slurm'),
+        ({'RANK': 'abc'}, None, "RANK must be a whole number; got 'abc'."),
+        ({'RANK': '0', 'WORLD_SIZE': '-2'}, 'pytorch', "WORLD_SIZE must be a whole number; got '-2'."),
+        ({'RANK': '2', 'WORLD_SIZE': '2'}, 'pytorch', 'RANK must be below WORLD_SIZE; got 2 of 2.'),
+    ],
+)
+def test_the_launcher_of_an_environment(monkeypatch, capsys, environment, given, launcher):
+    for key in ('RANK', 'WORLD_SIZE'):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    if not launcher.endswith('.'):
+        assert find_launcher(given) == launcher
+        return
+    with pytest.raises(UserError, match=launcher):
+        find_launcher(given)
+    assert main(['train', '-opt', 'any.yml', *(['--launcher', given] if given else [])]) == 2
+    assert capsys.readouterr().err == f'basicsr: error: The environment variable {launcher}\n'

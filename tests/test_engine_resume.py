@@ -18,6 +18,7 @@ from moeisr_basicsr.engine.distributed import Ranks
 from moeisr_basicsr.engine.resume import set_model_state
 from moeisr_basicsr.engine.train_loop import Trainer, train
 from moeisr_basicsr.errors import ExitCode, UserError
+from moeisr_basicsr.models.moeisr_model import MoEISRModel
 
 TOTAL = 24
 
@@ -34,12 +35,18 @@ def interrupt(monkeypatch, at, how):
     """Call `how` right after the step of iteration `at`."""
     step = Trainer._step
 
-    def step_then(self, data, data_time):
-        step(self, data, data_time)
+    def step_then(self, *batch):
+        step(self, *batch)
         if self.iteration == at:
             how()
 
     monkeypatch.setattr(Trainer, '_step', step_then)
+
+
+def forget_options(root, iteration):
+    """Make a state like BasicSR's, which does not hold the options."""
+    path = root / 'experiments' / 'run' / 'training_states' / f'{iteration}.state'
+    torch.save({key: value for key, value in torch.load(path).items() if key != 'options'}, path)
 
 
 class Killed(BaseException):
@@ -52,7 +59,7 @@ def kill():
 
 def assert_equal_runs(root, other):
     for part, expected in zip(saved(root, TOTAL), saved(other, TOTAL)):
-        assert_same(part, expected)
+        assert_same(*({key: value for key, value in one.items() if key != 'options'} for one in (part, expected)))
     assert metrics_lines(root) == metrics_lines(other)
     for name in ('net_g_latest', 'net_g_best_tiny_x2_psnr', 'net_g_best_tiny_x3.3_psnr'):
         assert_same(*(torch.load(one / 'experiments' / 'run' / 'models' / f'{name}.pth') for one in (root, other)))
@@ -73,7 +80,7 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(tmp_path, monk
 def test_a_stop_before_the_first_iteration_leaves_no_checkpoint(tmp_path, monkeypatch, uninterrupted):
     """What the first iteration does once only, as to scale a new mapper's logits, needs a run that starts anew."""
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, '_asked_to_stop', lambda self: signal.SIGTERM)
+        patch.setattr(Trainer, '_asked_to_stop', lambda *_: signal.SIGTERM)
         assert train(run_options(tmp_path)) == 143
     assert not list((tmp_path / 'experiments').rglob('*.state'))
     assert train(run_options(tmp_path, auto_resume=True)) == ExitCode.OK
@@ -107,11 +114,11 @@ def test_all_that_draws_from_global_generators_goes_on_too(tmp_path, monkeypatch
     """A model that draws from torch's, numpy's and python's generators in its step (dropout, drop path)."""
     draws = []
 
-    def record(self, data, data_time, step=Trainer._step):
-        step(self, data, data_time)
-        draws.append((self.iteration, torch.rand(2).tolist(), np.random.rand(), random.random()))
+    def record(self, iteration, step=MoEISRModel.optimize_parameters):
+        step(self, iteration)
+        draws.append((iteration, torch.rand(2).tolist(), np.random.rand(), random.random()))
 
-    monkeypatch.setattr(Trainer, '_step', record)
+    monkeypatch.setattr(MoEISRModel, 'optimize_parameters', record)
     short = {'train:total_iter': 8, 'datasets:train:num_worker_per_gpu': 1}
     train(run_options(tmp_path, name='whole', **short))
     whole = list(draws)
@@ -128,8 +135,8 @@ def test_the_scaler_and_the_count_of_skipped_steps_are_kept(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         step = Trainer._step
 
-        def spoil(self, data, data_time):
-            step(self, data, data_time)
+        def spoil(self, *batch):
+            step(self, *batch)
             if self.iteration == 5:
                 self.model.guard.skipped = 3
                 self.model.precision.scaler.update(1024.0)
@@ -172,8 +179,13 @@ def test_a_bad_resume_state_is_one_clear_line(tmp_path):
 
 def test_a_checkpoint_of_another_network_is_one_clear_line(tmp_path):
     train(run_options(tmp_path, **{'train:total_iter': 2}))
+    changes = {'train:total_iter': 3, 'network_g:experts': [[8], [8]]}
+    with pytest.raises(UserError, match='cannot change network_g: experts: ') as error:
+        train(run_options(tmp_path, auto_resume=True, **changes))
+    assert '\n' not in str(error.value)
+    forget_options(tmp_path, 2)
     with pytest.raises(UserError, match='does not fit network_g') as error:
-        train(run_options(tmp_path, auto_resume=True, **{'train:total_iter': 3, 'network_g:experts': [[8], [8]]}))
+        train(run_options(tmp_path, auto_resume=True, **changes))
     assert '\n' not in str(error.value)
 
 
@@ -229,9 +241,12 @@ def test_a_restart_by_the_same_torchrun_goes_on_and_another_torchrun_begins_anew
 
 def test_networks_that_the_checkpoint_does_not_hold_come_from_their_files(tmp_path, monkeypatch):
     """BasicSR's models may have frozen ones beside those that train and are saved."""
-    assert train(run_options(tmp_path, **{'train:total_iter': 1})) == ExitCode.OK
-    opt = run_options(tmp_path, auto_resume=True, **{'train:total_iter': 1})
-    opt['path'].update(pretrain_network_g='started_from.pth', pretrain_network_identity='identity.pth')
+    assert train(run_options(tmp_path, name='first', **{'train:total_iter': 1})) == ExitCode.OK
+    weights = str(tmp_path / 'experiments' / 'first' / 'models' / 'net_g_1.pth')
+    start = {'train:total_iter': 1, 'path:pretrain_network_g': weights}
+    assert train(run_options(tmp_path, **start)) == ExitCode.OK
+    opt = run_options(tmp_path, auto_resume=True, **start)
+    opt['path'].update(pretrain_network_identity='identity.pth')
     seen = []
     monkeypatch.setattr(train_loop, 'build_model', lambda opt: seen.append(opt['path']) or build_model(opt))
     assert train(opt) == ExitCode.OK

@@ -12,9 +12,9 @@ import pytest
 PACKAGE = 'moeisr_basicsr'
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
-FOUNDATION = {'atomic_file', 'compat', 'errors', 'safe_reading'}
+FOUNDATION = {'atomic_file', 'compat', 'errors', 'safe_reading', 'shipped'}
 PARTS = {'archs', 'data', 'losses', 'metrics'}  # do not know each other: BasicSR's registries join them
-TOOLS = {'analysis', 'checkpoint', 'inference', 'official', 'shipped'}
+TOOLS = {'analysis', 'checkpoint', 'inference', 'official', 'safe_building'}
 BELOW_MODELS = {'core', 'kernels', 'options'} | FOUNDATION | TOOLS
 # What each part of the package may import from the package; '' is the package's own `__init__`.
 ALLOWED = {
@@ -22,9 +22,10 @@ ALLOWED = {
     'kernels': {'core'},
     'errors': set(),
     'safe_reading': {'errors'},
-    'compat': {'errors', 'safe_reading'},
+    'compat': {'atomic_file', 'errors', 'safe_reading'},
     'atomic_file': set(),
-    'options': {'errors', 'safe_reading'},
+    'shipped': {'errors'},
+    'options': {'errors', 'safe_reading', 'shipped'},
     **{part: {'core', 'options'} | FOUNDATION for part in PARTS},
     **{tool: BELOW_MODELS | PARTS | {''} for tool in TOOLS},  # '' for its version only
     'models': BELOW_MODELS,  # archs, losses, data and metrics come from BasicSR's builders

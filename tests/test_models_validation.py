@@ -1,6 +1,8 @@
 """Validation: metrics against sums written out by hand, file names, shared work, results documents."""
 
+import logging
 import math
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -9,7 +11,6 @@ import torch
 from basicsr.data import build_dataset
 from basicsr.models import build_model
 from tiny_runs import DENSE, NETWORK, change, parse, run_yaml, weights_of, write_images
-from torch.utils.data import DataLoader
 
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.analysis.pictures import expert_colours
@@ -20,7 +21,7 @@ from moeisr_basicsr.engine.test_loop import test as run_test
 from moeisr_basicsr.errors import ExitCode, UserError
 from moeisr_basicsr.inference import upscale
 from moeisr_basicsr.kernels import fused_backend
-from moeisr_basicsr.models.evaluation import mean_of, mean_row, my_jobs
+from moeisr_basicsr.models.evaluation import image_names, mean_of, mean_row, my_jobs
 from moeisr_basicsr.models.image_evaluation import ImageEvaluator
 from moeisr_basicsr.models.measures import describe_input, describe_metric
 
@@ -85,7 +86,7 @@ def test_metrics_of_several_scales(root):
             costs.append(sum(load * float(cost) for load, cost in zip(loads[-1], model.net_g.expert_costs)))
         for name, values in expected.items():
             assert result.metrics[name] == pytest.approx(sum(values) / 3, abs=1e-3), name
-        assert result.loads == pytest.approx(np.mean(loads, axis=0).tolist())
+        assert result.shares == pytest.approx(np.mean(loads, axis=0).tolist())
         assert result.mean_cost == pytest.approx(sum(costs) / 3)
     best = model.best_metric_results['tiny_x2']
     assert best['y'] == {'better': 'higher', 'val': results[0].metrics['y'], 'iter': 5}
@@ -242,10 +243,10 @@ def test_the_test_loop_writes_one_results_document(root, network, model_type):
     if model_type == 'MoEISRModel':
         stages.add('map')
         macs = images[0]['macs']
-        routed = sum(load * each for load, each in zip(images[0]['routing']['loads'], macs['each_expert']))
+        routed = sum(load * each for load, each in zip(images[0]['routing']['shares'], macs['each_expert']))
         assert macs['experts'] == pytest.approx(routed)
-        assert means[0]['routing']['loads'] == pytest.approx(
-            np.mean([image['routing']['loads'] for image in images[:3]], axis=0).tolist()
+        assert means[0]['routing']['shares'] == pytest.approx(
+            np.mean([image['routing']['shares'] for image in images[:3]], axis=0).tolist()
         )
         assert not images[0]['shuffle_experts']
     for row in images:
@@ -261,16 +262,16 @@ def test_the_test_loop_writes_one_results_document(root, network, model_type):
 
 def test_means_leave_out_what_is_unknown():
     rows = [
-        {'dataset': 'a', 'scale': [2, 2], 'routing': {'loads': [0.25, 0.75], 'texture_correlation': correlation}}
+        {'dataset': 'a', 'scale': [2, 2], 'routing': {'shares': [0.25, 0.75], 'texture_correlation': correlation}}
         for correlation in (None, 0.5, 0.25)
     ]
-    rows[0]['routing']['loads'] = [1.0, 0.0]
+    rows[0]['routing']['shares'] = [1.0, 0.0]
     assert mean_row(rows) == {
         'case': 'mean',
         'dataset': 'a',
         'scale': [2, 2],
         'count': 3,
-        'routing': {'loads': [0.5, 0.5], 'texture_correlation': 0.375},
+        'routing': {'shares': [0.5, 0.5], 'texture_correlation': 0.375},
     }
     assert mean_of([{'encode': None}, {'encode': None}]) == {'encode': None}
 
@@ -300,7 +301,7 @@ def test_shuffled_experts_keep_their_shares(root):
     trained, shuffled = rows('trained'), rows('shuffled', shuffle_experts=True)
     assert [row['shuffle_experts'] for row in trained + shuffled] == [False] * 4 + [True] * 4
     for first, second in zip(trained, shuffled):
-        assert first['routing']['loads'] == second['routing']['loads'] != [1, 0]
+        assert first['routing']['shares'] == second['routing']['shares'] != [1, 0]
         assert first['macs'] == second['macs']
         assert first['metrics']['psnr'] != second['metrics']['psnr']
     for row, item in zip(trained, build_dataset(options(root)['datasets']['val'])):
@@ -348,16 +349,81 @@ def test_sizes_and_shave_of_odd_factors(root, scale, lq_size, size, border):
     assert model.validate([loader], 1, None)[0].metrics['rgb'] == pytest.approx(sum(values) / 3, abs=1e-3)
 
 
-def test_errors_from_workers_are_one_line(root):
-    write_images(root / 'bad', 1, (40, 40))
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_broken_validation_image_costs_its_own_row(root, workers, caplog):
+    """The means are those of the others, nothing becomes the best, and the log names the file."""
+    write_images(root / 'bad', 3, (40, 40))
+    opt = options(root, **{'datasets:val:dataroot_gt': str(root / 'bad'), 'datasets:val:num_worker_per_gpu': workers})
+    model, loaders = build_model(opt), evaluation_loaders(opt, ('val',))
+    whole = model.validate(loaders, 1, None)
+    model.best_metric_results = {}
+    logging.getLogger('basicsr').addHandler(caplog.handler)
     (root / 'bad' / '1.png').write_bytes((root / 'bad' / '0.png').read_bytes()[:60])
-    opt = options(root, **{'datasets:val:dataroot_gt': str(root / 'bad')})
-    dataset = build_dataset(opt['datasets']['val'])
-    model = build_model(opt)
-    for workers in (0, 1):
-        with pytest.raises(UserError) as error:
-            model.validate([DataLoader(dataset, batch_size=1, num_workers=workers)], 1, None)
-        assert '1.png' in str(error.value) and '\n' not in str(error.value)
+    first, second = model.validate(loaders, 2, None)
+    psnrs = [row['metrics']['psnr'] for row in whole[0].rows]
+    assert first.count == 2 and first.metrics['psnr'] == pytest.approx((psnrs[0] + psnrs[2]) / 2)
+    assert [row['image'] for row in first.rows] == ['0', '2'] and list(first.failed) == ['1']
+    assert second.metrics == whole[1].metrics and second.failed == {}
+    assert list(model.best_metric_results) == ['tiny_x3.3']
+    message = next(record.message for record in caplog.records if record.levelname == 'ERROR')
+    assert '1 of 3 images could not be used' in message and str(root / 'bad' / '1.png') in message
+    for path in (root / 'bad').iterdir():
+        path.write_bytes(b'')
+    assert model.validate(loaders, 3, None)[0].count == 0  # none is left, and the other dataset goes on
+
+
+def test_images_that_do_not_fit_a_metric_or_memory(root, monkeypatch):
+    write_images(root / 'mixed', 2, (40, 40))
+    cv2.imwrite(str(root / 'mixed' / '1.png'), np.zeros((8, 8, 3), np.uint8))
+    metrics = {'psnr': {'type': 'calculate_psnr_sr', 'protocol': 'benchmark', 'crop_border': 4}}
+    opt = options(root, **{'datasets:val:dataroot_gt': str(root / 'mixed'), 'val:metrics': metrics})
+    model, loaders = build_model(opt), evaluation_loaders(opt, ('val',))[:1]
+    assert 'mixed/1.png: An image of 8 x 8 pixels has none left' in model.validate(loaders, 1, None)[0].failed['1']
+
+    def full(self, net, lq, *arguments):
+        if lq.shape[-1] == 20:
+            raise MemoryError
+        return whole(self, net, lq, *arguments)
+
+    whole = ImageEvaluator.timed
+    monkeypatch.setattr(ImageEvaluator, 'timed', full)
+    failed = model.validate(loaders, 1, None)[0].failed
+    assert failed['0'] == '0: not enough memory.' and list(failed) == ['0', '1']
+
+
+def test_no_two_images_have_one_name(root):
+    """Those of one name keep their ending or their folder; rows and pictures are called alike."""
+    write_images(root / 'set', 2, (26, 33))
+    (root / 'set' / '0.jpg').write_bytes((root / 'set' / '0.png').read_bytes())
+    base = run_yaml(root)
+    sections = {
+        **{key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path')},
+        'datasets': {'test': {**base['datasets']['val'], 'dataroot_gt': str(root / 'set')}},
+        'val': {'save_img': True},
+    }
+    assert run_test(parse(root, sections, is_train=False)) == ExitCode.OK
+    rows = schema.load(root / 'results/run/results.json')['rows']
+    assert [row.get('image') for row in rows] == ['0.jpg', '0.png', '1', None]
+    pictures = [row['pictures']['result'] for row in rows[:3]]
+    assert pictures == [f'visualization/tiny_x2/{name}_x2.png' for name in ('0.jpg', '0.png', '1')]
+    assert all((root / 'results/run' / picture).is_file() for picture in pictures)
+
+
+class Listed(SimpleNamespace):
+    def __len__(self):
+        return len(self.paths)
+
+
+def test_names_of_images():
+    dataset = Listed(opt={'dataroot_gt': '/hr', 'dataroot_lq': ['/x/a/lq', '/x/b/lq']}, paths=[])
+    dataset.paths = [
+        {'lq_path': path, 'gt_path': '/hr/1.png'} for path in ('/x/a/lq/1.png', '/x/b/lq/1.png', '/x/b/lq/c/1.jpg')
+    ]
+    dataset.paths += [{'lq_path': path} for path in ('/x/b/lq/c/1.png', '/x/b/lq/2.png', '/x/b/lq/2.png', '/y/7.png')]
+    names = ['a__lq__1', 'b__lq__1', 'b__lq__c__1.jpg', 'b__lq__c__1.png', 'b__lq__2.png', 'b__lq__2.png__2', '7']
+    assert image_names(dataset) == names
+    dataset.paths, dataset.opt = ['/hr/a/1.png', '/hr/2.png'], {'dataroot_gt': '/hr'}
+    assert image_names(dataset) == ['a__1', '2']
 
 
 def test_readers_are_told_what_was_compared():

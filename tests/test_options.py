@@ -22,7 +22,6 @@ def test_a_good_file_passes_and_gets_defaults():
         'print_freq': 1,
         'save_checkpoint_freq': 5000,
         'keep_checkpoints': 5,
-        'save_best': True,
         'use_tb_logger': False,
     }
     assert opt['path'] == {'pretrain_network_g': None, 'strict_load_g': True}
@@ -49,7 +48,8 @@ def test_all_mistakes_at_once_with_their_lines():
     assert found == [
         f'run.yml:{line_of(text, "dataroot_gt: image")}: datasets: train: dataroot_gt: there is no folder image; '
         f"{found[0].split('; ')[1].split(' has')[0]} has no 'image'. Did you mean 'images'?",
-        f'run.yml:{line_of(text, "lq_size")}: datasets: train: lq_size: must be a whole number of at least 1; got 0.',
+        f'run.yml:{line_of(text, "lq_size")}: datasets: train: lq_size: must be a whole number of at least 1, or a '
+        'list of 2 entries, each a whole number of at least 1; got 0.',
         f"run.yml:{line_of(text, 'num_fet')}: network_g: encoder: num_fet: unknown key. Did you mean 'num_feat'?",
         found[3],
         f"run.yml:{line_of(text, 'val_freq')}: val: val_freq: must be a whole number of at least 1; got 'often'.",
@@ -91,7 +91,7 @@ def test_all_mistakes_at_once_with_their_lines():
         ('scale_range: [1, 4]', 'scale_range: [1, 4, 5]', 'scale_range', 'a list of 2 entries'),
         ('scale: 2', 'scale: 0.5', 'scale: 0.5', 'must be a number of at least 1'),
         ('    scale: 2\n', '', 'val:', "the key 'scale' is missing"),
-        ('sample_q: 16', 'sample_q: 65', 'sample_q', 'must be at most lq_size squared, 64'),
+        ('sample_q: 16', 'sample_q: 65', 'sample_q', 'must be at most the 64 pixels of the LR patch'),
         ('batch_size_per_gpu: 2', 'batch_size_per_gpu: 0', 'batch_size', 'at least 1; got 0'),
         ('batch_size_per_gpu: 2\n', '\n', '  train:', "the key 'batch_size_per_gpu' is missing"),
         ('lq_size: 8', 'use_hflip: true', 'use_hflip', "unknown key. Did you mean 'use_flip'?"),

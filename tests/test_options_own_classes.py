@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from options_cases import GOOD, line_of, swap, write
+from PIL import Image
 
 from moeisr_basicsr.cli import main
 
@@ -17,6 +19,8 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY
 from pydantic import Field
 
+from moeisr_basicsr.core.decoder import register_family
+from moeisr_basicsr.core.liif import ExpertPool
 from moeisr_basicsr.options.values import Key, Positive, Section
 
 
@@ -79,7 +83,42 @@ class FreeDataset(StripeDataset):
 @METRIC_REGISTRY.register()
 def calculate_bias(img, img2, channel: Literal[0, 1, 2] = 0):
     return float((img - img2)[..., channel].mean())
+
+
+@register_family('point')
+class PointExperts(ExpertPool):
+    """An expert reads the latent code of its corner and where it is.
+
+    Args:
+        gain: Factor on the relative coordinate.
+    """
+
+    def __init__(self, in_channels, out_channels, experts, gain: Positive, shared_layers=0):
+        super().__init__(in_channels + 2, out_channels, experts, shared_layers)
+        self.in_channels, self.gain = in_channels, gain
+
+    def tables(self, feat, padding=1):
+        return [(feat if padding else feat[..., 1:-1, 1:-1]).flatten(2).transpose(1, 2)]
+
+    def enter(self, j, tables, queries):
+        return 0, torch.cat([queries.gather(tables[0]), self.gain * queries.rel.flatten(0, 1).to(tables[0])], dim=-1)
+
+    def macs(self, j):
+        *hidden, last = self.linears(j)
+        return 4 * sum(layer.weight.numel() for layer in hidden) + last.weight.numel()
+
+    def table_macs(self):
+        return 0
 '''
+
+COMMANDS = """
+train -opt run.yml
+convert experiments/run/models/net_g_latest.pth -o m.safetensors
+upscale {image} --model m.safetensors -o large.png --scale 2 --expert-map
+test -opt test.yml
+models m.safetensors --json
+profile --model m.safetensors --scale 2 --lq-size 9x8 --repeats 1 --json p.json --plot p.png
+"""
 
 DATASET = """\
     type: StripeDataset
@@ -150,10 +189,49 @@ def test_their_options_are_checked(mine):
     assert 'network_g: MoEISR cannot be built from these options: width must be even; got 5.' in done.stderr
 
 
+def test_a_decoder_family_goes_through_every_command(mine):
+    """Named in an options file, its own option with it; the weights of the trained network are used by the others."""
+    options = text().replace('  encoder:', '  decoder: point\n  gain: 3\n  encoder:')
+    wrong = basicsr('train', '-opt', write(options.replace('gain: 3', 'gian: 3')))
+    assert "network_g: gian: unknown key. Did you mean 'gain'?" in wrong.stderr
+    assert "network_g: the key 'gain' is missing (Factor on the relative coordinate" in wrong.stderr
+    network = yaml.safe_load(options)['network_g']
+    (image, *_) = sorted(mine.glob('*/*.png'))
+    dataset = {'name': 'Set_x2', 'type': 'ArbitraryScaleImageDataset', 'dataroot_gt': str(image.parent), 'scale': 2}
+    head = {'name': 'run', 'model_type': 'MoEISRModel', 'num_gpu': 0, 'network_g': network}
+    rest = {'datasets': {'test': dataset}, 'path': {'pretrain_network_g': 'experiments/run/models/net_g_latest.pth'}}
+    Path('test.yml').write_text(yaml.safe_dump({**head, **rest}))
+    write(options)
+    lines = COMMANDS.format(image=image).strip().splitlines()
+    code = f"""
+from moeisr_basicsr.cli import main
+for line in {lines}:
+    assert main(line.split() + ['--import', 'mine.py'] + ['--force_yml', 'val=none'] * ('run.yml' in line)) == 0, line
+"""
+    environment = {'PYTHONPATH': str(Path(__file__).resolve().parents[1]), 'PATH': '/usr/bin:/bin'}
+    command = [sys.executable, '-c', code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads(Path('p.json').read_text())['rows'][0]
+    with Image.open('large.png') as large, Image.open(image) as small:
+        assert large.size == (2 * small.width, 2 * small.height)
+    # 6 features and 2 coordinates to 8 hidden values, at four corners; then 3 colours
+    assert row['macs']['each_expert'][0] == 4 * (6 + 2) * 8 + 8 * 3 and 'dense_plain' not in row['time_ms']
+
+
+def test_an_error_in_an_import_names_the_file(images_here, capsys):
+    Path('broken_import.py').write_text('1 / 0')
+    Path('json.py').write_text('')
+    for name, message in (('broken_import', 'ZeroDivisionError'), ('json', 'another module is called json')):
+        assert main(['models', '--import', f'./{name}.py']) == 2
+        assert f'--import ./{name}.py: {message}' in capsys.readouterr().err
+
+
 def test_they_are_listed(mine):
     done = basicsr('train', '--keys', '--markdown')
     assert done.returncode == 0, done.stderr[-2000:]
     assert '## network_g (PlainEncoder)' in done.stdout
+    assert '| `gain` | a whole number of at least 1 | required | Factor on the relative coordinate. |' in done.stdout
     assert '| `width` | a whole number of at least 1 | 4 | Channels of the features. |' in done.stdout
     assert (
         '| `colours` | a list of entries, each a whole number of at least 1 | required | how many stripes |'

@@ -222,7 +222,7 @@ def test_costs_and_routing(page_of):
             macs={**MACS, 'experts': experts, 'total': 1300 + experts},
             time_ms={'total': time},
             peak_mib={'total': peak},
-            routing={'loads': [1 - share, share], 'texture_correlation': value},
+            routing={'shares': [1 - share, share], 'texture_correlation': value},
         )
         for name, experts, time, peak, share, value in measured
     ]
@@ -402,7 +402,7 @@ def test_from_test_to_report(tested, tmp_path, capsys, monkeypatch):
     lines = list(csv.DictReader((tmp_path / 'rows.csv').open()))
     assert len(lines) == 2 * (6 + 2) and {line['model'] for line in lines} == {'dense', 'moe'}
     first = next(line for line in lines if line['model'] == 'moe')
-    assert float(first['routing.loads.1']) == document['rows'][0]['routing']['loads'][1] and first['scale.1'] == '2.0'
+    assert float(first['routing.shares.1']) == document['rows'][0]['routing']['shares'][1] and first['scale.1'] == '2.0'
 
 
 def test_pictures_that_do_not_fit_are_left_out(tested, tmp_path):

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
-from moeisr_basicsr.core import MoEDecoder
+from moeisr_basicsr.core import MoEDecoder, reference
 from moeisr_basicsr.core.lm import LMExperts
 from moeisr_basicsr.core.lte import LTEExperts
 from moeisr_basicsr.core.skip import resampling_macs
@@ -141,7 +141,8 @@ def macs_per_pixel(
 ) -> dict:
     """The `macs` of a results row (see `schema`): per output pixel by part, as routed.
 
-    `shares` are as in `DecoderMacs`, `reads` as in `decoder_macs`. The most expensive expert of `dense` is the baseline, of the network's own decoder where it is not given.
+    `shares` are as in `DecoderMacs`, `reads` as in `decoder_macs`. The baseline is the most expensive expert of
+    `dense`, or of the network's own decoder.
     """
     baseline = net.decoder if dense is None else dense
     parts = decoder_macs(net.decoder, lq_size, size, reads)
@@ -154,7 +155,7 @@ def macs_per_pixel(
         'skip': skip_macs(net, lq_size, size),
         'total': encoder + parts.total(shares),
         'dense_folded': dense_folded_macs(baseline, lq_size, size),
-        'dense_plain': dense_plain_macs(baseline, lq_size, size),
+        **({'dense_plain': dense_plain_macs(baseline, lq_size, size)} if reference.describes(baseline) else {}),
         'each_expert': parts.experts,
     }
 

@@ -3,8 +3,8 @@
 Shapes: B images, C_in and C_out channels, (H, W) LR size, (R, S) output rows and columns, Q queries, J experts.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -25,11 +25,11 @@ from moeisr_basicsr.core import (
 from moeisr_basicsr.core.decoder import FAMILIES
 from moeisr_basicsr.core.skip import SKIPS, ImageWindow, skip_at, skip_grid
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.options.values import Count, Factors, Key, Positive, Section, Weight, described, one_of
+from moeisr_basicsr.options.values import Count, Factors, Key, OneOf, Positive, Section, Weight, described
 
 Skip = Literal['none', 'bilinear', 'bicubic', 'network']
 Widths = Sequence[Positive]
-Family = Annotated[str, one_of(*FAMILIES)[0], one_of(*FAMILIES)[1]]
+Family = Annotated[str, OneOf(FAMILIES)]
 CELL_SCALE_MAX = {'lte': 4, 'lm': 4}  # trained up to x4, their test codes show them no smaller cell than x4's
 
 
@@ -101,7 +101,7 @@ class MoEISR(nn.Module):
 
     Args:
         encoder: Options of a registered encoder, for example {'type': 'EDSREncoder', 'num_feat': 64}.
-        decoder: Decoder family, a name in `core.decoder.FAMILIES`.
+        decoder: Decoder family; `core.decoder.register_family` adds one.
         experts: Hidden widths of each expert, for example [[256], [256, 256]]; with 'lm' `latent`, the hidden widths of
             its latent MLP, and `depth`, the hidden layers of its render MLP, for example [{latent: [208], depth: 6}].
             [] is an expert without layers, which predicts 0. One expert is the dense decoder.
@@ -120,6 +120,7 @@ class MoEISR(nn.Module):
         shared_layers: How many leading hidden layers the experts have in common, whose widths must agree; 0 for none.
             With 'liif' one LR table then serves all. As many as the deepest expert has make the experts exits of one
             network at different depths.
+        **family_options: Further arguments of a decoder family of one's own.
     """
 
     def __init__(
@@ -136,13 +137,14 @@ class MoEISR(nn.Module):
         cell_scale_max: Weight | None = None,
         shared_layers: Count = 0,
         render_width: Positive | None = None,
+        **family_options: Any,
     ):
         super().__init__()
         if skip not in SKIPS:
             raise UserError(f'skip must be one of {SKIPS}; got {skip!r}.')
         if skip != 'none' and in_channels != out_channels:
             raise UserError(f"skip '{skip}' needs in_channels = out_channels; got {in_channels} and {out_channels}.")
-        family = {}
+        family = dict(family_options)
         for name, value, owner in (('hidden_dim', hidden_dim, 'lte'), ('render_width', render_width, 'lm')):
             if value is not None:
                 family[name] = value
@@ -160,6 +162,11 @@ class MoEISR(nn.Module):
             raise UserError(str(error)) from error
         if skip in ('bicubic', 'network'):
             self.decoder.pool.zero_output()
+
+    @staticmethod
+    def passes_on(network_opt: Mapping[str, Any]) -> Callable | None:
+        """What takes `**family_options`, for the check of options."""
+        return FAMILIES.get(network_opt.get('decoder', 'liif'))
 
     @property
     def num_experts(self) -> int:

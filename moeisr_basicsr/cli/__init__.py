@@ -3,14 +3,19 @@
 import argparse
 import importlib
 import os
+import re
+import signal
 import sys
+import threading
 import traceback
+from typing import Any
 
-from moeisr_basicsr.errors import ExitCode, UserError, did_you_mean
+from moeisr_basicsr.errors import ExitCode, UserError, did_you_mean, printable
 
 COMMANDS = {
     'train': 'train a network as an options file says',
     'test': 'evaluate a network on datasets as an options file says',
+    'check': 'decode all images of an options file before a long run, and list what is wrong with them',
     'upscale': 'upscale images by any factor, or to any size',
     'adapt': 'make a network of any factor out of a trained fixed-scale one',
     'convert': 'make one self-describing model file of a checkpoint',
@@ -22,7 +27,11 @@ BUG = 1  # what Python itself returns after a traceback
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with one line for a mistake."""
+    """argparse, with one line for a mistake, and with numbers such as -1e-3, which it took for an option until 3.14."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r'-\.?\d')
 
     def error(self, message: str):
         raise UserError(f'{message}. See {self.prog} --help.')
@@ -37,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         An `ExitCode`, or 1 after a bug, whose traceback is printed.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # file names may be no UTF-8, a terminal may know less
     try:
+        _end_orderly()
         args = _parse(sys.argv[1:] if argv is None else argv)
         return args.run(args)
     except KeyboardInterrupt:
@@ -94,10 +107,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def _end_orderly() -> None:
+    """Let SIGTERM end a command by an exception, so that it leaves no temporary files; `engine.signals` does more."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def _mistakes(error: Exception) -> list[str]:
     """What the user can fix, one line each; none where the error is a bug."""
     if isinstance(error, UserError):
-        return getattr(error, 'problems', [' '.join(str(error).split())])
+        return [printable(' '.join(line.split())) for line in getattr(error, 'problems', [str(error)])]
     if isinstance(error, OSError) and error.strerror:  # the system's: no permission, the disk is full
-        return [': '.join(str(part) for part in (error.filename, error.strerror) if part)]
+        return [printable(': '.join(str(part) for part in (error.filename, error.strerror) if part))]
     return []

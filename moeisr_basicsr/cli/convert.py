@@ -15,9 +15,9 @@ examples:
   basicsr convert edsr-baseline-liif.pth -o liif.safetensors
   basicsr convert moeisr_edsr.safetensors -o half.safetensors --store fp16 --metadata license=CC0-1.0 author=me
 
-Known are checkpoints of BasicSR (params, params_ema) and of the official LIIF and LTE code. The file that is written
-has the weights and the network's options: `basicsr upscale --model` needs nothing else. Nothing in a checkpoint is
-ever run."""
+Known are checkpoints of BasicSR (params, params_ema) and of the official LIIF, LTE and LMF code. The file that is
+written has the weights and the network's options: `basicsr upscale --model` needs nothing else. Nothing in a checkpoint
+is ever run."""
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         '-opt', metavar='YAML', help='options file that describes the network, where the checkpoint does not'
     )
     parser.add_argument(
-        '--force_yml', nargs='+', metavar='KEY:KEY=VALUE', help='the changes of the options file that the training had'
+        '--force_yml', nargs='+', metavar='KEY:KEY=VALUE', help='changes of the options: those that the training had, or wanted ones of what the checkpoint says'
     )
     parser.add_argument(
         '--param-key',
@@ -65,20 +65,19 @@ def run(args: argparse.Namespace) -> int:
     from moeisr_basicsr.options import force, read_yaml
 
     get_root_logger(log_level=logging.WARNING)  # not one line for each network that is built
-    network_opt = None
-    if args.force_yml and not args.opt:
-        raise UserError('--force_yml changes the options file that -opt names; give both.')
+    network_opt, changes = None, args.force_yml or []
     if args.opt:
         data = read_yaml(args.opt).data
-        for entry in args.force_yml or []:
-            force(data, entry)
+        while changes:
+            force(data, changes.pop(0))
         network_opt = data.get('network_g')
         if network_opt is None:
             raise UserError(f"{args.opt}: the key 'network_g' is missing.")
     notes = dict(parse_note(entry) for entry in args.metadata)
-    options = convert(args.checkpoint, out, network_opt, args.param_key, args.store, notes)
+    options = convert(args.checkpoint, out, network_opt, args.param_key, args.store, notes, changes)
     encoder = options.get('encoder', {}).get('type', 'no encoder')
-    print(f'{out}: {options["type"]} with {encoder}, {out.stat().st_size / 2**20:.1f} MiB')
+    size = f'{out.stat().st_size / 2**20:.1f} MiB'
+    print(f'{out}: {options["type"]} with {encoder}, {size}; options of {args.opt or args.checkpoint}')
     return 0
 
 

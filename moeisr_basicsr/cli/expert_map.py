@@ -34,7 +34,7 @@ class ExpertMapPicture:
 
     def text(self, expert: int, share: float) -> str:
         """What the legend says about an expert."""
-        return f'{expert + 1}: {share:.1%} (cost {self.costs[expert]:.2f})'
+        return f'{expert + 1}: {share:.1%} (cost {self.costs[expert]:#.2g})'
 
     def rows(self, expert_map: np.ndarray) -> np.ndarray:
         """A strip of the map, (r, S) integers, as (r, width, 3) uint8; counts its pixels."""

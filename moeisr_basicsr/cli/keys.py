@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from moeisr_basicsr.core.decoder import FAMILIES
 from moeisr_basicsr.options.keys import Dataset, MoEISROptions, dataset_model
 from moeisr_basicsr.options.registered import is_basicsr, metric_model, registered, signature_model
 from moeisr_basicsr.options.values import opened, schemas, words
@@ -12,6 +13,8 @@ from moeisr_basicsr.options.values import opened, schemas, words
 INTRODUCTION = """\
 What an options file may say. A section with a `type` takes the options of the class that it names; those of this
 package stand at the end. `~` means not given. Keys of BasicSR's own classes are the arguments of these classes."""
+
+FAMILY_ARGUMENTS = ('type', 'in_channels', 'out_channels', 'experts', 'shared_layers')  # which the network gives it
 
 
 class Row(NamedTuple):
@@ -53,6 +56,10 @@ def tables(is_train: bool) -> Iterator[tuple[str, list[Row]]]:
         for name, entry in registered(registry).items():
             if not is_basicsr(entry) and (is_train or registry != 'LOSS'):
                 yield f'{where} ({name})', [row for row in rows(model(entry)) if row.key != 'type']
+    for name, family in FAMILIES.items():
+        if not family.__module__.startswith('moeisr_basicsr.'):  # of a user's own
+            own = [row for row in rows(signature_model(family)) if row.key not in FAMILY_ARGUMENTS]
+            yield f'network_g (decoder: {name})', own
 
 
 def keys_text(is_train: bool) -> str:

@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from .options import add_import, import_modules
+
 EPILOG = """\
 examples:
   basicsr models
@@ -25,6 +27,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         '--path', action='store_true', help='print the path of the model file only (default: of the default model)'
     )
     form.add_argument('--json', action='store_true', help='print everything that is known as JSON')
+    add_import(parser)
     parser.epilog = EPILOG
 
 
@@ -32,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """List the shipped models, or show one."""
     from moeisr_basicsr import shipped
 
+    import_modules(args.modules)
     if args.path:
         print(shipped.find_model(args.model))
         return 0

@@ -20,8 +20,7 @@ def add_options_file(parser: argparse.ArgumentParser, is_train: bool) -> None:
     parser.add_argument(
         '--launcher',
         choices=('none', 'pytorch', 'slurm'),
-        default='none',
-        help='how processes are started: none for one, pytorch under torchrun, slurm under srun',
+        help='how processes are started: none for one, pytorch under torchrun (found by itself), slurm under srun',
     )
     if is_train:
         parser.add_argument('--auto_resume', action='store_true', help='go on from the newest checkpoint of this run')
@@ -61,8 +60,8 @@ def add_import(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest='modules',
         metavar='MODULE',
-        help='a Python module of yours to import first: a file, or a dotted name; what it registers '
-        "in BasicSR's registries can be named in the options file",
+        help='a Python module of yours to import first: a file, or a dotted name; what it registers can be named in '
+        'options files',
     )
 
 
@@ -74,18 +73,19 @@ def import_modules(names: list[str]) -> None:
     """
     for name in names:
         path = Path(name)
-        if path.suffix == '.py':
-            if not path.is_file():
-                raise UserError(f'--import {name}: there is no such file.')
-            folder, name = str(path.resolve().parent), path.stem
-        else:
-            folder = str(Path.cwd())
+        is_file = path.suffix == '.py'
+        if is_file and not path.is_file():
+            raise UserError(f'--import {name}: there is no such file.')
+        folder = str(path.resolve().parent if is_file else Path.cwd())
         if folder not in sys.path:
             sys.path.insert(0, folder)
         try:
-            importlib.import_module(name)
+            module = importlib.import_module(path.stem if is_file else name)
         except Exception as error:  # whatever the user's own code raises
             raise UserError(f'--import {name}: {type(error).__name__}: {error}') from error
+        found = getattr(module, '__file__', None)
+        if is_file and (found is None or Path(found).resolve() != path.resolve()):
+            raise UserError(f'--import {name}: another module is called {path.stem} ({found}); give it another name.')
 
 
 def options_of(args: argparse.Namespace, is_train: bool) -> dict | None:
@@ -102,6 +102,8 @@ def options_of(args: argparse.Namespace, is_train: bool) -> dict | None:
         return None
     if not args.opt:
         raise UserError(f'basicsr {args.command} needs an options file: -opt options/NAME.yml.')
+    from moeisr_basicsr.engine.distributed import find_launcher
     from moeisr_basicsr.options import parse_options
 
+    args.launcher = find_launcher(args.launcher)
     return parse_options(args, os.getcwd(), is_train)

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
         contents[args.output] = page.render(collect.collect(sources), args.baseline, args.images)
     if args.csv:
         contents[args.csv] = rows_csv.rows_csv(sources)
-    for name, content in contents.items():
-        write_atomic(name, methodcaller('write', content.encode()))
-        print(f'{name}: {len(content.encode()) / 2**20:.1f} MiB')
+    for name, text in contents.items():
+        content = text.encode(errors='backslashreplace')  # of file names that are no UTF-8
+        write_atomic(name, methodcaller('write', content))
+        print(f'{name}: {len(content) / 2**20:.1f} MiB')
     return 0

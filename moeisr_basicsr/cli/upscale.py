@@ -14,13 +14,14 @@ examples:
   basicsr upscale photos -o large --model model.safetensors --size 3840x2160 --ext webp
   basicsr upscale scan.png -o . --model model.safetensors --scale 2.5x4 --expert-map
 
-OUT is a file name for one image, or a folder; in a folder the name says the factor: photo_x3.3.png. Folders are not
-searched recursively. Transparency, 16 bit per channel and grey stay as they are, as far as the output's format can
-hold them.
+OUT is a file name for one image, or a folder; in a folder the name says the factor: photo_x3.3.png. Of animations the
+first frame is taken. Transparency, 16 bit per channel and grey stay as they are, as far as the output's format can hold
+them.
 
 The expert map shows which expert made which pixel: cheapest to most expensive in yellow, green, blue and red.
 Under torchrun the images are shared among the processes."""
-FACTOR = r'\d+(?:\.\d*)?|\.\d+'
+FACTOR = r'(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?'
+MAX_FACTOR = 1_000_000  # no image format has so many rows
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     routing.add_argument('--cost-weight', type=parse_number, default=0.0, metavar='K', help=weight_help)
     budget_help = 'decoder cost, as a fraction of the most expensive expert everywhere, in (0, 1]'
     routing.add_argument('--budget', type=parse_number, metavar='F', help=budget_help)
+    add('-r', '--recursive', action='store_true', help='also the images in subfolders, in subfolders of OUT')
     add('--expert-map', action='store_true', help='also write OUT_experts.png, the map of the experts')
     ext_help = 'format of the output files (default: that of OUT, png in a folder)'
     add('--ext', choices=('png', 'jpg', 'tif', 'webp'), help=ext_help)
@@ -68,8 +70,8 @@ def parse_scale(text: str) -> tuple[float, float]:
     if match is None:
         raise argparse.ArgumentTypeError(f"'{text}' is not a factor such as 3.3, or rows x columns such as 2.5x4")
     rows, cols = float(match[1]), float(match[2] or match[1])
-    if rows < 1 or cols < 1:
-        raise argparse.ArgumentTypeError(f"a factor must be at least 1; got '{text}'")
+    if not (1 <= rows <= MAX_FACTOR and 1 <= cols <= MAX_FACTOR):
+        raise argparse.ArgumentTypeError(f"a factor must be 1 to {MAX_FACTOR:,}; got '{text}'")
     return rows, cols
 
 

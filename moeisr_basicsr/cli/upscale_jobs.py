@@ -2,10 +2,13 @@
 
 import argparse
 import os
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from moeisr_basicsr.data.image_reader import SUFFIXES, is_image_name
+from moeisr_basicsr.data.image_writer import FORMATS
 from moeisr_basicsr.errors import UserError, did_you_mean, did_you_mean_file
 
 
@@ -23,57 +26,94 @@ class Job(NamedTuple):
 
 def plan(args: argparse.Namespace) -> list[Job]:
     """The jobs of this process, without those already done under --resume. Every mistake is a UserError."""
-    sources = find_sources(args.inputs)
     output = Path(args.output)
+    sources = find_sources(args.inputs, args.recursive, real(output))
     suffix = output.suffix.lower()
-    is_file = suffix in SUFFIXES and not output.is_dir()
-    if is_file and (len(sources) > 1 or any(Path(name).is_dir() for name in args.inputs)):
+    is_file = suffix in FORMATS and not os.path.isdir(output)
+    if is_file and (len(sources) > 1 or any(os.path.isdir(name) for name in args.inputs)):
         raise UserError(f'{output} is one file, but there are {len(sources)} images; name a folder after -o.')
     if is_file and args.ext not in (None, suffix[1:]):
         raise UserError(f'{output} and --ext {args.ext} contradict each other.')
-    if not is_file and not output.exists() and 1 < len(suffix) <= 5:
-        hint = did_you_mean(suffix, SUFFIXES)
-        raise UserError(f"{output}: images are written as {', '.join(SUFFIXES)}; got '{suffix}'.{hint}")
+    if not is_file and not os.path.exists(output) and 1 < len(suffix) <= 5:
+        hint = did_you_mean(suffix, FORMATS)
+        raise UserError(f"{output}: images are written as {', '.join(FORMATS)}; got '{suffix}'.{hint}")
     folder = output.parent if is_file else output
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    if not existing.is_dir():
-        raise UserError(f'{existing} is a file, not a folder.')
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not os.path.isdir(existing):
+        raise UserError(f'{existing} is a file or a broken link, not a folder.')
     jobs = []
-    for source in sources:
-        target = output if is_file else output / f'{source.stem}_{factor_label(args)}.{args.ext or "png"}'
+    for source, below in sources.items():
+        target = output if is_file else output / below / f'{source.stem}_{factor_label(args)}.{args.ext or "png"}'
         jobs.append(Job(source, target, target.with_name(f'{target.stem}_experts.png') if args.expert_map else None))
     if args.resume:  # a folder may hold its own results by now
-        results = {path.resolve() for job in jobs for path in job.outputs}
-        jobs = [job for job in jobs if job.source.resolve() not in results]
+        results = {real(path) for job in jobs for path in job.outputs}
+        jobs = [job for job in jobs if real(job.source) not in results]
     check_collisions(jobs)
     # Shared before a look at what exists: by then another process may have written its first files.
     jobs = jobs[int(os.environ.get('RANK', 0)) :: int(os.environ.get('WORLD_SIZE', 1))]
     if args.resume:
-        return [job for job in jobs if not all(path.exists() for path in job.outputs)]
-    present = [path for job in jobs for path in job.outputs if path.exists()]
+        return [job for job in jobs if not all(map(os.path.exists, job.outputs))]
+    present = [path for job in jobs for path in job.outputs if os.path.lexists(path)]
     if present and not args.overwrite:
         more = f' (and {len(present) - 1} more)' if len(present) > 1 else ''
         raise UserError(f'{present[0]}{more} already exists: give --overwrite to replace it, or --resume to leave it.')
     return jobs
 
 
-def find_sources(names: list[str]) -> list[Path]:
-    """The images that files and folders name, each once."""
-    sources: dict[str, Path] = {}
+def find_sources(names: list[str], recursive: bool, output: str) -> dict[Path, Path]:
+    """The images that files and folders name, each once, and where each lies below the folder that was named.
+
+    What a folder holds beside them is told in one line. The output folder is not searched.
+    """
+    sources: dict[str, tuple[Path, Path]] = {}
+    left_out: Counter[str] = Counter()
     for path in map(Path, names):
-        if path.is_dir():
-            entries = sorted(entry for entry in path.iterdir() if entry.is_file())
-            found = [entry for entry in entries if is_image_name(entry) and not entry.name.startswith('.')]
+        if os.path.isdir(path):
+            found = images_below(path, recursive, output, left_out)
             if not found:
-                raise UserError(f'{path} has no image directly in it ({", ".join(SUFFIXES)}).')
-        elif path.is_file():
+                where = 'in it or below it' if recursive else 'directly in it'
+                raise UserError(f'{path} has no image {where} ({", ".join(SUFFIXES)}).')
+        elif os.path.isfile(path):
             found = [path]
         else:
             hint = did_you_mean_file(path, lambda entry: entry.is_dir() or is_image_name(entry))
             raise UserError(f'there is no image or folder {path}.{hint}')
-        for entry in found:
-            sources.setdefault(os.path.abspath(entry), entry)  # a link of another name has its own output
-    return list(sources.values())
+        folder = path if os.path.isdir(path) else path.parent
+        for entry in found:  # a link of another name has its own output
+            sources.setdefault(os.path.abspath(entry), (entry, entry.parent.relative_to(folder)))
+    if left_out and os.environ.get('RANK', '0') == '0':
+        told = ', '.join(f'{kind} {count}' for kind, count in left_out.most_common())
+        print(f'basicsr: note: left out: {told}.', file=sys.stderr)
+    return dict(sources.values())
+
+
+def images_below(folder: Path, recursive: bool, output: str, left_out: Counter[str]) -> list[Path]:
+    """The images of a folder in order; what is none is counted in `left_out` by its kind. Hidden files are ignored."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    images = []
+    for place, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        if recursive:
+            links = [name for name in folders if os.path.islink(os.path.join(place, name))]  # `walk` leaves them
+            left_out.update({'linked folders': len(links)} if links else {})
+            folders[:] = [name for name in folders if real(os.path.join(place, name)) != output]
+        else:
+            left_out.update({'subfolders (taken with --recursive)': len(folders)} if folders else {})
+            folders.clear()
+        for name in sorted(name for name in files if not name.startswith('.')):
+            if is_image_name(name):
+                images.append(Path(place, name))
+            else:
+                left_out[Path(name).suffix.lower() or 'without a suffix'] += 1
+    return images
+
+
+def real(path: str | os.PathLike) -> str:
+    """Where a path leads; a loop of links, which `Path.resolve` fails on, leads to itself."""
+    return os.path.realpath(path)
 
 
 def factor_label(args: argparse.Namespace) -> str:
@@ -86,13 +126,13 @@ def factor_label(args: argparse.Namespace) -> str:
 
 def check_collisions(jobs: list[Job]) -> None:
     """Whether every file that is written is a file of its own, and none of the inputs."""
-    inputs = {job.source.resolve() for job in jobs}
-    owners: dict[Path, Path] = {}
+    inputs = {real(job.source) for job in jobs}
+    owners: dict[str, Path] = {}
     for job in jobs:
         for path in job.outputs:
-            if path.resolve() in inputs:
+            if real(path) in inputs:
                 raise UserError(f'{path} is an input: it would be overwritten. Choose another name after -o.')
-            other = owners.setdefault(path.resolve(), job.source)
+            other = owners.setdefault(real(path), job.source)
             if other != job.source:
                 both = f'{other} and {job.source} would both become {path}'
                 raise UserError(f'{both}; upscale them into different folders.')

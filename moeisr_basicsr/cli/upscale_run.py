@@ -20,7 +20,7 @@ from moeisr_basicsr.checkpoint import load_model
 from moeisr_basicsr.data.image_reader import read_image, to_float
 from moeisr_basicsr.data.image_writer import join_channels, strip_writer
 from moeisr_basicsr.data.resize import resize
-from moeisr_basicsr.errors import ExitCode, UserError
+from moeisr_basicsr.errors import ExitCode, UserError, printable
 from moeisr_basicsr.inference import make_control, target_size, upscale_strips
 
 from .expert_map import ExpertMapPicture
@@ -38,15 +38,15 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> int:
     code = ExitCode.OK
     for number, job in enumerate(jobs, 1):
         start = time.perf_counter()
-        job.target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            job.target.parent.mkdir(parents=True, exist_ok=True)
             shares = upscale_file(net, job, args, f'{number}/{len(jobs)}')
         except (UserError, OSError, MemoryError, RuntimeError) as error:
-            print(f'basicsr: error: {reason(error, job)}', file=sys.stderr)
+            print(printable(f'basicsr: error: {reason(error, job)}'), file=sys.stderr)
             code = ExitCode.USER_ERROR
         else:
             experts = f', experts {" ".join(f"{share:.1%}" for share in shares)}' if shares else ''
-            print(f'{job.source} -> {job.target}, {time.perf_counter() - start:.2f} s{experts}')
+            print(printable(f'{job.source} -> {job.target}, {time.perf_counter() - start:.2f} s{experts}'))
     return code
 
 
@@ -70,7 +70,7 @@ def upscale_file(net: MoEISR, job: Job, args: argparse.Namespace, label: str) ->
         raise UserError(f'{job.source}: {error}') from None
     if image.num_frames > 1:
         note = f'only the first of {image.num_frames} frames is upscaled'
-        print(f'basicsr: note: {job.source}: {note}.', file=sys.stderr)
+        print(printable(f'basicsr: note: {job.source}: {note}.'), file=sys.stderr)
     lq = torch.from_numpy(to_float(image.rgb)).permute(2, 0, 1)[None]  # (1, 3, H, W)
     lq = lq.to(next(net.parameters()).device)
     alpha = None if image.alpha is None else resize(image.alpha, size)  # (R, S)

@@ -19,6 +19,19 @@ from .lte import LTEExperts
 from .mapper import Draw, Mapper, Routing, route_gumbel
 
 FAMILIES: dict[str, type[ExpertPool]] = {'liif': LIIFExperts, 'lte': LTEExperts, 'lm': LMExperts}
+
+
+def register_family(name: str) -> Callable[[type[ExpertPool]], type[ExpertPool]]:
+    """Class decorator: its experts are `decoder: NAME`; further arguments of its constructor are keys of network_g."""
+
+    def register(family: type[ExpertPool]) -> type[ExpertPool]:
+        if FAMILIES.setdefault(name, family) is not family:
+            raise ValueError(f'there is a decoder family {name!r} already.')
+        return family
+
+    return register
+
+
 Predict = Callable[[int, Queries], Tensor]  # expert j's predictions for N queries, (N, C_out)
 
 
@@ -53,7 +66,7 @@ class MoEDecoder(nn.Module):
     Args:
         in_channels: C.
         out_channels: C_out.
-        family: 'liif', 'lte' or 'lm'.
+        family: 'liif', 'lte', 'lm', or what `register_family` was given.
         experts: Hidden widths of each expert, for example [[256], [256, 256]]; of lm, latent and depth, for example
             [{'latent': [208], 'depth': 6}]. An entry [] is the expert without layers: it predicts 0 and costs nothing.
         mapper: Options of `Mapper` (num_layers, num_feat, granularity); ignored with one expert.
@@ -75,6 +88,7 @@ class MoEDecoder(nn.Module):
         experts = check_experts(experts, FAMILIES[family])
         self.family = family
         self.out_channels = out_channels
+        self.expert_options, self.family_options = experts, family_options  # as given
         self.pool = FAMILIES[family](in_channels, out_channels, experts, **family_options)
         self.mapper = Mapper(in_channels, len(experts), **(mapper or {})) if len(experts) > 1 else None
 

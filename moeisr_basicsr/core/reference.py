@@ -28,6 +28,11 @@ from .lm import LMExperts
 from .lte import LTEExperts
 
 
+def describes(decoder: MoEDecoder) -> bool:
+    """Whether the decoder's family is one of these, and none of a user's own."""
+    return type(decoder.pool).__module__.startswith(f'{__package__}.')
+
+
 def decode(
     decoder: MoEDecoder, feat: Tensor, coord: Tensor, cell: Tensor, noise: Tensor | None = None, tau: float = 1.0
 ) -> tuple[Tensor, Tensor]:

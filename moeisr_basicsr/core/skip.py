@@ -96,8 +96,12 @@ def _at(image: Tensor, position: Tensor, cell: Tensor, mode: str) -> Tensor:
     """`skip_at` for one image (C, H, W): position and cell (Q, 2) in its pixels -> (Q, C)."""
     height, width = image.shape[-2:]
     # Queries of a training patch lie on few rows; each is resampled once, so that a query has K taps left and not K^2.
-    lines, which = torch.stack([position[:, 0], cell[:, 0]], dim=1).unique(dim=0, return_inverse=True)
-    rows = _weigh(image.transpose(0, 1), *axis_taps(*lines.unbind(1), height, mode))  # (U, C, W), U different lines
+    # Their different lines by three sorts; unique(dim=0) takes 100 times as long.
+    at, at_index = position[:, 0].unique(return_inverse=True)
+    of, of_index = cell[:, 0].unique(return_inverse=True)
+    lines, which = (at_index * len(of) + of_index).unique(return_inverse=True)
+    taps = axis_taps(at[lines // len(of)], of[lines % len(of)], height, mode)
+    rows = _weigh(image.transpose(0, 1), *taps)  # (U, C, W), U different lines
     index, weight = axis_taps(position[:, 1], cell[:, 1], width, mode)  # (Q, K)
     return (rows[which[:, None], :, index] * weight.to(image)[..., None]).sum(dim=1)
 

@@ -1,24 +1,33 @@
 """Datasets for any scale: HR images alone, or own pairs of LR and HR images.
 
 Items, both datasets (RGB, fp32, [0, 1]; row before column):
-    training    lq (3, h, h), gt (Q, 3), coord (Q, 2), cell (Q, 2), scale (2,), lq_path, gt_path
+    training    lq (3, h, w), gt (Q, 3), coord (Q, 2), cell (Q, 2), scale (2,), lq_path, gt_path
     validation  lq (3, h, w), gt (3, H, W), scale (2,), lq_path, gt_path
 """
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 import numpy as np
 import torch
+from basicsr.utils import get_root_logger
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch import Tensor
 
+from moeisr_basicsr.errors import ImageError
+
 from .base import ArbitraryScaleDataset, to_tensor, too_small
+from .image_source import ImageSource
 from .options import ImageOptions, PairedOptions, fail
-from .pairs import align_pair, find_pairs, patch_axis
+from .pairs import FolderRule, Pair, PairsError, align_pair, count_factors, find_pairs, patch_axis
 from .resize import resize
 from .sampling import draw_augmentation, draw_crop, draw_queries, draw_scale, round_half_up
 
 EPS_FLOOR = 1e-9  # LIIF, SRImplicitDownsampled: H / s may fall short of a whole number by rounding
+
+HEADERS = 1000  # pairs whose sizes are compared at the start; the others when they are read
+SHOWN_FACTORS = 6  # in the log
 
 
 @DATASET_REGISTRY.register()
@@ -53,16 +62,36 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
         self.names = self.source.names
         self.images = self.open_cache(self.source, self.names)
 
+    @property
+    def paths(self) -> list[dict[str, str]]:
+        """Of every image, as items name them."""
+        return [{'lq_path': name, 'gt_path': name} for name in self.names]
+
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        name = self.names[self.position(index, len(self.names))]
-        path = self.source.path(name)
-        image = self.images.rgb(name)
+        path = self.names[self.position(index, len(self.names))]
+        image = self.images.rgb(path)
         self.lap('read')
         item = self.train_item(image, path, index) if self.training else self.val_item(image, path)
         return {**item, 'lq_path': path, 'gt_path': path}
+
+    def files(self) -> Iterator[tuple[ImageSource, str]]:
+        """Every image by its source and name."""
+        return ((self.source, name) for name in self.names)
+
+    def check_sizes(self, sizes: Mapping[str, tuple[int, int]]) -> Iterator[ImageError]:
+        """What is wrong with images of known (rows, columns), by name."""
+        for name in dict.fromkeys(self.names):
+            if name in sizes:
+                try:
+                    if self.training:
+                        self.crop_size(self.least_scale(), sizes[name], name)
+                    else:
+                        self.val_sizes(sizes[name], name)
+                except ImageError as error:
+                    yield error
 
     def train_item(self, image: np.ndarray, path: str, index: int) -> dict[str, Tensor]:
         rng = self.generator(index)
@@ -72,36 +101,46 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
         rows, cols = self.crop_size(scale, image.shape[:2], path)
         top, left = draw_crop(rng, image.shape, (rows, cols))
         hr_patch = image[top : top + rows, left : left + cols]  # (R, S, 3)
-        lq_patch = resize(np.ascontiguousarray(hr_patch), (self.lq_size, self.lq_size), options.downsample)
+        lq_patch = resize(np.ascontiguousarray(hr_patch), self.lq_size, options.downsample)
         self.lap('resize')
         augment = draw_augmentation(rng, options.use_flip, options.use_rot)
         hr_patch, lq_patch = augment(hr_patch), augment(lq_patch)
         queries = draw_queries(rng, hr_patch, options.sample_q)
         self.lap('queries')
-        factors = torch.tensor(hr_patch.shape[:2], dtype=torch.float32) / self.lq_size
+        factors = torch.tensor(hr_patch.shape[:2], dtype=torch.float32) / torch.tensor(self.lq_size)
         item = {'lq': to_tensor(lq_patch), **queries, 'scale': factors}
         self.lap('tensor')
         return item
 
+    def least_scale(self) -> tuple[float, float]:
+        """The factors that every training image must allow."""
+        return (self.scale_range[0], self.scale_range[0]) if self.draws_scale else self.options.scale
+
     def crop_size(self, scale: tuple[float, float], size: tuple[int, ...], path: str) -> tuple[int, ...]:
         """(rows, columns) of the HR patch; a drawn factor that `size` does not allow is lowered, on both axes if they
         are to be equal."""
-        largest = [n / self.lq_size for n in size]
+        largest = [n / low for n, low in zip(size, self.lq_size)]
         if self.draws_scale and not self.options.asymmetric:
             largest = [min(largest)] * 2
-        least = [self.scale_range[0]] * 2 if self.draws_scale else scale
+        least = self.least_scale()
         lowered = [min(s, most) for s, most in zip(scale, largest)]
         if any(s < needed for s, needed in zip(lowered, least)):
-            rows, cols = (round_half_up(self.lq_size * s) for s in least)
-            raise too_small(path, size, f'lq_size {self.lq_size} and the least factor need {rows} x {cols}')
-        return tuple(round_half_up(self.lq_size * s) for s in lowered)
+            rows, cols = (round_half_up(low * s) for low, s in zip(self.lq_size, least))
+            patch = ' x '.join(dict.fromkeys(map(str, self.lq_size)))
+            raise too_small(path, size, f'lq_size {patch} and the least factor need {rows} x {cols}')
+        return tuple(round_half_up(low * s) for low, s in zip(self.lq_size, lowered))
+
+    def val_sizes(self, size: tuple[int, ...], path: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(rows, columns) of the LR image, and of the HR image that it shows."""
+        scale = self.options.scale
+        low = tuple(math.floor(n / s + EPS_FLOOR) for n, s in zip(size, scale))
+        if min(low) < 1:
+            raise too_small(path, size, f'scale {self.opt["scale"]} leaves no LR pixel')
+        rows, cols = (min(round_half_up(n * s), most) for n, s, most in zip(low, scale, size))
+        return (low[0], low[1]), (rows, cols)
 
     def val_item(self, image: np.ndarray, path: str) -> dict[str, Tensor]:
-        scale = self.options.scale
-        lq_size = tuple(math.floor(n / s + EPS_FLOOR) for n, s in zip(image.shape, scale))
-        if min(lq_size) < 1:
-            raise too_small(path, image.shape[:2], f'scale {self.opt["scale"]} leaves no LR pixel')
-        rows, cols = (min(round_half_up(n * s), most) for n, s, most in zip(lq_size, scale, image.shape))
+        lq_size, (rows, cols) = self.val_sizes(image.shape[:2], path)
         gt = np.ascontiguousarray(image[:rows, :cols])
         lq = resize(gt, lq_size, self.options.downsample)
         return {'lq': to_tensor(lq), 'gt': to_tensor(gt), 'scale': torch.tensor([rows / lq_size[0], cols / lq_size[1]])}
@@ -133,34 +172,106 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
             raise fail(opt, f"filename_tmpl must hold '{{}}', the HR image's name; got '{options.filename_tmpl}'.")
         self.gt_source = self.open_source('dataroot_gt', options.meta_info_file)
         self.lq_source = self.open_source('dataroot_lq')
-        self.pairs = find_pairs(self.lq_source, self.gt_source, options.filename_tmpl)
+        if len(self.lq_source.roots) != len(self.gt_source.roots):
+            counts = f'{len(self.lq_source.roots)} and {len(self.gt_source.roots)}'
+            raise fail(opt, f'dataroot_lq and dataroot_gt must list as many folders; got {counts}.')
+        try:
+            self.pairs = find_pairs(self.lq_source, self.gt_source, options.filename_tmpl)
+        except PairsError as error:
+            error.sources = self.lq_source, self.gt_source
+            raise
         self.gt_images = self.open_cache(self.gt_source, [gt for _, gt in self.pairs])
         self.lq_images = self.open_cache(self.lq_source, [lq for lq, _ in self.pairs])
+        self.rules = self.folder_rules(list(self.headers()))
+
+    @property
+    def paths(self) -> list[dict[str, str]]:
+        """Of every pair, as items name them."""
+        return [{'lq_path': lq, 'gt_path': gt} for lq, gt in self.pairs]
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         lq_name, gt_name = self.pairs[self.position(index, len(self.pairs))]
-        paths = {'lq_path': self.lq_source.path(lq_name), 'gt_path': self.gt_source.path(gt_name)}
+        paths = {'lq_path': lq_name, 'gt_path': gt_name}
         lq, gt = self.lq_images.rgb(lq_name), self.gt_images.rgb(gt_name)
         self.lap('read')
-        rows, cols = align_pair(lq.shape[:2], gt.shape[:2], self.options.scale, paths)
+        rows, cols = self.check_pair(Pair(lq.shape[:2], gt.shape[:2], **paths))
         gt = gt[:rows, :cols]
         if self.training:
-            if min(lq.shape[:2]) < self.lq_size:
-                raise too_small(paths['lq_path'], lq.shape, f'lq_size is {self.lq_size}')
             return {**self.train_item(lq, gt, index), **paths}
         scale = torch.tensor([rows / lq.shape[0], cols / lq.shape[1]])
         return {'lq': to_tensor(lq), 'gt': to_tensor(gt), 'scale': scale, **paths}
 
+    def headers(self) -> Iterator[Pair]:
+        """Sizes of at most HEADERS pairs, evenly spaced; those that cannot be read fail when they are asked for."""
+        for lq, gt in self.pairs[:: -(-len(self.pairs) // HEADERS)]:
+            with suppress(ImageError):
+                sizes = (self.lq_source.header(lq)[:2], self.gt_source.header(gt)[:2])
+                yield Pair(*sizes, lq, gt)
+
+    def folder_rules(self, pairs: list[Pair]) -> list[FolderRule]:
+        """What the pairs of each folder have in common; the log hears of all factors.
+
+        Raises:
+            PairsError: A pair breaks the rule of its folder.
+        """
+        by_folder: list[list[Pair]] = [[] for _ in self.gt_source.roots]
+        for pair in pairs:
+            by_folder[self.gt_source.key(pair.gt_path)[0]].append(pair)
+        rules = [FolderRule.of(of_folder, self.options.scale) for of_folder in by_folder]
+        counts = count_factors(pairs).most_common(SHOWN_FACTORS)
+        counted = ', '.join(f'{count} of factor {factors}' for factors, count in counts)
+        get_root_logger().info(f'Dataset {self.opt.get("name", "")}: {len(self.pairs)} pairs; {counted}.')
+        problems = []
+        for rule, of_folder in zip(rules, by_folder):
+            for pair in of_folder:
+                try:
+                    rule.check(pair)
+                except ImageError as error:
+                    problems.append(str(error))
+        if problems and self.opt.get('on_damaged') != 'skip':
+            more = f' {len(problems) - 1} more: `basicsr check` lists them.' if len(problems) > 1 else ''
+            raise PairsError(problems[0] + more, problems)
+        return rules
+
+    def check_pair(self, pair: Pair) -> tuple[int, ...]:
+        """(rows, columns) of the HR image that the LR image shows.
+
+        Raises:
+            ImageError: The two do not fit, or are too small to train on.
+        """
+        self.rules[self.gt_source.key(pair.gt_path)[0]].check(pair)
+        paths = {'lq_path': pair.lq_path, 'gt_path': pair.gt_path}
+        shown = align_pair(pair.lq_size, pair.gt_size, self.options.scale, paths)
+        if self.training and any(n < needed for n, needed in zip(pair.lq_size, self.lq_size)):
+            patch = ' x '.join(dict.fromkeys(map(str, self.lq_size)))
+            raise too_small(pair.lq_path, pair.lq_size, f'lq_size is {patch}')
+        return shown
+
+    def files(self) -> Iterator[tuple[ImageSource, str]]:
+        """Every image by its source and name."""
+        for lq, gt in self.pairs:
+            yield self.lq_source, lq
+            yield self.gt_source, gt
+
+    def check_sizes(self, sizes: Mapping[str, tuple[int, int]]) -> Iterator[ImageError]:
+        """What is wrong with images of known (rows, columns), by name."""
+        for lq, gt in dict.fromkeys(self.pairs):
+            if lq in sizes and gt in sizes:
+                try:
+                    self.check_pair(Pair(sizes[lq], sizes[gt], lq, gt))
+                except ImageError as error:
+                    yield error
+
     def train_item(self, lq: np.ndarray, gt: np.ndarray, index: int) -> dict[str, Tensor]:
         rng, size = self.generator(index), self.lq_size
-        top, left = draw_crop(rng, lq.shape, (size, size))
+        top, left = draw_crop(rng, lq.shape, size)
         augment = draw_augmentation(rng, self.options.use_flip, self.options.use_rot)
-        rows = patch_axis(top, size, lq.shape[0], gt.shape[0], augment.flip_rows)
-        cols = patch_axis(left, size, lq.shape[1], gt.shape[1], augment.flip_cols)
-        lq_patch = augment(lq[top : top + size, left : left + size])
+        rows = patch_axis(top, size[0], lq.shape[0], gt.shape[0], augment.flip_rows)
+        cols = patch_axis(left, size[1], lq.shape[1], gt.shape[1], augment.flip_cols)
+        lq_patch = augment(lq[top : top + size[0], left : left + size[1]])
         gt_patch = augment(gt[rows.start : rows.stop, cols.start : cols.stop])
         scale = [gt.shape[0] / lq.shape[0], gt.shape[1] / lq.shape[1]]
         if augment.transpose:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.errors import ImageError
 
 from .cache import SharedImages
 from .image_reader import to_float
@@ -25,18 +25,22 @@ class ArbitraryScaleDataset(RepeatableDataset):
         self.options = read_options(self.opt, self.Options)
         super().__init__(self.options.seed)
         self.training = self.options.phase == 'train'
-        self.lq_size: int = self.options.lq_size
+        self.lq_size: tuple[int, int] = self.options.lq_size
 
     def open_source(self, root_key: str, meta_info_file: str | None = None) -> ImageSource:
-        """The images below the folder or LMDB that the option `root_key` names."""
-        if self.opt.get(root_key) is None:
+        """The images below the folders or LMDBs that the option `root_key` names."""
+        roots = self.opt.get(root_key)
+        if not roots:
             raise fail(self.opt, f"the key '{root_key}' is missing.")
-        where = str(fail(self.opt, root_key))
-        return ImageSource(self.opt[root_key], where, self.options.backend == 'lmdb', meta_info_file)
+        where, is_lmdb = str(fail(self.opt, root_key)), self.options.backend == 'lmdb'
+        roots = [roots] if isinstance(roots, str) else roots
+        return ImageSource(roots, where, is_lmdb, meta_info_file, self.options.recursive)
 
     def open_cache(self, source: ImageSource, names: list[str]) -> SharedImages | ImageSource:
         """`source` itself, or with `cache: memory` the same images from memory."""
-        return SharedImages(source, names) if self.options.cache == 'memory' else source
+        if self.options.cache == 'none':
+            return source
+        return SharedImages(source, names, keeps_damaged=self.opt.get('on_damaged') == 'skip')
 
     def lap(self, stage: str) -> None:
         """Called at the end of each stage of a training item: 'read', 'resize', 'queries', 'tensor'. Does nothing;
@@ -54,5 +58,5 @@ def to_tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(to_float(image).transpose(2, 0, 1)))
 
 
-def too_small(path: str, size: tuple[int, ...], needed: str) -> UserError:
-    return UserError(f'{path}: {size[0]} x {size[1]} pixels (rows x columns) are too small; {needed}.')
+def too_small(path: str, size: tuple[int, ...], needed: str) -> ImageError:
+    return ImageError(f'{path}: {size[0]} x {size[1]} pixels (rows x columns) are too small; {needed}.')

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import torch
 
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.errors import ImageError, UserError
 
 from .image_source import ImageSource
 
@@ -19,17 +19,24 @@ class SharedImages:
     Args:
         source: The images.
         names: Those to keep room for.
+        keeps_damaged: An image whose header is damaged fails when it is asked for, not here.
 
     Raises:
-        UserError: An image's header is damaged, or there is not enough shared memory.
+        ImageError: An image's header is damaged.
+        UserError: There is not enough shared memory.
     """
 
-    def __init__(self, source: ImageSource, names: list[str]):
+    def __init__(self, source: ImageSource, names: list[str], keeps_damaged: bool = False):
         self.source = source
         self.places: dict[str, tuple[int, int, int, type]] = {}  # name -> number, first byte, last byte + 1, type
         total = 0
         for number, name in enumerate(names):
-            height, width, bit_depth = source.header(name)
+            try:
+                height, width, bit_depth = source.header(name)
+            except ImageError:
+                if not keeps_damaged:
+                    raise
+                continue
             size = height * width * 3 * bit_depth // 8
             self.places[name] = number, total, total + size, np.uint16 if bit_depth == 16 else np.uint8
             total += size + size % 2  # even: uint16 needs it
@@ -39,6 +46,8 @@ class SharedImages:
 
     def rgb(self, name: str) -> np.ndarray:
         """(H, W, 3) uint8 or uint16 RGB, read-only; errors as `ImageSource.rgb`."""
+        if name not in self.places:
+            return self.source.rgb(name)
         number, start, stop, dtype = self.places[name]
         pixels = self.pixels[start:stop].numpy().view(dtype)
         if self.rows[number] == 0:
@@ -59,6 +68,6 @@ def _check_room(total: int, source: ImageSource) -> None:
     if total * ranks > free:
         raise UserError(
             f'cache: memory needs {total / 2**30:.1f} GiB of shared memory on each of {ranks} ranks for the images of '
-            f'{source.root}, /dev/shm has {free / 2**30:.1f} GiB free. Enlarge it (docker: --shm-size), or '
+            f'{source.roots[0]}, /dev/shm has {free / 2**30:.1f} GiB free. Enlarge it (docker: --shm-size), or '
             'use cache: none with sub-images in an LMDB.'
         )

@@ -9,6 +9,7 @@ Shapes: (H, W, 3) RGB images, (H, W) alpha.
 import contextlib
 import io
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +24,14 @@ from moeisr_basicsr.errors import UserError
 
 from .exif import ORIENTATION, kept_exif, upright
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.webp', '.bmp')
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.jfif', '.tif', '.tiff', '.webp', '.bmp', '.gif', '.jp2', '.avif')
+# Of Pillow's many; it hands an EPS, whatever its name, to Ghostscript
+FORMATS = ('PNG', 'JPEG', 'TIFF', 'WEBP', 'BMP', 'GIF', 'JPEG2000', 'AVIF')
 MAX_PIXELS = 1 << 30  # OpenCV's own limit; a few bytes of a hostile file could ask for more memory than there is
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANAR, TIFF_EXTRA = 258, 262, 284, 338  # tag numbers
+HEAD_BYTES = 1 << 16  # hold a file's boxes
+# Where the bits per channel stand: in the SIZ marker of a JPEG 2000 codestream, less one; in AVIF's `pixi` box.
+DEPTH = {'JPEG2000': b'\xff\x4f\xff\x51.{38}(.)', 'AVIF': b'pixi.{5}(.)'}
 _pillow_lock = threading.Lock()
 if hasattr(os, 'register_at_fork'):  # a forked worker must not get a lock that another thread holds
     _unlock = _pillow_lock.release
@@ -35,7 +41,7 @@ if hasattr(os, 'register_at_fork'):  # a forked worker must not get a lock that 
 class ImageHeader(NamedTuple):
     """What a file says before it is decoded."""
 
-    height: int  # rows; EXIF's orientation may exchange the two
+    height: int  # rows of the upright image
     width: int
     bit_depth: int  # 8 or 16
 
@@ -58,7 +64,7 @@ def is_image_name(name: str | os.PathLike) -> bool:
 
 
 def read_image(source: str | os.PathLike | bytes, name: str | None = None) -> ImageData:
-    """Decode a PNG, JPEG, TIFF, WebP or BMP file.
+    """Decode a PNG, JPEG, TIFF, WebP, BMP, GIF, JPEG 2000 or AVIF file.
 
     EXIF orientation is applied. CMYK becomes sRGB through the file's own profile where it has one. Palette and 1-bit
     images become 8-bit. 16-bit images stay 16-bit.
@@ -68,7 +74,8 @@ def read_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
         name: What errors call the image; the path by default.
 
     Raises:
-        UserError: The file is missing, empty, damaged, no image, or of a kind that is not supported (32-bit or float).
+        UserError: The file is missing, empty, damaged, no image, or of a kind that is not supported (32-bit or float;
+            JPEG 2000 and AVIF of more than 8 bits).
         MemoryError: There is not enough to decode it.
     """
     with _opened(source, name) as (image, name):
@@ -95,7 +102,12 @@ def read_header(source: str | os.PathLike | bytes, name: str | None = None) -> I
         UserError: As `read_image`, as far as it can be told from the header.
     """
     with _opened(source, name) as (image, _):
-        return ImageHeader(image.height, image.width, _bit_depth(image))
+        # Pillow turns a TIFF file's size by itself, and would decode a whole PNG in search of EXIF data.
+        exif = image.getexif() if image.format != 'TIFF' and 'exif' in image.info else {}
+        height, width = (
+            (image.width, image.height) if exif.get(ORIENTATION) in (5, 6, 7, 8) else (image.height, image.width)
+        )
+        return ImageHeader(height, width, _bit_depth(image))
 
 
 def to_float(image: np.ndarray) -> np.ndarray:
@@ -117,7 +129,7 @@ def _opened(source: str | os.PathLike | bytes, name: str | None) -> Iterator[tup
                 if file.seek(0, os.SEEK_END) == 0:
                     raise UserError(f'{name}: the file is empty.')
                 file.seek(0)
-                with Image.open(file) as image:
+                with Image.open(file, formats=FORMATS) as image:
                     if image.width * image.height > MAX_PIXELS:
                         raise UserError(
                             f'{name}: {image.height} x {image.width} pixels are more than the limit of {MAX_PIXELS}.'
@@ -143,8 +155,20 @@ def _bit_depth(image: ImageFile) -> int:
     """8 or 16; smaller depths count as 8."""
     if image.format == 'TIFF':
         return 16 if max(getattr(image, 'tag_v2', {}).get(TIFF_BITS, (8,))) == 16 else 8
+    if image.format in DEPTH and (depth := _stored_depth(image)) > 8:
+        raise ValueError(f'{image.format} of {depth} bits; PNG and TIFF may have 16')
     # Pillow's mode does not tell it: the raw mode of its PNG decoder does, 'RGB;16B'.
     return 16 if image.format == 'PNG' and any('16' in str(tile[3]) for tile in image.tile) else 8
+
+
+def _stored_depth(image: ImageFile) -> int:
+    """Bits per channel, which Pillow would silently cut to 8."""
+    assert image.fp is not None
+    place = image.fp.tell()
+    image.fp.seek(0)
+    found = re.search(DEPTH[image.format or ''], image.fp.read(HEAD_BYTES), re.DOTALL)
+    image.fp.seek(place)
+    return 8 if found is None else (found[1][0] & 0x7F) + (image.format == 'JPEG2000')
 
 
 def _decode_8_bit(image: Image.Image, profile: bytes | None, name: str) -> np.ndarray:

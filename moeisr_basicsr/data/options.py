@@ -4,16 +4,18 @@ The check of an options file reads these models (class attribute `Options` of a 
 every dataset.
 """
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from moeisr_basicsr.errors import UserError, did_you_mean
-from moeisr_basicsr.options.values import Count, FactorPair, Factors, Folder, Key, Positive, Section, Text
+from moeisr_basicsr.options.values import FactorPair, Factors, Folder, Key, Positive, Section, Text
 
 BACKENDS = ('disk', 'lmdb')
+Size = Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
 
 class ArbitraryScaleOptions(Section):
@@ -22,21 +24,31 @@ class ArbitraryScaleOptions(Section):
     phase: Literal['train', 'val', 'test'] = Key("set from the section's name", 'train')
     dataroot_gt: Folder = Key('folder or LMDB of the HR images')
     meta_info_file: Text = Key('text file that lists the images', None)
+    recursive: bool = Key('also take the images of the folders below', False)
     scale: Factors = Key('fixed factor, or [rows, columns]', None)
-    seed: Count = Key("seed of the draws; the run's manual_seed where it is not given", None)
     cache: Literal['none', 'memory'] = Key('memory keeps the decoded images, for all workers at once', 'none')
-    lq_size: Positive = Key('side of the LR training patch', 48)
-    sample_q: Positive = Key('queries per training item, at most lq_size squared', 2304)
+    lq_size: Size = Key('side of the LR training patch, or [rows, columns]', 48)
+    sample_q: Positive = Key('queries per training item, at most the pixels of the LR patch', 2304)
     use_flip: bool = Key('random flips', True)
-    use_rot: bool = Key('random transposition', True)
+    use_rot: bool = Key('random transposition, for square patches only (default: where they are square)', None)
 
     @field_validator('sample_q')
     @classmethod
     def _no_more_than_pixels(cls, value: int, info: ValidationInfo) -> int:
-        most = info.data.get('lq_size', value) ** 2
+        most = math.prod(rows_cols(info.data.get('lq_size', value)))
         if value > most:
             reason = 'at a factor of 1 an HR patch has no more pixels'
-            raise ValueError(f'must be at most lq_size squared, {most}: {reason}; got {value}.')
+            raise ValueError(f'must be at most the {most} pixels of the LR patch: {reason}; got {value}.')
+        return value
+
+    @field_validator('use_rot')
+    @classmethod
+    def _keeps_the_shape(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        rows, cols = rows_cols(info.data.get('lq_size', 1))
+        if value and rows != cols:
+            raise ValueError(
+                f'must be false with patches of {rows} x {cols}: transposed ones fit in no batch with them.'
+            )
         return value
 
 
@@ -71,7 +83,8 @@ class PairedOptions(ArbitraryScaleOptions):
 
 
 def read_options(opt: Mapping[str, Any], model: type[ArbitraryScaleOptions]) -> Any:
-    """The options of one dataset with defaults; `scale` as a pair, `downsample` and `seed` decided, and `backend`.
+    """The options of one dataset with defaults; `scale` and `lq_size` as pairs, `downsample`, `use_rot` and `seed`
+    decided, and `backend`.
 
     Raises:
         UserError: A value is not allowed. The message names the dataset, the key, the value, and what is allowed.
@@ -90,14 +103,22 @@ def read_options(opt: Mapping[str, Any], model: type[ArbitraryScaleOptions]) -> 
     if backend not in BACKENDS:
         hint = did_you_mean(backend, BACKENDS)
         raise fail(opt, f'io_backend: type must be one of {", ".join(BACKENDS)}; got {backend!r}.{hint}')
+    lq_size = rows_cols(options.lq_size)
     decided = {
         'backend': backend,
-        'seed': (opt.get('manual_seed') or 0) if options.seed is None else options.seed,
-        'scale': [options.scale] * 2 if isinstance(options.scale, (int, float)) else options.scale,
+        'seed': opt.get('manual_seed') or 0,
+        'scale': None if options.scale is None else rows_cols(options.scale),
+        'lq_size': lq_size,
+        'use_rot': lq_size[0] == lq_size[1] if options.use_rot is None else options.use_rot,
     }
     if isinstance(options, ImageOptions):  # as the published protocols
         decided['downsample'] = options.downsample or ('pil' if options.phase == 'train' else 'matlab')
     return SimpleNamespace(**dict(options) | decided)
+
+
+def rows_cols(value: Any) -> tuple:
+    """A value for both axes, or one for each, as a pair."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
 
 
 def fail(opt: Mapping[str, Any], message: str) -> UserError:

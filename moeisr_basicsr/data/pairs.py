@@ -4,7 +4,11 @@ HR pixel borders need not fall on LR pixel borders. Shapes: (h, w) LR image, (H,
 """
 
 import difflib
+import os
+from collections import Counter
+from collections.abc import Iterable
 from fractions import Fraction
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +16,13 @@ import torch
 from torch import Tensor
 
 from moeisr_basicsr.core.coords import pixel_centres
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.errors import ImageError, UserError
 
 from .image_source import ImageSource
 from .sampling import round_half_up
+
+MOST_ARE_EVEN = 0.5  # share of a folder's pairs from which on the others are taken for mistakes: nobody mixes both
+ONE_FACTOR = 0.9  # as above; folders of several factors exist
 
 
 class PatchAxis(NamedTuple):
@@ -27,34 +34,126 @@ class PatchAxis(NamedTuple):
     cell: float  # size of an HR pixel in the same units
 
 
+class PairsError(UserError):
+    """HR images without a partner of their own. Its message is the first line of `each`; `sources` are all images."""
+
+    def __init__(self, message: str, each: list[str] | None = None):
+        super().__init__(message)
+        self.each, self.sources = each or [], tuple[ImageSource, ...]()
+
+
 def find_pairs(lq: ImageSource, gt: ImageSource, template: str) -> list[tuple[str, str]]:
     """(LR name, HR name) for every HR image. Suffixes need not agree: a JPEG may have a PNG partner.
+
+    The k-th LR folder belongs to the k-th HR folder.
 
     Args:
         template: Name of the LR image without suffix, with {} for that of its HR image.
 
     Raises:
-        UserError: An HR image has no partner, or two images have the same.
+        PairsError: An HR image has no partner, or two images have the same.
     """
-    by_stem: dict[str, str] = {}
+    problems: list[str] = []
+    by_key: dict[tuple[int, str], str] = {}
     for name in lq.names:
-        if (other := by_stem.setdefault(lq.stem(name), name)) != name:
-            raise UserError(f'{lq.path(name)} and {other} could both be the partner of one HR image.')
+        if (other := by_key.setdefault(lq.key(name), name)) != name:
+            problems.append(f'{name} and {other} could both be the partner of one HR image.')
     pairs: list[tuple[str, str]] = []
     taken: dict[str, str] = {}  # LR name -> its HR image
     for name in gt.names:
-        wanted = template.format(gt.stem(name))
-        if wanted not in by_stem:
-            near = difflib.get_close_matches(wanted, by_stem, n=1)
-            raise UserError(
-                f'{gt.path(name)} has no partner {wanted} in {lq.root}.'
-                + (f" Nearest: '{by_stem[near[0]]}'; check filename_tmpl." if near else '')
-            )
-        partner = by_stem[wanted]
+        number, stem = gt.key(name)
+        folder, _, stem = stem.rpartition('/') if gt.recursive else ('', '', stem)
+        wanted = f'{folder}/{template.format(stem)}' if folder else template.format(stem)
+        if (number, wanted) not in by_key:
+            problem = f'{name} has no partner {wanted} in {lq.roots[number]}.'
+            if not problems:  # the search takes long in a large folder
+                near = difflib.get_close_matches(wanted, [key for root, key in by_key if root == number], n=1)
+                found = os.path.basename(by_key[number, near[0]]) if near else ''
+                problem += f" Nearest: '{found}'; check filename_tmpl." if near else ''
+            problems.append(problem)
+            continue
+        partner = by_key[number, wanted]
         if taken.setdefault(partner, name) != name:
-            raise UserError(f'{gt.path(name)} and {taken[partner]} would both have the partner {lq.path(partner)}.')
+            problems.append(f'{name} and {taken[partner]} would both have the partner {partner}.')
         pairs.append((partner, name))
+    if problems:
+        more = f' {len(problems) - 1} more: `basicsr check` lists them.' if len(problems) > 1 else ''
+        raise PairsError(problems[0] + more, problems)
     return pairs
+
+
+class Pair(NamedTuple):
+    """Sizes (rows, columns) and files of an LR and an HR image."""
+
+    lq_size: tuple[int, int]
+    gt_size: tuple[int, int]
+    lq_path: str
+    gt_path: str
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """HR / LR of rows and columns."""
+        return self.gt_size[0] / self.lq_size[0], self.gt_size[1] / self.lq_size[1]
+
+    @property
+    def nominal(self) -> tuple[float, float]:
+        """`factors`, as whole numbers where the sizes allow it."""
+        whole = round(self.factors[0]), round(self.factors[1])
+        return whole if self.has(whole) else self.factors
+
+    def has(self, factors: tuple[float, float]) -> bool:
+        """Whether the sizes are those of `factors`, but for less than a pixel that was rounded or cut off."""
+        sizes = zip(self.lq_size, self.gt_size, factors)
+        return all(abs(high - low * factor) <= factor + 1 for low, high, factor in sizes)
+
+    def is_even(self) -> bool:
+        """Whether both factors are the same."""
+        mean = sum(self.factors) / 2
+        return self.has((mean, mean))
+
+
+class FolderRule(NamedTuple):
+    """What the pairs of one folder have in common; a pair that is rotated, or no pair at all, breaks it."""
+
+    even: bool  # rows and columns have the same factor
+    factors: tuple[float, float] | None  # of all pairs; None where they differ
+    source: str  # what says so, for messages
+
+    @classmethod
+    def of(cls, pairs: list[Pair], scale: tuple[float, float] | None) -> 'FolderRule':
+        """The rule of a folder; `scale` is the options', which wins."""
+        if scale is not None:
+            return cls(False, scale, f'the scale of the options is {show_factors(scale)}')
+        even = [pair for pair in pairs if pair.is_even()]
+        is_even = len(even) >= 2 and len(even) > MOST_ARE_EVEN * len(pairs)
+        rest = even if is_even else pairs
+        middle = tuple(median(values) for values in zip(*(pair.factors for pair in rest))) if rest else (0.0, 0.0)
+        fitting = sum(pair.has(middle) for pair in rest)
+        is_common = len(rest) >= 2 and fitting >= ONE_FACTOR * len(rest)
+        counted = [text for text, _ in count_factors(rest).most_common(3)]
+        return cls(is_even, middle if is_common else None, f'the other pairs of its folder have {", ".join(counted)}')
+
+    def check(self, pair: Pair) -> None:
+        """Raises:
+        ImageError: The pair breaks the rule.
+        """
+        if (self.even and not pair.is_even()) or (self.factors is not None and not pair.has(self.factors)):
+            (low, high), advice = (pair.lq_size, pair.gt_size), 'pairs of another factor go into a folder of their own'
+            raise ImageError(
+                f'{pair.lq_path} ({low[0]} x {low[1]} rows x columns) does not fit {pair.gt_path} ({high[0]} x '
+                f'{high[1]}): a factor of {show_factors(pair.factors)}, but {self.source}. Perhaps one is rotated, or '
+                f'they are no pair; {advice}.'
+            )
+
+
+def show_factors(factors: tuple[float, float]) -> str:
+    """'4', or '3 x 1.3' for rows and columns that differ."""
+    return ' x '.join(dict.fromkeys(f'{factor:.1f}'.removesuffix('.0') for factor in factors))
+
+
+def count_factors(pairs: Iterable[Pair]) -> Counter[str]:
+    """How many pairs have which factors, as people read them."""
+    return Counter(show_factors(pair.nominal) for pair in pairs)
 
 
 def align_pair(
@@ -63,12 +162,12 @@ def align_pair(
     """(rows, columns) of the HR image that the LR image shows; the rest at the lower and right border is cut off.
 
     Raises:
-        UserError: The HR image is smaller than the LR image, or smaller than the LR image times `scale`.
+        ImageError: The HR image is smaller than the LR image, or smaller than the LR image times `scale`.
     """
     shown = lq_size if scale is None else tuple(round_half_up(n * s) for n, s in zip(lq_size, scale))
     if any(n < m for n, m in zip(gt_size, shown)):
         times = '' if scale is None else f' times the scale of {scale[0]:g} x {scale[1]:g}'
-        raise UserError(
+        raise ImageError(
             f'{paths["gt_path"]} ({gt_size[0]} x {gt_size[1]} rows x columns): smaller than its LR image '
             f'{paths["lq_path"]} ({lq_size[0]} x {lq_size[1]}){times}.'
         )

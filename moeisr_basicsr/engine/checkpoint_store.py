@@ -64,6 +64,15 @@ class CheckpointStore:
             for file in self.files(old):
                 file.unlink()
 
+    def amend(self, iteration: int, changes: dict) -> None:
+        """Replace entries of a saved training state.
+
+        Raises:
+            SaveError: The state is as it was.
+        """
+        path = self.state_path(iteration)
+        save_atomic({**load_torch_file(path), **changes}, path)
+
     def name_weights(self, weights: Weights, names: list[str]) -> None:
         """Keep weights under names, such as 'latest': `net_g_latest.pth`; one file with several names.
 

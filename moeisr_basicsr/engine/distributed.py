@@ -11,6 +11,7 @@ import torch.distributed as dist
 from mmengine.dist import all_gather_object, all_reduce, broadcast_object_list
 
 from moeisr_basicsr.compat import init_dist
+from moeisr_basicsr.errors import UserError
 
 from .rendezvous import agent_store, fresh_store, launch_name
 
@@ -62,6 +63,21 @@ class Ranks(NamedTuple):
         if error is not None:
             raise error
         return result
+
+
+def find_launcher(given: str | None) -> str:
+    """The launcher of `--launcher`; where none is named, 'pytorch' for one of several processes of torchrun.
+
+    Raises:
+        UserError: The environment has no number where torchrun sets one.
+    """
+    for key in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT', 'TORCHELASTIC_RESTART_COUNT'):
+        if not os.environ.get(key, '0').isdecimal():
+            raise UserError(f'The environment variable {key} must be a whole number; got {os.environ[key]!r}.')
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if 'WORLD_SIZE' in os.environ and rank >= world_size:
+        raise UserError(f'The environment variable RANK must be below WORLD_SIZE; got {rank} of {world_size}.')
+    return given or ('pytorch' if 'RANK' in os.environ and world_size > 1 else 'none')
 
 
 @contextmanager

@@ -88,8 +88,7 @@ def run_folders(opt: dict, ranks: Ranks, fresh: bool) -> Iterator[list[str]]:
 
 def make_folders(opt: dict, fresh: bool, launch: str | None = None) -> dict[Path, Path | None]:
     """Make the folders of a run, with the YAML in them; the fresh ones, and where the earlier ones are now."""
-    path = opt['path']
-    root = Path(path['experiments_root'] if opt['is_train'] else path['results_root'])
+    path, root = opt['path'], root_of(opt)
     begun = (root, tensorboard_folder(opt)) if opt['is_train'] else (root,)
     archived = {folder: archive(folder) for folder in begun} if fresh else {}
     for folder in (Path(path[key]) for key in FOLDERS if key in path):
@@ -102,6 +101,11 @@ def make_folders(opt: dict, fresh: bool, launch: str | None = None) -> dict[Path
         content = head.encode() + Path(source).read_bytes()
         write_atomic(root / Path(source).name, lambda file: file.write(content))
     return archived
+
+
+def root_of(opt: dict) -> Path:
+    """The folder of a run: experiments/NAME, or results/NAME of a test."""
+    return Path(opt['path']['experiments_root' if opt['is_train'] else 'results_root'])
 
 
 def tensorboard_folder(opt: dict) -> Path:

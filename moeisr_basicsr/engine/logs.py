@@ -1,8 +1,9 @@
-"""What a run tells: console and log file, TensorBoard, and one JSON-lines file of every metric."""
+"""What a run tells: console and log file, TensorBoard, Weights & Biases, and one JSON-lines file of every metric."""
 
 import json
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -10,19 +11,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from basicsr.models.base_model import BaseModel
-from basicsr.utils import MessageLogger, get_env_info, get_root_logger, get_time_str, init_wandb_logger
+from basicsr.utils import MessageLogger, get_env_info, get_root_logger, get_time_str
 from basicsr.utils.logger import initialized_logger
 from basicsr.utils.options import dict2str
 
+from moeisr_basicsr import __version__
 from moeisr_basicsr.analysis.schema import finite
 from moeisr_basicsr.atomic_file import write_atomic
+from moeisr_basicsr.errors import UserError
 
 from .distributed import Ranks
-from .experiment import tensorboard_folder
+from .experiment import root_of, tensorboard_folder
 
 METRICS_FILE = 'metrics.jsonl'
+WANDB_FILE = '.wandb'  # the identity of the run there
 
 
 def start_logger(opt: dict, ranks: Ranks, notes: list[str]) -> logging.Logger:
@@ -40,8 +45,10 @@ def start_logger(opt: dict, ranks: Ranks, notes: list[str]) -> logging.Logger:
     get_root_logger(log_level=logging.INFO, log_file=str(file) if ranks.is_main else None)
     for handler in logger.handlers:
         handler.handleError = report_log_error  # type: ignore[method-assign]
+        if hasattr(handler.stream, 'reconfigure'):
+            handler.stream.reconfigure(errors='backslashreplace')  # of file names that are no UTF-8
     if ranks.is_main:
-        logger.info(get_env_info())
+        logger.info(f'{get_env_info()}\n\tmoeisr_basicsr: {__version__}')
         logger.info(dict2str(opt))
     for note in notes:
         logger.warning(note)
@@ -53,19 +60,80 @@ def report_log_error(record: logging.LogRecord) -> None:
     print(f'The log cannot be written: {sys.exc_info()[1]}', file=sys.stderr)
 
 
-def start_tensorboard(opt: dict, ranks: Ranks, after: int = 0) -> Any:
-    """TensorBoard's writer on rank 0, None elsewhere, with --debug, and without `logger: use_tb_logger`.
+class Charts:
+    """TensorBoard and Weights & Biases, by the calls that BasicSR makes of the former.
 
-    What an interrupted run wrote beyond iteration `after` is hidden.
+    Args:
+        opt: Reads `logger: use_tb_logger` and `logger: wandb`.
+        after: Iteration that the run continues from. TensorBoard hides what an interrupted run wrote beyond it; Weights
+            & Biases goes on with the same run, and drops what it already has.
+
+    Raises:
+        UserError: Weights & Biases is not installed, or does not start.
     """
-    logger_opt = opt['logger']
-    if not ranks.is_main or opt.get('debug') or not logger_opt.get('use_tb_logger'):
-        return None
-    if (logger_opt.get('wandb') or {}).get('project'):
-        init_wandb_logger(opt)  # before TensorBoard's, which it follows
-    from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(tensorboard_folder(opt)), purge_step=after + 1 if after else None)
+    def __init__(self, opt: dict, after: int = 0):
+        self.tensorboard, self.wandb = None, None
+        if opt['logger'].get('use_tb_logger'):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(tensorboard_folder(opt)), purge_step=after + 1 if after else None)
+        if (opt['logger'].get('wandb') or {}).get('project'):
+            self.wandb = start_wandb(opt)
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        if self.tensorboard:
+            self.tensorboard.add_scalar(tag, value, step)
+        if self.wandb:
+            self.wandb.log({tag: value}, step=step)
+
+    def add_image(self, tag: str, image: np.ndarray, step: int, dataformats: str = 'HWC') -> None:
+        if self.tensorboard:
+            self.tensorboard.add_image(tag, image, step, dataformats=dataformats)
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({tag: wandb.Image(image)}, step=step)
+
+    def close(self) -> None:
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_charts(opt: dict, ranks: Ranks, after: int = 0) -> Charts | None:
+    """The charts of rank 0; None elsewhere, with --debug, and where the options ask for none."""
+    chosen = opt['logger'].get('use_tb_logger') or (opt['logger'].get('wandb') or {}).get('project')
+    return Charts(opt, after) if chosen and ranks.is_main and not opt.get('debug') else None
+
+
+def start_wandb(opt: dict) -> Any:
+    """The Weights & Biases run that `logger: wandb` names, or that this folder's run had before, or a new one.
+
+    Raises:
+        UserError: See `Charts`.
+    """
+    chosen, root = opt['logger']['wandb'], root_of(opt)
+    file = root / WANDB_FILE
+    known = file.read_text() if file.is_file() else secrets.token_hex(8)
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=chosen['project'],
+            id=chosen.get('resume_id') or known,
+            resume='allow',
+            name=opt['name'],
+            config=opt,
+            dir=str(root),
+        )
+    except ImportError:
+        raise UserError('logger: wandb: the package is not installed: pip install wandb.') from None
+    except wandb.Error as error:
+        raise UserError(f'logger: wandb: {error}') from error
+    write_atomic(file, lambda target: target.write(run.id.encode()))
+    return run
 
 
 class MetricsFile:
@@ -116,14 +184,14 @@ class TrainLog:
     """Console, TensorBoard and JSON lines of the training steps of a run that starts from iteration `start`."""
 
     def __init__(
-        self, opt: dict, ranks: Ranks, start: int, tensorboard: Any, metrics: MetricsFile, device: torch.device
+        self, opt: dict, ranks: Ranks, start: int, charts: Charts | None, metrics: MetricsFile, device: torch.device
     ):
         self.interval = opt['logger'].get('print_freq', 100)
         self.total = int(opt['train']['total_iter'])
-        logger_opt = {'print_freq': self.interval, 'use_tb_logger': tensorboard is not None}
+        logger_opt = {'print_freq': self.interval, 'use_tb_logger': charts is not None}
         # It counts one iteration less to go than there are.
         train_opt = {'total_iter': self.total + 1}
-        self.console = MessageLogger({**opt, 'logger': logger_opt, 'train': train_opt}, start + 1, tensorboard)
+        self.console = MessageLogger({**opt, 'logger': logger_opt, 'train': train_opt}, start + 1, charts)
         self.world_size, self.metrics, self.device = ranks.world_size, metrics, device
         self.restart()
 

@@ -3,7 +3,10 @@
 Resumed on the CPU with the same number of ranks, a run goes on bit for bit as if it had never stopped.
 """
 
+import copy
 import random
+import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 from basicsr.models.base_model import BaseModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.models.weights import bare_weights, describe_misfits, misfits
@@ -107,7 +111,12 @@ def without_pretrained(path_opt: dict, weights: Weights) -> dict:
 
     A model may have others that never train, such as the identity network of a face loss: these come from their files.
     """
-    return {**path_opt, **{f'pretrain_network_{name.removeprefix("net_")}': None for name in weights}}
+    return {**path_opt, **{pretrained_key(name): None for name in weights}}
+
+
+def pretrained_key(net: str) -> str:
+    """The key in `path` of the weights that 'net_g' starts from."""
+    return f'pretrain_network_{net.removeprefix("net_")}'
 
 
 def model_state(model: BaseModel) -> dict:
@@ -139,18 +148,69 @@ def check_moments(model: BaseModel) -> None:
             )
 
 
-def set_model_state(model: BaseModel, state: dict) -> list[str]:
+def rescheduled(model: BaseModel, state: dict) -> dict:
+    """`state` with the rates and schedules that the model's own options have at its iteration, and its other numbers.
+
+    The schedule is stepped from the start, which is right for every kind: some compute a rate from the one before.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch's, that the optimizer has not stepped between
+        for scheduler in model.schedulers:
+            for _ in range(state['iter'] - 1):
+                scheduler.step()
+    optimizers = [
+        {
+            **saved,
+            'param_groups': [
+                {**group, 'params': old['params']} for old, group in zip(saved['param_groups'], one.param_groups)
+            ],
+        }
+        for one, saved in zip(model.optimizers, state['optimizers'])
+    ]
+    return {**state, 'optimizers': optimizers, 'schedulers': [one.state_dict() for one in model.schedulers]}
+
+
+@torch.no_grad()
+def check_goes_on(optimizer: Optimizer) -> None:
+    """Try one step of a single parameter, with its state: other options may need more than the state has.
+
+    Raises:
+        UserError: The step fails.
+    """
+    trial = copy.copy(optimizer)
+    parameter, state = next(iter(optimizer.state.items()), (torch.zeros(1), {}))
+    stand_in = nn.Parameter(torch.zeros_like(parameter))
+    stand_in.grad = torch.zeros_like(parameter)
+    trial.param_groups = [{**optimizer.param_groups[0], 'params': [stand_in]}]
+    trial.state = defaultdict(dict, {stand_in: copy.deepcopy(state)} if state else {})
+    try:
+        trial.step()
+    except Exception as error:  # a missing entry, in most cases a KeyError; each optimizer has its own
+        raise UserError(
+            f'train: optim_g: {type(optimizer).__name__} with these options cannot go on from the saved state '
+            f'({type(error).__name__}: {error}). Resume with the options of the saved run.'
+        ) from error
+
+
+def set_model_state(model: BaseModel, state: dict, reschedule: bool = False) -> list[str]:
     """Put `model_state` back; what the checkpoint lacks (BasicSR's own states lack much).
+
+    Args:
+        model: Made from the options that are to count.
+        state: Of a checkpoint.
+        reschedule: Whether rates and schedules are those of the model's options, not of the state.
 
     Raises:
         UserError: The state is of other optimizers, or of a network with other parameters.
     """
     notes = []
     try:
-        model.resume_training(state)
+        model.resume_training(rescheduled(model, state) if reschedule else state)
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f'The training state does not fit train: optim_g and scheduler: {error}') from error
     check_moments(model)
+    for optimizer in model.optimizers if reschedule else ():
+        check_goes_on(optimizer)
     if 'best_metric_results' in state:
         model.best_metric_results = state['best_metric_results']
     else:

@@ -22,7 +22,7 @@ from moeisr_basicsr.atomic_file import save_atomic
 from moeisr_basicsr.errors import UserError
 
 from .batch import Batch
-from .evaluation import Evaluated
+from .evaluation import Evaluated, Journal
 from .image_evaluation import ImageEvaluator, size_of
 from .non_finite import NonFiniteGuard
 from .optimizers import build_optimizer, build_scheduler, step_schedulers
@@ -103,9 +103,9 @@ class ArbitraryScaleModel(SRModel):
         return net.encoder
 
     def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'):
-        """Load weights (.pth or .safetensors) without running code from the file."""
-        get_root_logger().info(f'Loading {net.__class__.__name__} from {load_path}, parameters [{param_key}].')
-        self.pretrained = load_weights(self.get_bare_model(net), load_path, strict, param_key)
+        """Load weights (.pth, .safetensors, or a shipped model) without running code from the file."""
+        network_opt = self.opt['network_g'] if net is self.net_g else None
+        self.pretrained = load_weights(self.get_bare_model(net), load_path, strict, param_key, network_opt)
 
     def init_training_settings(self) -> None:
         """EMA, losses, optimizer and scheduler, as SRModel; then what is ours."""
@@ -213,7 +213,15 @@ class ArbitraryScaleModel(SRModel):
         return self.reconstruction_losses(output, part), {}
 
     def reconstruction_losses(self, output: Tensor, part: Batch) -> dict[str, Tensor]:
-        """BasicSR's pixel and perceptual losses, in fp32 or better."""
+        """BasicSR's pixel and perceptual losses, in fp32 or better.
+
+        Raises:
+            UserError: The output has another shape than the truth.
+        """
+        if part.gt is not None and output.shape != part.gt.shape:
+            shapes = f'the output is {tuple(output.shape)}, the truth {tuple(part.gt.shape)}'
+            advice = "Check scale, in_channels and out_channels of network_g and the dataset's gt_size, scale and grey"
+            raise UserError(f'{part.paths[0] if part.paths else "a batch"}: {shapes}. {advice}.')
         output = output if output.dtype == torch.float64 else output.float()
         losses = OrderedDict()
         if self.cri_pix:
@@ -270,6 +278,7 @@ class ArbitraryScaleModel(SRModel):
         tb_logger: object,
         save_img: bool = False,
         should_stop: Callable[[], bool] | None = None,
+        journal: Journal | None = None,
     ) -> list[Evaluated] | None:
         """Evaluate every dataset, images x scales shared among the ranks; the same results on every rank.
 
@@ -279,21 +288,27 @@ class ArbitraryScaleModel(SRModel):
             tb_logger: TensorBoard writer, or None.
             save_img: Whether to write result images.
             should_stop: Asked before every image; once True, validation is given up on all ranks.
+            journal: Knows and gets rows, and the results of every dataset.
 
         Returns:
             The results in the order of `dataloaders`; None where validation was given up.
         """
-        results = run_validation(
-            self.opt, self.evaluated_net, dataloaders, current_iter, tb_logger, save_img, should_stop
-        )
-        for result in results or []:
+        results = []
+        for result in run_validation(
+            self.opt, self.evaluated_net, dataloaders, current_iter, tb_logger, save_img, should_stop, journal
+        ):
+            if result is None:
+                return None
             self.record_best(result, current_iter)
             report(result, getattr(self, 'best_metric_results', {}), current_iter, tb_logger)
+            results.append(result)
+            if journal:
+                journal.done(result)
         return results
 
     def record_best(self, result: Evaluated, current_iter: int | str) -> None:
         """Update `best_metric_results`, BasicSR's record of the best value and its iteration."""
-        if not self.is_train or not result.metrics:
+        if not self.is_train or not result.metrics or result.failed:  # means over other images compare with nothing
             return
         self._initialize_best_metric_results(result.dataset)
         for metric in self.opt['val']['metrics']:
@@ -303,13 +318,14 @@ class ArbitraryScaleModel(SRModel):
     def save_network(
         self, net: nn.Module | list[nn.Module], net_label: str, current_iter: int, param_key: str | list[str] = 'params'
     ) -> None:
-        """BasicSR's weights file, written so that it is complete or absent."""
+        """BasicSR's weights file with the network's options, written so that it is complete or absent."""
         if self.opt['rank'] != 0:
             return
         nets, keys = ([entry] if not isinstance(entry, list) else entry for entry in (net, param_key))
         label = 'latest' if current_iter == -1 else current_iter
-        weights = {key: bare_weights(self.get_bare_model(one)) for one, key in zip(nets, keys)}
-        save_atomic(weights, f'{self.opt["path"]["models"]}/{net_label}_{label}.pth')
+        weights: dict = {key: bare_weights(self.get_bare_model(one)) for one, key in zip(nets, keys)}
+        options = f'network_{net_label.removeprefix("net_")}'
+        save_atomic({**weights, options: self.opt.get(options)}, f'{self.opt["path"]["models"]}/{net_label}_{label}.pth')
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         """BasicSR's state file, for BasicSR's own loop; the plugin's loop keeps more."""

@@ -6,18 +6,20 @@ turn, every record goes to every rank, and means do not depend on the order: the
 J experts.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import path as osp
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from moeisr_basicsr.analysis.schema import scale_label
+from moeisr_basicsr.errors import ImageError, printable
 
 # Keys of a results row (see `analysis.schema`) that are of one image, and those that a dataset has means of.
 OF_IMAGE = ('case', 'image', 'lq_size', 'size', 'pictures')
@@ -27,10 +29,22 @@ AVERAGED = ('metrics', 'time_ms', 'peak_mib', 'macs', 'routing')
 class Record(NamedTuple):
     """What one image gives."""
 
-    dataset: int  # its number
-    place: int  # of the image in it
-    row: dict  # of a results document
+    place: int  # of the image in its dataset
+    row: dict  # of a results document; its case is 'failed' where the image could not be used
     pictures: dict[str, np.ndarray]  # for TensorBoard, (R, S, 3) uint8 BGR by the suffix of their names
+
+
+class Journal(Protocol):
+    """What was measured before, and is measured now, image by image."""
+
+    def known(self, dataset: str, image: str, files: list[str]) -> dict | None:
+        """The row of an image that need not be measured again."""
+
+    def add(self, row: dict, files: list[str]) -> None:
+        """An image is measured."""
+
+    def done(self, result: 'Evaluated') -> None:
+        """A dataset is done."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +55,26 @@ class Evaluated:
     scale: str  # as it appears in file names, for example 'x2' or 'x2x3.5'
     count: int  # number of images
     metrics: dict[str, float]  # means; bicubic's beside the model's as 'bicubic_<metric>'
-    loads: list[float]  # share of the output pixels of each expert; empty for a dense network
+    shares: list[float]  # share of the output pixels of each expert; empty for a dense network
     mean_cost: float | None  # mean relative cost of an output pixel; None for a dense network
     rows: list[dict]  # of a results document, one per image
+    failed: dict[str, str]  # images that could not be used, and why; the means are over the others
+
+
+class Tolerant(Dataset):
+    """Some images of a dataset; what cannot be used is an item with an `error`."""
+
+    def __init__(self, dataset: Dataset, indices: list[int]):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> dict:
+        try:
+            return self.dataset[self.indices[place]]
+        except ImageError as error:
+            return {'error': str(error)}
 
 
 def my_jobs(sizes: list[int], rank: int, world_size: int) -> list[list[int]]:
@@ -53,9 +84,10 @@ def my_jobs(sizes: list[int], rank: int, world_size: int) -> list[list[int]]:
 
 
 def iterate_jobs(loader: DataLoader, indices: list[int]) -> Iterator[tuple[int, dict]]:
-    """(index, batch of one) of the images `indices` of the loader's dataset, read by workers as the loader's are."""
+    """(index, batch of one) of the images `indices` of the loader's dataset, read by workers as the loader's are; a
+    batch with an `error` in place of one that cannot be used."""
     mine = DataLoader(
-        Subset(loader.dataset, indices),
+        Tolerant(loader.dataset, indices),
         batch_size=1,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
@@ -65,12 +97,26 @@ def iterate_jobs(loader: DataLoader, indices: list[int]) -> Iterator[tuple[int, 
     return zip(indices, mine)
 
 
-def summarize(rows: list[dict]) -> Evaluated:
-    """Means over the images of one dataset; each expert's share is a mean over images, as the metrics are."""
-    means = mean_row(rows)
-    routing = means.get('routing', {'loads': [], 'mean_cost': None})
-    label = scale_label(means['scale'])
-    return Evaluated(means['dataset'], label, len(rows), means['metrics'], routing['loads'], routing['mean_cost'], rows)
+def summarize(records: list[dict]) -> Evaluated:
+    """Means over the images of one dataset; each expert's share is a mean over images, as the metrics are.
+
+    Args:
+        records: The row of every image, at least one.
+    """
+    rows = [row for row in records if row['case'] != 'failed']
+    failed = {row['image']: row['notes'] for row in records if row['case'] == 'failed'}
+    means = mean_row(rows) if rows else {**records[0], 'metrics': {}}
+    routing = means.get('routing', {'shares': [], 'mean_cost': None})
+    return Evaluated(
+        dataset=means['dataset'],
+        scale=scale_label(means['scale']),
+        count=len(rows),
+        metrics=means['metrics'],
+        shares=routing['shares'],
+        mean_cost=routing['mean_cost'],
+        rows=rows,
+        failed=failed,
+    )
 
 
 def mean_row(rows: list[dict]) -> dict:
@@ -98,9 +144,39 @@ def mean_of(values: list[Any]) -> Any:
     return fmean(known)
 
 
-def image_name(path: str, root: str | None) -> str:
-    """File name without its extension, behind its folders below the dataset's `root`: 'a__1' for a/1.png."""
-    folders = Path(path).parent.parts
-    above = Path(root).expanduser().parts if isinstance(root, str) else folders  # some datasets take several
-    below = folders[len(above) :] if folders[: len(above)] == above else ()
-    return osp.splitext('__'.join([*below, osp.basename(path)]))[0]
+def image_name(path: str, root: str | list[str] | None) -> str:
+    """File name without its extension, behind its folders below the dataset's `root`: 'a__1' for a/1.png. Where a
+    dataset has several roots, those below what the roots have in common. Printable."""
+    roots = [root] if isinstance(root, str) else root or []
+    file = Path(path).absolute()
+    if roots:
+        above = osp.commonpath([Path(folder).expanduser().absolute() for folder in roots])
+        if file.is_relative_to(above):
+            return printable(osp.splitext('__'.join(file.relative_to(above).parts))[0])
+    return printable(osp.splitext(file.name)[0])
+
+
+def files_of(dataset: Any, index: int) -> list[str]:
+    """The LR and the HR file of an image; none where the dataset does not tell."""
+    paths = getattr(dataset, 'paths', None)
+    if paths is None or len(paths) != len(dataset):
+        return []
+    return list(paths[index].values()) if isinstance(paths[index], dict) else [paths[index]]
+
+
+def image_names(dataset: Any) -> list[str]:
+    """A name for every image of a dataset, no two alike: pictures and rows are called by it.
+
+    Those that differ in their extension only keep it; what is then still alike is numbered.
+    """
+    root = dataset.opt.get('dataroot_lq') or dataset.opt.get('dataroot_gt')
+    files = [(files_of(dataset, index) or [str(index)])[0] for index in range(len(dataset))]
+    stems = [image_name(file, root) for file in files]
+    counts = Counter(stems)
+    names = [stem + printable(osp.splitext(file)[1]) if counts[stem] > 1 else stem for stem, file in zip(stems, files)]
+    seen: Counter[str] = Counter()
+    for place, name in enumerate(names):
+        seen[name] += 1
+        if seen[name] > 1:
+            names[place] = f'{name}__{seen[name]}'
+    return names

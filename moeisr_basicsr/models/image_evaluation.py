@@ -17,10 +17,9 @@ from moeisr_basicsr.analysis.pictures import bicubic, expert_colours
 from moeisr_basicsr.analysis.routing_stats import depth_correlation, expert_shares, lr_reads, mean_cost
 from moeisr_basicsr.analysis.schema import scale_label
 from moeisr_basicsr.core.render import Clock
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.errors import ImageError, UserError
 from moeisr_basicsr.inference import Upscaled, evaluation, upscale
 
-from .evaluation import image_name
 from .measures import describe_input, describe_metric, measure
 
 # name suffix of a saved picture -> its name in a results document
@@ -32,7 +31,7 @@ class ImageEvaluator:
 
     Args:
         opt: The whole options; reads `val` (metrics, suffix, bicubic_baseline, budget, cost_weight, precision,
-            shuffle_experts, save_expert_map, save_references, tb_images, measure), `logger: use_tb_logger`,
+            shuffle_experts, save_expert_map, save_references, measure), `logger: use_tb_logger` and `wandb`,
             `path: visualization`, `manual_seed` and `is_train`.
     """
 
@@ -41,7 +40,8 @@ class ImageEvaluator:
         self.folder = Path(opt['path'].get('visualization') or '.')
         self.val_opt = opt.get('val') or {}
         self.metrics = self.val_opt.get('metrics') or {}
-        self.shows_pictures = self.is_train and (opt.get('logger') or {}).get('use_tb_logger', False)
+        logger_opt = opt.get('logger') or {}
+        self.shows_picture = self.is_train and bool(logger_opt.get('use_tb_logger') or logger_opt.get('wandb'))
         self.seed = opt.get('manual_seed') or 0
         self.setting = {  # as it stands in a results row
             'precision': self.val_opt.get('precision', 'fp32'),
@@ -87,7 +87,7 @@ class ImageEvaluator:
         )
 
     def __call__(
-        self, net: Any, item: dict, dataset_opt: dict, current_iter: int | str, save_img: bool, index: int
+        self, net: Any, item: dict, dataset_opt: dict, current_iter: int | str, save_img: bool, index: int, name: str
     ) -> tuple[dict, dict[str, np.ndarray]]:
         """Its row of a results document (see `analysis.schema`), and the pictures that TensorBoard shows.
 
@@ -98,6 +98,10 @@ class ImageEvaluator:
             current_iter: Iteration, or the run's name in testing.
             save_img: Whether to write pictures.
             index: Place of the image in the dataset.
+            name: Of the image.
+
+        Raises:
+            ImageError: The image does not fit its truth, or is too small for a metric.
         """
         lq = item['lq'].to(next(net.parameters()).device)
         gt = item['gt'][0] if 'gt' in item else None
@@ -105,7 +109,7 @@ class ImageEvaluator:
         result, took = self.timed(net, lq, None if gt is None else size_of(gt), nominal, index)
         sr = result.image[0].float().cpu()
         if gt is not None and sr.shape != gt.shape:
-            raise UserError(
+            raise ImageError(
                 f'{item["lq_path"][0]}: the output is {tuple(sr.shape)}, the ground truth '
                 f'{tuple(gt.shape)} (channels, rows, columns). Check the scale of {dataset_opt["name"]}.'
             )
@@ -114,7 +118,7 @@ class ImageEvaluator:
         row = {
             'case': 'test',
             'dataset': dataset_opt['name'],
-            'image': image_name(item['lq_path'][0], dataset_opt.get('dataroot_lq') or dataset_opt.get('dataroot_gt')),
+            'image': name,
             'protocol': describe_input(dataset_opt),
             'lq_size': list(lq_size),
             'size': list(size),
@@ -125,10 +129,13 @@ class ImageEvaluator:
         }
         if gt is not None:
             border = dataset_opt.get('crop_border')
-            row['metrics'] = self.measure_all(sr, gt, item['lq'][0], tuple(row['scale']), border)
+            try:
+                row['metrics'] = self.measure_all(sr, gt, item['lq'][0], tuple(row['scale']), border)
+            except UserError as error:
+                raise ImageError(f'{item["lq_path"][0]}: {error}') from error
             row['metric_protocols'] = {name: describe_metric(opt, border) for name, opt in self.metrics.items()}
         row |= self.routing(net, lq, result, gt)
-        shown = self.shows_pictures and index < self.val_opt.get('tb_images', 1)
+        shown = self.shows_picture and index == 0
         pictures = {}  # name suffix -> (R, S, 3) uint8 BGR
         if save_img or shown:
             pictures[''] = tensor2img([sr])
@@ -157,7 +164,7 @@ class ImageEvaluator:
         found, loads, reads = {}, [1.0], None
         if result.expert_map is not None:
             loads = expert_shares(result.expert_map, net.num_experts)
-            found['routing'] = {'loads': loads, 'mean_cost': mean_cost(loads, net.expert_costs)}
+            found['routing'] = {'shares': loads, 'mean_cost': mean_cost(loads, net.expert_costs)}
             if reads := lr_reads(net.decoder, result.expert_map[0], size_of(lq)):
                 found['routing']['lr_reads'] = reads
             if not self.is_train:

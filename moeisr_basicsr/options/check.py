@@ -33,7 +33,9 @@ def check_options(document: Document, force_yml: list[str] | None = None, is_tra
         OptionsError: It has mistakes; all are listed.
     """
     data = copy.deepcopy(document.data)
-    forced: dict[KeyPath, str] = {force(data, entry): f'--force_yml {entry}' for entry in force_yml or []}
+    # model_type first: it decides which keys there are
+    entries = sorted(force_yml or [], key=lambda entry: not entry.startswith('model_type='))
+    forced: dict[KeyPath, str] = {force(data, entry): f'--force_yml {entry}' for entry in entries}
     prepare(data, is_train)
     model, rules = options_model(data.get('model_type')), list(check_together(data, is_train))
     try:

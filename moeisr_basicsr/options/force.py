@@ -1,5 +1,6 @@
 """`--force_yml`: one key for one run. Nothing in an entry is evaluated."""
 
+import re
 from typing import Any
 
 import yaml
@@ -12,9 +13,12 @@ from .reader import join_keys, read_text
 from .registered import locate
 from .values import names_in, schemas
 
+YAML = re.compile(r"""\[|\{|!!float|".*"$|'.*'$""", re.DOTALL)
+TEMPLATE = re.compile(r'\{\w*\}.+')  # of file names, such as {}x4
+
 
 def force(data: dict[str, Any], entry: str) -> tuple[str, ...]:
-    """Do what one entry, `key:key=value`, says to `data`, and return its keys.
+    """Do what one entry says to `data`: `key:key=value` sets a key, `key:key=~` removes it. Returns its keys.
 
     Raises:
         UserError: The entry is malformed, or names a key that no options file has.
@@ -27,11 +31,17 @@ def force(data: dict[str, Any], entry: str) -> tuple[str, ...]:
         if name not in section and name not in known and model is not None and model.model_config['extra'] == 'forbid':
             where = f"'{join_keys(keys[:depth])}' has no key" if depth else 'there is no key'
             raise UserError(f"--force_yml {entry}: {where} '{name}'.{did_you_mean(name, [*section, *known])}")
+        if text == '~' and section.get(name) is None:
+            section.pop(name, None)
+            return keys
         if depth < len(keys) - 1:
             section[name] = {} if section.get(name) is None else section[name]
             section = section[name]
             if not isinstance(section, dict):
                 raise UserError(f"--force_yml {entry}: '{join_keys(keys[: depth + 1])}' is a value, not a section.")
+    if text == '~':
+        del section[keys[-1]]
+        return keys
     schema = known.get(keys[-1], {})
     is_name = 'none' in names_in(schema) or (schema.get('type') == 'string' and schema.get('default') is not None)
     section[keys[-1]] = text if text == 'none' and is_name else parse_value(text, f'--force_yml {entry}')
@@ -52,7 +62,7 @@ def split(entry: str) -> tuple[tuple[str, ...], str]:
 
 
 def parse_value(text: str, source: str = '--force_yml') -> Any:
-    """The value of an entry: a list or mapping as YAML, else one word; `none` or `None` is nothing, as in BasicSR.
+    """The value of an entry: a list, mapping or quoted text as YAML, else one word; `none` or `None` is nothing.
 
     One word, not a document: a path may hold what YAML reads as an alias, a comment or a mapping.
 
@@ -61,7 +71,10 @@ def parse_value(text: str, source: str = '--force_yml') -> Any:
     """
     if text.strip().lower() == 'none':
         return None
-    if text.startswith(('[', '{', '!!float')):
+    if YAML.match(text) and not TEMPLATE.fullmatch(text):
         return read_text(text, source)[0]
     loader = PlainLoader(text)
-    return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
+    try:
+        return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
+    except ValueError as error:
+        raise UserError(f'{source:.80}: {text[:40]!r} is no number of 64 bits.') from error

@@ -34,6 +34,7 @@ from .values import (
     Section,
     Share,
     Text,
+    Weights,
     described,
     opened,
 )
@@ -57,6 +58,10 @@ class Dataset(Section):
     batch_size_per_gpu: Positive = Key('in training: images per batch and process', None)
     num_worker_per_gpu: Count = Key('in training: loader processes per process', None)
     dataset_enlarge_ratio: Positive = Key('in training: how often one epoch shows each image', 1)
+    on_damaged: Literal['stop', 'skip'] = Key(
+        'in training: what to do when an image cannot be used; skip takes others for up to 1 % of them, at most 100',
+        'stop',
+    )
     use_shuffle: bool = Key('ignored; BasicSR always shuffles', None)
     pin_memory: bool = Key('faster copies to a GPU', False)
     persistent_workers: bool = Key('keep loader processes between epochs', True)
@@ -75,7 +80,7 @@ def dataset_model(entry: Any) -> type[Section]:
 
 
 class Path(Section):
-    pretrain_network_g: File = Key('weights (.pth or .safetensors) to start from', None)
+    pretrain_network_g: Weights = Key('weights (.pth or .safetensors) to start from, or to test', None)
     strict_load_g: bool = Key('whether every weight must fit', True)
     param_key_g: Text = Key('params or params_ema', None)
     resume_state: File = Key('training state to go on from; --auto_resume finds it by itself', None)
@@ -117,6 +122,7 @@ class Val(Section):
     """What BasicSR's SRModel reads."""
 
     val_freq: Positive = Key('in training: iterations between two validations', None)
+    needs_weights: bool = Key('in testing: whether `path: pretrain_network_g` must name weights', True)
     save_img: bool = Key('write the result images', False)
     pbar: bool = Key('show a progress bar', None)
     suffix: Text = Key('text at the end of the names of result images', None)
@@ -133,7 +139,6 @@ class ArbitraryScaleVal(Val):
     shuffle_experts: bool = Key('control experiment: permute the chosen experts over the pixels of each image', False)
     save_expert_map: bool = Key('write the expert maps beside the images', False)
     save_references: bool = Key('in testing, write the truth and the bicubic image beside the images', False)
-    tb_images: Count = Key('images per dataset that TensorBoard shows', 1)
     measure: bool = Key('in testing, measure the memory of each image too', False)
 
 
@@ -146,7 +151,6 @@ class Logger(Section):
     print_freq: Positive = Key('iterations between two lines of the log', 100)
     save_checkpoint_freq: Positive = Key('iterations between two checkpoints', 5000)
     keep_checkpoints: Count = Key('newest checkpoints to keep; 0 keeps all', 5)
-    save_best: bool = Key('keep the weights that are the best of a metric', True)
     use_tb_logger: bool = Key('write TensorBoard files', False)
     wandb: WandB = Key('Weights & Biases', None)
 
@@ -176,7 +180,9 @@ class Options(Section):
     model_type: ModelName = Key('MoEISRModel, ArbitraryScaleModel, or a model of BasicSR')
     scale: Factors = Key('factor given to every dataset; leave it out to train at many factors', None)
     num_gpu: Literal['auto'] | Count = Key('GPUs; auto takes all, 0 the CPU', 'auto')
-    manual_seed: Count = Key('seed of all random draws; drawn where it is not given', None)
+    manual_seed: Annotated[int, Field(ge=0, le=10**18)] = Key(
+        'seed of all random draws; drawn where it is not given', None
+    )
     cudnn_benchmark: bool = Key('let cuDNN time its algorithms; faster, but not the same bits from run to run', True)
     find_unused_parameters: bool = Key('option of DistributedDataParallel', False)
     dist_params: DistParams = Key('distributed training', None)
@@ -189,9 +195,9 @@ class Options(Section):
 
 
 class OneNetwork(Section):
-    """A network by itself."""
+    """A network by itself, which is built at once after the check."""
 
-    network_g: Network = Key('the network')
+    network_g: Annotated[dict, Typed('a registered network', registry('ARCH'))] = Key('the network')
 
 
 class ArbitraryScaleOptions(Options):

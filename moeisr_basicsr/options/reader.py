@@ -11,22 +11,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.safe_reading import SCALARS, PlainLoader
+from moeisr_basicsr.safe_reading import MAX_DEPTH, MAX_NODES, SCALARS, PlainLoader, broken
 
 KeyPath = tuple[str | int, ...]
-MAX_NODES = 20_000  # an options file has hundreds; aliases of aliases could unfold into more than memory holds
-MAX_DEPTH = 50
 YAML_TAG = 'tag:yaml.org,2002:'
 PLAIN_TAGS = (*SCALARS, f'{YAML_TAG}map', f'{YAML_TAG}seq')
-
-
-class OptionsLoader(PlainLoader):
-    """Merge keys (`<<`) cannot unfold into more than memory holds."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > MAX_NODES:  # merges of merges
-            raise broken(node, 'too large')
 
 
 class Document(NamedTuple):
@@ -73,7 +62,7 @@ def read_text(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         UserError: It is not YAML, has a key twice or a tag that is not plain data; with `source` and line.
     """
     try:
-        loader = OptionsLoader(text)
+        loader = PlainLoader(text)
         node = loader.get_single_node()
         builder = Builder(loader)
         return (None if node is None else builder.value(node, ())), builder.lines
@@ -109,25 +98,23 @@ class Builder:
         try:
             return self.loader.construct_object(node)
         except ValueError as error:
-            raise broken(node, f'{node.value!r} is no {node.tag.removeprefix(YAML_TAG)}') from error
+            kind = node.tag.removeprefix(YAML_TAG).replace('int', 'int of 64 bits')
+            raise broken(node, f'{node.value!r:.40} is no {kind}') from error
 
     def entry(self, node: yaml.Node, keys: KeyPath, start: yaml.Node) -> Any:
+        if isinstance(keys[-1], list):
+            raise broken(start, 'a key must be plain text')
         self.lines[keys] = start.start_mark.line + 1
         return self.value(node, keys)
 
     def check_keys(self, node: yaml.MappingNode, keys: KeyPath) -> None:
         lines: dict[str, int] = {}
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise broken(key, 'a key must be plain text')
-            if key.value in lines and key.value != '<<':
-                name = '.'.join(map(str, (*keys, key.value)))
-                raise broken(key, f'the key {name} stands twice; it is already in line {lines[key.value]}')
-            lines[key.value] = key.start_mark.line + 1
-
-
-def broken(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+            word = str(key.value)
+            if word in lines and word != '<<':
+                name = '.'.join(map(str, (*keys, word)))
+                raise broken(key, f'the key {name} stands twice; it is already in line {lines[word]}')
+            lines[word] = key.start_mark.line + 1
 
 
 def join_keys(keys: Sequence[str | int]) -> str:

@@ -23,9 +23,8 @@ from pydantic import BaseModel, WithJsonSchema, create_model
 from pydantic_core import CoreSchema, core_schema
 
 from .reader import KeyPath
-from .values import Free, Key, NoText, Positive, PositiveNumber, Section, listing, opened
+from .values import OWN_CLASS, Free, Key, NoText, Positive, PositiveNumber, Section, listing, opened
 
-OWN_CLASS = ' A class of your own is known with --import FILE.py.'
 # LBFGS needs a closure that evaluates the loss again, SparseAdam needs sparse gradients: neither fits a training step.
 # The schedulers take functions, other schedulers or a metric, which a YAML file cannot give.
 UNFIT: tuple[str, ...] = (
@@ -102,7 +101,9 @@ class MetricArguments(Arguments):
 
 
 @functools.lru_cache(maxsize=256)
-def signature_model(function: Any, base: type[Section] = Arguments, leave_out: tuple[str, ...] = ()) -> type[Section]:
+def signature_model(
+    function: Any, base: type[Section] = Arguments, leave_out: tuple[str, ...] = (), passes_on: Any = None
+) -> type[Section]:
     """The arguments of a class or function as a model; one with **kwargs also takes unknown keys.
 
     A section with a `type` in the arguments of a network, such as `encoder`, is a network too.
@@ -111,6 +112,7 @@ def signature_model(function: Any, base: type[Section] = Arguments, leave_out: t
         function: What `type` names.
         base: The keys that every such section has.
         leave_out: Arguments that no file gives.
+        passes_on: The class or function that gets its **kwargs; then there are no unknown keys.
     """
     try:
         hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
@@ -119,7 +121,10 @@ def signature_model(function: Any, base: type[Section] = Arguments, leave_out: t
     about = described_arguments(function)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
+        if parameter.kind is parameter.VAR_KEYWORD and passes_on is not None:
+            for key, field in signature_model(passes_on, base).model_fields.items():
+                fields.setdefault(key, (field.annotation, field))
+        elif parameter.kind is parameter.VAR_KEYWORD:
             if base is not MetricArguments or not is_basicsr(function):  # its metrics take `better` that way
                 base = opened(base)
         elif parameter.kind is not parameter.VAR_POSITIONAL and name not in (*leave_out, *base.model_fields):
@@ -169,7 +174,8 @@ class Typed:
         entries = self.entries()
         name = value.get('type') if isinstance(value, dict) else None
         if isinstance(name, str) and name in entries:
-            return self.model(entries[name])
+            more = getattr(entries[name], 'passes_on', None)
+            return self.model(entries[name]) if more is None else self.model(entries[name], passes_on=more(value))
         if self.is_nested and name is None:
             return Free
         advice = OWN_CLASS if 'registered' in self.noun else ''
@@ -182,6 +188,8 @@ class Typed:
         """The checked section."""
         assert isinstance(value, dict)
         options = self.model_of(value).model_validate(value).as_dict(value)
+        if check_ready := getattr(self.entries()[value['type']], 'check_ready', None):
+            check_ready()  # that what it needs is installed, before a long run
         arguments = {name: argument for name, argument in options.items() if name != 'type'}
         if self.before is not None and (reason := refusal(self.entries()[value['type']], self.before, arguments)):
             raise ValueError(f'{value["type"]} cannot be built from these options: {" ".join(reason.split())}')

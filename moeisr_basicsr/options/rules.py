@@ -58,6 +58,14 @@ def training(data: dict) -> Problems:
         yield ('val',), "the key 'val_freq' is missing (iterations between two validations)."
 
 
+def testing(data: dict) -> Problems:
+    """A network without weights would be measured as it was drawn at random."""
+    path, val = section(data, 'path'), section(data, 'val')
+    if path.get('pretrain_network_g') is None and val.get('needs_weights') is not False:
+        message = "the key 'pretrain_network_g' is missing: a network without weights would be tested. One that needs no "
+        yield ('path',), f'{message}file is tested with val: needs_weights: false.'
+
+
 def routing(data: dict) -> Problems:
     """The balance loss has a share for every expert, and one thing decides what a test may cost."""
     val, experts = section(data, 'val'), section(data, 'network_g').get('experts')
@@ -73,4 +81,4 @@ def routing(data: dict) -> Problems:
 
 def check_together(data: dict, is_train: bool) -> Problems:
     """All rules."""
-    return chain(phases(data, is_train), training(data) if is_train else (), routing(data))
+    return chain(phases(data, is_train), training(data) if is_train else testing(data), routing(data))

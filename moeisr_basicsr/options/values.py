@@ -5,6 +5,7 @@ The types also serve in signatures of registered classes, `num_feat: Positive = 
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -21,9 +22,12 @@ from pydantic import (
     field_validator,
 )
 from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import CoreSchema, core_schema
 
 from moeisr_basicsr.errors import did_you_mean_file
+from moeisr_basicsr.shipped import find_model, names
 
+OWN_CLASS = ' A class of your own is known with --import FILE.py.'
 SHOWN_NAMES = 12  # of a longer list a message shows the first ten
 
 
@@ -103,6 +107,15 @@ def existing(kind: str, wanted: Callable[[Path], bool]) -> Callable[[str | list[
     return check
 
 
+def model_or_file(value: str) -> str:
+    """A check that a shipped model or a file is named, and not both."""
+    if value in names():
+        find_model(value)
+    else:
+        existing('file', Path.is_file)(value)
+    return value
+
+
 def nearest_path(path: Path, wanted: Callable[[Path], bool]) -> str:
     """How far a missing path exists, and what is there that is spelled alike; `wanted` is Path.is_file or is_dir."""
     parent = path.parent
@@ -123,14 +136,21 @@ def no_text(value: Any) -> Any:
     return value
 
 
-def one_of(*names: str) -> tuple[AfterValidator, WithJsonSchema]:
-    """A choice whose names are known at run time only: `Annotated[str, *one_of('liif', 'lte')]`."""
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """A choice among what a dictionary holds by then: `Annotated[str, OneOf(FAMILIES)]`."""
 
-    def check(value: str) -> str:
-        assert value in names
+    names: Mapping[str, Any]
+
+    def check(self, value: str) -> str:
+        assert value in self.names
         return value
 
-    return AfterValidator(check), WithJsonSchema({'enum': list(names), 'type': 'string'})
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: Any) -> dict[str, Any]:
+        return {'enum': list(self.names), 'type': 'string', 'advice': OWN_CLASS}
 
 
 def described(words: str) -> WithJsonSchema:
@@ -149,6 +169,11 @@ Factors = Factor | FactorPair
 Text = Annotated[str, Field(min_length=1)]
 FolderName = Annotated[str, AfterValidator(one_folder_name), described('text that names one folder, without / and \\')]
 File = Annotated[Text, AfterValidator(existing('file', Path.is_file)), described('the path of a file')]
+Weights = Annotated[
+    Text,
+    AfterValidator(model_or_file),
+    described('the path of a file, or the name of a model that comes with the package'),
+]
 # of images, or an LMDB folder
 Folder = Annotated[
     Text | list[Text],

@@ -46,12 +46,12 @@ def panels_of(rows: Sequence[dict]) -> list[Panel]:
         if 'macs' in row:
             counts = {name: value / 1e3 for name, value in row['macs'].items() if name != 'each_expert'}
             macs.append(Bar(label, {part: counts[part] for part in ('encoder', 'mapper', 'tables', 'experts')}))
-            for name in ('dense folded', 'dense plain'):
-                parts = {'encoder': counts['encoder'], 'dense decoder': counts[name.replace(' ', '_')]}
-                macs.append(Bar(f'{label} {name}', parts))
-            loads = row['routing']['loads']
-            if len(loads) > 1:
-                shares.append(Bar(label, {f'expert {j}': 100 * share for j, share in enumerate(loads, 1)}))
+            for name in sorted(counts.keys() & {'dense_folded', 'dense_plain'}):
+                parts = {'encoder': counts['encoder'], 'dense decoder': counts[name]}
+                macs.append(Bar(f'{label} {name.replace("_", " ")}', parts))
+            routed = row['routing']['shares']
+            if len(routed) > 1:
+                shares.append(Bar(label, {f'expert {j}': 100 * share for j, share in enumerate(routed, 1)}))
         if 'data' in row:
             speeds.append(Bar(label, {'items/s': row['data']['items_per_second']}))
     titles = ('Time, ms', 'Thousand multiply-adds per output pixel', 'Share of the pixels, %', 'Items per second')

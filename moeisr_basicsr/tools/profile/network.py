@@ -29,7 +29,7 @@ def load_network(model: str | None, options: str) -> tuple[MoEISR, dict]:
         check_network(network_opt, options)
         try:
             net = build_network(dict(network_opt))
-        except (TypeError, ValueError) as error:
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             reason = ' '.join(str(error).split())
             raise UserError(f'{options}: {network_opt["type"]} cannot be built: {reason}') from error
     if not isinstance(net, MoEISR):

@@ -14,9 +14,7 @@ from moeisr_basicsr.analysis.measure import StageClock
 from moeisr_basicsr.analysis.routing_stats import expert_shares, lr_reads, mean_cost
 from moeisr_basicsr.analysis.schema import scale_label
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
-from moeisr_basicsr.core import MoEDecoder, render_image
-from moeisr_basicsr.core.lm import LMExperts
-from moeisr_basicsr.core.lte import LTEExperts
+from moeisr_basicsr.core import MoEDecoder, reference, render_image
 from moeisr_basicsr.core.render import TORCH
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import evaluation, make_control, target_size, upscale, upscale_strips
@@ -66,9 +64,9 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
     expert_map = upscale(net, lq, None, size, *control, precision=precision).expert_map
     shares = [1.0] if expert_map is None else expert_shares(expert_map, net.num_experts)
     reads = None if expert_map is None else lr_reads(net.decoder, expert_map[0], lq_size)
-    dense = dense_decoder(net.decoder, setting.dense_hidden)
-    if dense.family == 'lm':  # its published code runs the latent MLP at LR as this package does: nothing to compare
-        setting = setting._replace(plain=False)
+    dense = dense_decoder(net.decoder, setting.dense_hidden).to(device)
+    # lm's published code runs the latent MLP at LR as this package does: nothing to compare
+    plain = setting.plain and dense.family != 'lm' and reference.describes(dense)
     backend, cell = fused_backend(dense, device, precision) or TORCH, net.test_cell(lq_size, size)
     with evaluation(net, device.type, precision):
         feat = net.encode(lq).feat
@@ -79,15 +77,15 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
                 pass
         with clock('dense_folded'), evaluation(dense, device.type, precision):
             render_image(dense, feat, size, cell, backend=backend)
-        if setting.plain:
+        if plain:
             with clock('dense_plain'), evaluation(dense, device.type, 'fp32'):
                 plain_image(dense, 0, feat.float(), size, cell, max_chunks=1)
-        if setting.plain and dense.family == 'lte':
+        if plain and dense.family == 'lte':
             with clock('lte_tables'), evaluation(dense, device.type, 'fp32'):
                 dense.pool.tables(feat.float())
 
     times, peaks = measure_stages(run, device, setting.repeats)
-    if setting.plain:  # one chunk was timed: all cost the same but for LTE's tables, which its own code makes once
+    if plain:  # one chunk was timed: all cost the same but for LTE's tables, which its own code makes once
         once = times.pop('lte_tables', 0.0)
         chunks = max(size[0] * size[1] / CHUNK, 1.0)  # the last one may be shorter
         times['dense_plain'] = once + (times['dense_plain'] - once) * chunks
@@ -105,7 +103,7 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
         'peak_mib': {**{stage: peaks[stage] for stage in stages}, 'total': max(known, default=None)},
         'macs': macs_per_pixel(net, lq_size, size, shares, dense, reads),
         'routing': {
-            'loads': shares,
+            'shares': shares,
             'mean_cost': mean_cost(shares, net.decoder.expert_costs),
             **({'lr_reads': reads} if reads else {}),
         },
@@ -114,16 +112,12 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
 
 def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int] | None) -> MoEDecoder:
     """A decoder like `decoder`, of one expert of these hidden widths and random weights, to measure against."""
-    pool, j = decoder.pool, most_expensive(decoder)
-    expert: Sequence[int] | dict = hidden or [layer.out_features for layer in pool.linears(j)[:-1]]
-    family_options = {'hidden_dim': pool.hidden_dim} if isinstance(pool, LTEExperts) else {}
-    if isinstance(pool, LMExperts):
-        if hidden:
-            raise UserError("--dense-hidden belongs to the decoders 'liif' and 'lte'; this network's is 'lm'.")
-        latent = [layer.out_features for layer in pool.latent_linears(j)[:-1]]
-        expert, family_options = {'latent': latent, 'depth': len(expert)}, {'render_width': pool.render_width}
-    dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [expert], None, **family_options)
-    return dense.to(next(decoder.parameters()).device).eval()
+    if hidden and decoder.family == 'lm':
+        raise UserError("--dense-hidden belongs to the decoders 'liif' and 'lte'; this network's is 'lm'.")
+    expert = hidden or decoder.expert_options[most_expensive(decoder)]
+    options = {**decoder.family_options, 'shared_layers': 0}
+    dense = MoEDecoder(decoder.pool.in_channels, decoder.out_channels, decoder.family, [expert], None, **options)
+    return dense.eval()
 
 
 def show_upscaling(console: Console, decoder: MoEDecoder, rows: list[dict]) -> None:
@@ -131,7 +125,7 @@ def show_upscaling(console: Console, decoder: MoEDecoder, rows: list[dict]) -> N
     for row in rows:
         show_scale(console, row)
     if decoder.num_experts > 1:
-        macs, shares = rows[0]['macs']['each_expert'], [row['routing']['loads'] for row in rows]
+        macs, shares = rows[0]['macs']['each_expert'], [row['routing']['shares'] for row in rows]
         cells = [
             [str(j + 1), str(depth), thousands(macs[j]), *(f'{100 * of[j]:.1f} %' for of in shares)]
             for j, depth in enumerate(decoder.depths)

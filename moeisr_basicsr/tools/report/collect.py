@@ -116,7 +116,7 @@ def run_of(source: Source, entry: Entry, rows: list[dict], notes: list[str]) -> 
     enlarged = {name: f'{BICUBIC}_{name}' for name in means if f'{BICUBIC}_{name}' in means}
     macs = [row['macs'] for row in rows if row.get('macs')]
     parts = [part for part in (macs[0] if macs else ()) if part != 'each_expert']
-    routing = [row['routing'] for row in rows if row.get('routing', {}).get('loads')]
+    routing = [row['routing'] for row in rows if row.get('routing', {}).get('shares')]
     times, peaks = ([row.get(key, {}).get('total') for row in rows] for key in ('time_ms', 'peak_mib'))
     return Run(
         source=source,
@@ -129,7 +129,7 @@ def run_of(source: Source, entry: Entry, rows: list[dict], notes: list[str]) -> 
         expert_macs=macs[0].get('each_expert') if macs else None,
         time_ms=None if None in times else statistics.median(times),
         peak_mib=None if None in peaks else max(peaks),
-        loads=mean_list([one['loads'] for one in routing]),
+        shares=mean_list([one['shares'] for one in routing]),
         correlation=mean_known(one.get('texture_correlation') for one in routing),
         rows=rows,
     )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from moeisr_basicsr.analysis.routing_stats import gradient_energy
+from moeisr_basicsr.data.image_reader import read_image
 
 from .experts import Share, shares
 from .runs import Column, Entry, Measured, Metric, Report, Run, group_by, main_metric
@@ -42,17 +43,17 @@ class Saved(NamedTuple):
         if kind not in self.row['pictures']:
             return None
         folder, name = self.run.source.folder, self.row['pictures'][kind]
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            problem = 'lies outside its folder'
-        else:
-            try:
-                picture = np.asarray(Image.open(folder / name).convert('RGB'))
-            except (OSError, SyntaxError) as error:  # both are what Pillow raises
-                problem = 'is not there' if isinstance(error, FileNotFoundError) else 'is damaged'
-            else:
-                if size in (None, picture.shape):
-                    return picture
+        try:
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                problem = 'lies outside its folder'
+            elif not (folder / name).is_file():
+                problem = 'is not there'
+            elif size not in (None, (picture := read_image(folder / name).rgb).shape):
                 problem = 'has not the size of the truth'
+            else:
+                return picture
+        except (OSError, RuntimeError, ValueError):  # UserError among them; a name may be no name at all
+            problem = 'is damaged'
         notes.append(f'{self.run.source.path}: the picture {name} {problem} and is not shown.')
         return None
 

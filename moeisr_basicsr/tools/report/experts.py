@@ -29,7 +29,7 @@ def share_charts(report: Report) -> list[tuple[str, str, list[Bar]]]:
     """(dataset, network, a bar per scale and control) of each network that routes."""
     charts = []
     for dataset, columns in report.datasets().items():
-        routed = [one for entries in columns.values() for one in entries if len(one.loads) > 1]
+        routed = [one for entries in columns.values() for one in entries if len(one.shares) > 1]
         for (name, _), chosen in group_by(routed, lambda one: (one.entry.name, one.entry.network)).items():
             labels = [f'{one.column.label} {report.labels[one.entry]}' for one in chosen]
             bars = [Bar(label, shares(one), one.mean('correlation')) for label, one in zip(labels, chosen)]
@@ -39,18 +39,18 @@ def share_charts(report: Report) -> list[tuple[str, str, list[Bar]]]:
 
 def shares(measured: Measured) -> list[Share]:
     """Each expert's share, in the network's order."""
-    loads = measured.loads
+    found = measured.shares
     hidden = (json.loads(measured.entry.network) or {}).get('experts') or []
-    names = [f'expert {j + 1}' + (f': {shape(hidden[j])}' if j < len(hidden) else '') for j in range(len(loads))]
-    colours = expert_colours(len(loads), measured.runs[0].expert_macs)[:, ::-1].tolist()  # (J, 3) RGB
+    names = [f'expert {j + 1}' + (f': {shape(hidden[j])}' if j < len(hidden) else '') for j in range(len(found))]
+    colours = expert_colours(len(found), measured.runs[0].expert_macs)[:, ::-1].tolist()  # (J, 3) RGB
     return [
         Share(
             name,
-            load,
+            share,
             f'rgb({red} {green} {blue})',
             '#000' if 0.299 * red + 0.587 * green + 0.114 * blue > 115 else '#fff',
         )
-        for name, load, (red, green, blue) in zip(names, loads, colours)
+        for name, share, (red, green, blue) in zip(names, found, colours)
     ]
 
 

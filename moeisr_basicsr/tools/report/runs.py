@@ -110,7 +110,7 @@ class Run(NamedTuple):
     expert_macs: list[float] | None
     time_ms: float | None  # median over the images
     peak_mib: float | None  # the largest
-    loads: list[float]  # each expert's share of the output pixels
+    shares: list[float]  # each expert's share of the output pixels
     correlation: float | None  # of expert depth with texture
     rows: list[dict]  # the images
 
@@ -146,9 +146,9 @@ class Measured(NamedTuple):
         return {part: mean_known(run.macs.get(part) for run in self.runs) for part in parts}
 
     @property
-    def loads(self) -> list[float]:
+    def shares(self) -> list[float]:
         """Shares of the experts."""
-        return mean_list([run.loads for run in self.runs])
+        return mean_list([run.shares for run in self.runs])
 
     def by_environment(self) -> dict[str, 'Measured']:
         """The runs of each environment apart, for times."""
