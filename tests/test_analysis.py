@@ -154,7 +154,8 @@ def test_lm_costs_against_mmengine():
         macs = pool.table_macs(None if read is None else shares.tolist())
         assert macs == pytest.approx(float((shares * layers).sum()))
         assert sum(built.values()) - w_cell == pytest.approx(30 * macs)
-    tables = [table[0] for table in pool.tables(feat, 1, cell_lr)]
+    with torch.no_grad():
+        tables = [table[0] for table in pool.tables(feat, 1, cell_lr)]
     queries = make_queries(make_corners(torch.rand(1, 11, 2), (5, 6)), cell_lr[0])
     for j in range(4):
         with torch.no_grad():
