@@ -34,10 +34,10 @@ class FusedCPUBackend:
             layers = [(layer.weight, layer.bias) for layer in linears]
             w_rel = pool.split_first(j)[1][:, :2].t() if isinstance(pool, LIIFExperts) else None
             experts.append({'w_rel': w_rel, 'hidden': layers[:-1], 'last': layers[-1]})
-        self.packed = cpu.PackedExperts(experts, precision)
+        self.packed = cpu.PackedExperts(experts, precision, decoder.family)
         if isinstance(pool, LIIFExperts):
             kernels, self.w_local = zip(*(pool.split_first(j) for j in range(pool.num_tables)))
-            self.convs = [cpu.PackedConv(kernel, self.packed.isa) for kernel in kernels]
+            self.convs = [cpu.PackedConv([kernel], self.packed.isa) for kernel in kernels]
 
     @staticmethod
     def supports(decoder: MoEDecoder) -> bool:
@@ -68,7 +68,7 @@ class FusedCPUBackend:
 
         def table(j: int, needed: Tensor | None) -> Tensor:
             bias = pool.linears(j)[0].bias + self.w_local[j][:, 2:] @ tile.cell_lr
-            return self.convs[j](window, bias, needed)
+            return self.convs[j](window, [bias], needed)
 
         if pool.num_tables == 1:
             return [table(0, None)] * decoder.num_experts
