@@ -75,7 +75,7 @@ def decode(
         tables: LIIF: for each expert the pre-activation of hidden layer 1 without its coordinate part (bias and cell
             term included), (Ht, Wt, D) fp32, cells at a constant distance (a slice of the channels of one
             channels-last tensor will do); None for experts without layers or that no pixel takes. lm: the same with
-            rows as `modulation.Latent` gives them. LTE: `LteTables`.
+            rows as `latent.latent_of` gives them. LTE: `LteTables`.
         rows: Output rows, index relative to the tables' first row.
         cols: Output columns, index relative to the tables' first column.
         expert_map: (h, w) uint8.
