@@ -45,7 +45,7 @@ def latent_of(pool: LMExperts, j: int, padded: int) -> Latent:
         padded: P.
     """
     first, width = pool.linears(j)[0], pool.render_width
-    latent = [layer for layer in pool.experts[j].latent.layers if isinstance(layer, nn.Linear)]
+    latent = [layer for layer in pool.latent(j) or () if isinstance(layer, nn.Linear)]
     parts = latent[-1].out_features // width
     w_first = first.weight.double()
     place = w_first.new_zeros(parts, padded, parts, width)
