@@ -5,12 +5,13 @@ passes, chunks of 30000 queries, fp32) over that of the case, medians of runs th
 are notes. Weights and features are random, expert maps are made up in patches.
 
 cases: <code>-<what>-<precision>, code `plain` (`plain-10000`: in smaller chunks), `torch` or `fused`; what `dense`,
-`lm-dense` (LMLIIF as published), or `moe-<shares of the four experts>`, LR tables included. `whole-...` are encoder (EDSR-baseline), mapper and decoder
-against the plain algorithm with its encoder. `mac-efficiency-...` is (dense time / MoE time) over (dense MACs / MoE
-MACs); `lm-gain-...` is dense time / lm-dense time. `route-agreement` is the share of pixels that both codes send to the same expert. `train-exact` is a training
-step of the decoder (`train-whole-exact`: with the encoder) against the plain sum of all experts. For memory see
-`basicsr profile`. A large MALLOC_MMAP_THRESHOLD_ in the environment speeds up the plain algorithm's temporaries: run it
-with and without; --json keeps which.
+`lm-dense` (LMLIIF as published), or `moe-<shares of the four experts>`, LR tables included. `whole-...` are encoder
+(EDSR-baseline), mapper and decoder against the plain algorithm with its encoder. `mac-efficiency-...` is (dense time
+/ MoE time) over (dense MACs / MoE MACs); `lm-gain-...` is dense time / lm-dense time. `route-agreement` is the share
+of pixels that both codes send to the same expert. `train-exact` is a training step of the decoder (`train-whole-exact`:
+with the encoder) against the plain sum of all experts. For memory see `basicsr profile`. A large
+MALLOC_MMAP_THRESHOLD_ in the environment speeds up the plain algorithm's temporaries: run it with and without; --json
+keeps which.
 """
 
 import time

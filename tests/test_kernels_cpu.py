@@ -104,7 +104,9 @@ def lte_tables(size, basis, seed=1):
 
 def lm_experts(widths, seed=0):
     """Render MLPs of (width, hidden layers) for three channels; None without layers."""
-    return [make_experts([[width] * depth], 3, seed + j)[0] if depth else None for j, (width, depth) in enumerate(widths)]
+    return [
+        make_experts([[width] * depth], 3, seed + j)[0] if depth else None for j, (width, depth) in enumerate(widths)
+    ]
 
 
 def lm_tables(experts, size, seed=1):

@@ -197,9 +197,7 @@ def _cell_stride(table: Tensor, name: str) -> int:
     return stride
 
 
-def _set_tables(
-    args: Decode, packed: PackedExperts, tables: Sequence[Tensor | None], keep: list
-) -> tuple[int, int]:
+def _set_tables(args: Decode, packed: PackedExperts, tables: Sequence[Tensor | None], keep: list) -> tuple[int, int]:
     used = [table for table in tables if table is not None]
     if len(tables) != packed.num_experts or not used:
         raise ValueError(f'tables: one per expert ({packed.num_experts}), at least one not None; got {len(tables)}.')
