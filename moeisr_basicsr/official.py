@@ -1,6 +1,6 @@
-"""Checkpoints of the official LIIF and LTE code in our options and our parameters' names.
+"""Checkpoints of the official LIIF, LTE and LMF code in our options and our parameters' names.
 
-Official layout: {'model': {'name', 'args', 'sd'}}, where `args` has the options of the encoder and of the MLP.
+Official layout: {'model': {'name', 'args', 'sd'}}, where `args` has the options of the encoder and of the MLPs.
 """
 
 import re
@@ -28,6 +28,7 @@ ENCODERS: dict[str, tuple[str, dict[str, tuple[str, Any]]]] = {
 # Their names as patterns and ours, the first that matches.
 NAMES = (
     (r'^imnet\.', 'decoder.pool.experts.0.'),
+    (r'^hypernet\.', 'decoder.pool.experts.0.latent.'),
     (r'^(?!encoder\.)', 'decoder.pool.'),
     (r'^encoder\.head\.0\.', 'encoder.conv_first.'),  # from here on EDSR
     (r'^encoder\.body\.(\d+)\.body\.0\.', r'encoder.body.\1.conv1.'),
@@ -48,11 +49,16 @@ def official(model: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dic
     """
     try:
         name, args, weights = model['name'], model['args'], model['sd']
-        _known(name, ('liif', 'lte'), 'model', source)
-        encoder, hidden_list = args['encoder_spec'], args['imnet_spec']['args']['hidden_list']
+        _known(name, ('liif', 'lte', 'lmliif'), 'model', source)
+        encoder, mlp = args['encoder_spec'], args['imnet_spec']['args']
         kind, arguments = ENCODERS[_known(encoder['name'], ENCODERS, 'encoder', source)]
+        if name == 'lmliif':
+            latent = list(args['hypernet_spec']['args']['hidden_list'])
+            decoder = {'latent': latent, 'depth': mlp['hidden_depth'], 'render_width': mlp['hidden_dim']}
+        else:
+            decoder = {'hidden_list': list(mlp['hidden_list'])}
     except (KeyError, TypeError) as error:
-        raise UserError(f'{source} is no official LIIF or LTE checkpoint: {error!r}.') from error
+        raise UserError(f'{source} is no official LIIF, LTE or LMF checkpoint: {error!r}.') from error
     if args.get('local_ensemble', True) is not True:
         raise UserError(f'{source}: local_ensemble is off; only the full {name.upper()} is supported.')
     given = encoder.get('args') or {}
@@ -62,7 +68,7 @@ def official(model: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dic
             'type': kind,
             **{ours: given.get(theirs, default) for ours, (theirs, default) in arguments.items()},
         },
-        'hidden_list': list(hidden_list),
+        **decoder,
         'skip': 'bilinear' if name == 'lte' else 'none',
     }
     if name == 'lte':

@@ -37,7 +37,7 @@ network_g:
   type: MoEISR
   encoder: {type: EDSREncoder, num_feat: 8, num_block: 1}
   experts: [[8], [8, 8]]
-  mapper: {num_layers: 1, num_feat: 8, hidden: 8}
+  mapper: {num_layers: 1, num_feat: 8}
 datasets:
   train: {type: ArbitraryScaleImageDataset, name: train, dataroot_gt: WORK/train, lq_size: 16, sample_q: 256,
           batch_size_per_gpu: BATCH, num_worker_per_gpu: 2, dataset_enlarge_ratio: 9}

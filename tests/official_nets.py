@@ -1,4 +1,4 @@
-"""The official LIIF and LTE networks in their own layout, written plainly, for the conversion's tests.
+"""The official LIIF, LTE and LMF networks in their own layout, written plainly, for the conversion's tests.
 
 Only the names of the parameters and the order of operations follow the published code; features go in as [-1, 1].
 """
@@ -92,6 +92,16 @@ class MLP(nn.Module):
         return self.layers(x)
 
 
+ENCODERS = {'edsr-baseline': EDSR, 'edsr': EDSR, 'rdn': RDN}
+
+
+def strengthen(net):
+    """Weights behind the encoder that matter: PyTorch's own would let differences fade."""
+    for key, parameter in net.named_parameters():
+        if parameter.dim() > 1 and not key.startswith('encoder.'):
+            nn.init.kaiming_normal_(parameter)
+
+
 class OfficialNet(nn.Module):
     """`liif` or `lte` on `edsr-baseline` or `rdn`.
 
@@ -106,7 +116,7 @@ class OfficialNet(nn.Module):
     def __init__(self, name, encoder, encoder_args, hidden_list, hidden_dim=8):
         super().__init__()
         self.name = name
-        self.encoder = {'edsr-baseline': EDSR, 'edsr': EDSR, 'rdn': RDN}[encoder](**encoder_args)
+        self.encoder = ENCODERS[encoder](**encoder_args)
         width = self.encoder.out_dim
         if name == 'lte':
             self.coef, self.freq = conv(width, hidden_dim), conv(width, hidden_dim)
@@ -118,9 +128,7 @@ class OfficialNet(nn.Module):
         }
         if name == 'lte':
             self.args['hidden_dim'] = hidden_dim
-        for key, parameter in self.named_parameters():
-            if parameter.dim() > 1 and not key.startswith('encoder.'):  # PyTorch's own would let differences fade
-                nn.init.kaiming_normal_(parameter)
+        strengthen(self)
 
     def forward(self, image, coord, cell):
         """RGB in [0, 1] to the predictions in [0, 1], (B, Q, 3)."""
@@ -139,3 +147,59 @@ class OfficialNet(nn.Module):
             'optimizer': {'name': 'adam', 'args': {'lr': 1e-4}, 'sd': {}},
             'epoch': 1000,
         }
+
+
+class OfficialLM(nn.Module):
+    """`lmliif`, of its own from the first line to the last: nothing of `core` is used.
+
+    Args:
+        encoder: Official name of the encoder.
+        encoder_args: Its official arguments.
+        hidden_list: Hidden widths of the latent MLP, the `hypernet`.
+        hidden_dim: Width of the render MLP, the `imnet`.
+        hidden_depth: Its hidden layers.
+    """
+
+    name = 'lmliif'
+    checkpoint = OfficialNet.checkpoint
+
+    def __init__(self, encoder, encoder_args, hidden_list, hidden_dim=5, hidden_depth=3):
+        super().__init__()
+        self.encoder = ENCODERS[encoder](**encoder_args)
+        self.hidden_dim, self.mod_dim = hidden_dim, 2 * hidden_dim * hidden_depth
+        self.hypernet = MLP(self.encoder.out_dim * 9 + 2, hidden_list, self.mod_dim + hidden_dim)
+        self.imnet = MLP(hidden_dim + 4, [hidden_dim] * hidden_depth)
+        render = {'out_dim': 3, 'hidden_dim': hidden_dim, 'hidden_depth': hidden_depth}
+        self.args = {
+            'encoder_spec': {'name': encoder, 'args': {'no_upsampling': True, **encoder_args}},
+            'imnet_spec': {'name': 'lmmlp', 'args': {**render, 'mod_scale': True, 'mod_shift': True}},
+            'hypernet_spec': {'name': 'mlp', 'args': {'out_dim': self.mod_dim + hidden_dim, 'hidden_list': hidden_list}},
+            **{key: True for key in ('local_ensemble', 'feat_unfold', 'cell_decode', 'mod_input')},
+        }
+        strengthen(self)
+
+    def forward(self, image, coord, cell):
+        """RGB in [0, 1] to the predictions in [0, 1], (1, Q, 3)."""
+        feat = self.encoder(image * 2 - 1)
+        (height, width), size = feat.shape[-2:], torch.tensor(feat.shape[-2:])
+        patches = F.pad(feat, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (1, C, H, W, 3, 3)
+        unfolded = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
+        rel_cell = cell[:, :1] * size
+        mod = self.hypernet(torch.cat([unfolded, rel_cell[:, :, None].expand(-1, height, width, -1)], dim=-1))
+        preds, areas = [], []
+        for row_side in (-1, 1):
+            for col_side in (-1, 1):
+                shifted = coord + torch.tensor([row_side / height + 1e-6, col_side / width + 1e-6])
+                shifted = shifted.clamp(-1 + 1e-6, 1 - 1e-6)
+                pixel = ((shifted + 1) * size / 2).floor().long()  # the LR pixel that it lies in
+                rel = (coord - ((2 * pixel + 1) / size - 1)) * size
+                mods = mod[0, pixel[0, :, 0], pixel[0, :, 1]][None]  # (1, Q, 2 L W + W)
+                x = torch.cat([mods[..., self.mod_dim :], rel, rel_cell.expand_as(rel)], dim=-1)
+                scales, shifts = mods[..., : self.mod_dim].chunk(2, dim=-1)
+                for at, linear in enumerate(self.imnet.layers[:-1:2]):
+                    part = slice(at * self.hidden_dim, (at + 1) * self.hidden_dim)
+                    x = torch.relu(linear(x) * (scales[..., part] + 1) + shifts[..., part])
+                preds.append(self.imnet.layers[-1](x))
+                areas.append(rel.prod(dim=-1).abs() + 1e-9)
+        total = sum(areas)
+        return sum(pred * (area / total)[..., None] for pred, area in zip(preds, areas[::-1])) / 2 + 0.5

@@ -27,7 +27,7 @@ NETWORK = {
     'type': 'MoEISR',
     'encoder': {'type': 'EDSREncoder', 'num_feat': 4, 'num_block': 1},
     'experts': [[4], [4, 4]],
-    'mapper': {'num_layers': 1, 'num_feat': 4, 'hidden': 4},
+    'mapper': {'num_layers': 1, 'num_feat': 4},
     'skip': 'bicubic',
 }
 RESULTS = [

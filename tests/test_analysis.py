@@ -47,7 +47,7 @@ ENCODER = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
 
 def small(family, channels=8):
     """`family` may also be 'shared', LIIF with one first layer for all experts, or 'nested', with all hidden layers."""
-    mapper = {'num_layers': 2, 'num_feat': 12, 'hidden': 10}
+    mapper = {'num_layers': 2, 'num_feat': 12}
     return MoEDecoder(
         channels, 3, 'lte' if family == 'lte' else 'liif', EXPERTS[family], mapper, **OPTIONS[family]
     ).eval()
@@ -134,7 +134,7 @@ def test_mapper_costs_against_mmengine():
             Call(lambda table: mapper(table, make_near(coord, (5, 6)), cell), mapper), mapper.table(feat)
         )
     # the cell's two inputs are constant for an image and not counted
-    assert sum(counted.values()) - 2 * 10 * count == mapper.macs() * count
+    assert sum(counted.values()) - 2 * 12 * count == mapper.macs() * count
 
 
 @pytest.mark.parametrize(

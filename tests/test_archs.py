@@ -30,15 +30,23 @@ SMALL = {
         'type': 'MoEISR',
         'encoder': EDSR,
         'experts': [[12], [8, 10], [10, 6, 8]],
-        'mapper': {'num_layers': 2, 'num_feat': 8, 'hidden': 8},
+        'mapper': {'num_layers': 2, 'num_feat': 8},
+    },
+    'LMLIIF': {'type': 'LMLIIF', 'encoder': EDSR, 'latent': [14], 'depth': 2, 'render_width': 6},
+    'MoEISR-LM': {
+        'type': 'MoEISR',
+        'encoder': EDSR,
+        'decoder': 'lm',
+        'experts': [{'latent': [], 'depth': 1}, {'latent': [9, 8], 'depth': 3}, []],
+        'mapper': {'num_layers': 1, 'num_feat': 8},
     },
     'MoEISR-LTE': {
         'type': 'MoEISR',
         'encoder': EDSR,
         'decoder': 'lte',
-        'experts': [[], [8]],
+        'experts': [[4], [8]],
         'hidden_dim': 12,
-        'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8},
+        'mapper': {'num_layers': 1, 'num_feat': 8},
         'skip': 'bilinear',
     },
 }
@@ -58,7 +66,8 @@ def build(name, seed=0, **options):
 def random_output(net):
     """Undo the zero with which a bicubic skip starts."""
     for expert in net.decoder.pool.experts:
-        expert.layers[-1].reset_parameters()
+        for last in expert.layers[-1:]:
+            last.reset_parameters()
     return net
 
 
@@ -107,7 +116,7 @@ def test_any_encoder_serves_any_decoder(encoder):
             assert net(torch.rand(2, 3, 6, 10)).shape == (2, 3, 9, 15)
 
 
-@pytest.mark.parametrize('name', ['LIIF', 'LTE'])
+@pytest.mark.parametrize('name', ['LIIF', 'LTE', 'LMLIIF'])
 @pytest.mark.parametrize(
     ('size', 'out'), [((6, 5), (12, 10)), ((5, 7), (16, 14)), ((1, 1), (3, 3)), ((4, 3), (11, 12))]
 )
@@ -116,7 +125,7 @@ def test_dense_equals_the_published_algorithm(name, size, out):
     lq = torch.rand(2, 3, *size)
     coord, cell = grid(out, batch=2)
     with torch.no_grad():
-        plain = FAMILIES[name.lower()](net.decoder.pool, 0, net.encoder((lq - 0.5) / 0.5), coord, cell)
+        plain = FAMILIES[net.decoder.family](net.decoder.pool, 0, net.encoder((lq - 0.5) / 0.5), coord, cell)
         if name == 'LTE':
             plain = plain + F.grid_sample(
                 (lq - 0.5) / 0.5,
@@ -252,18 +261,12 @@ def test_image_keeps_fp32_under_autocast():
 
 def test_dense_is_moeisr_with_one_expert():
     """The same code and the same parameter names: weights move from one to the other."""
-    for name, family in (('LIIF', 'liif'), ('LTE', 'lte')):
+    lm, widths = {'latent': [14], 'depth': 2}, {'hidden_dim': 12}
+    for name, expert, options in (('LIIF', [12, 10], {}), ('LTE', [10], widths), ('LMLIIF', lm, {'render_width': 6})):
         dense = build(name).eval()
-        options = {'hidden_dim': 12} if family == 'lte' else {}
-        one = build(
-            'MoEISR',
-            seed=5,
-            decoder=family,
-            experts=[SMALL[name]['hidden_list']],
-            skip=dense.skip,
-            mapper=None,
-            **options,
-        ).eval()
+        options |= {'decoder': dense.decoder.family, 'skip': dense.skip, 'mapper': None}
+        one = build('MoEISR', seed=5, experts=[expert], **options).eval()
+        assert one.cell_scale_max == dense.cell_scale_max == (0 if name == 'LIIF' else 4)
         one.load_state_dict(dense.state_dict())
         lq = torch.rand(1, 3, 5, 6)
         coord, cell = grid((11, 17))
@@ -272,13 +275,15 @@ def test_dense_is_moeisr_with_one_expert():
 
 
 def test_published_widths_by_default():
-    """LIIF's MLP is 580-256-256-256-256-3, LTE's 256-256-256-256-3 behind two 64 -> 256 convolutions."""
+    """LIIF's MLP is 580-256-256-256-256-3, LTE's 256-256-256-256-3 behind two 64 -> 256 convolutions; LM's are below."""
     encoder = {'type': 'EDSREncoder', 'num_block': 1}
     liif = build_network({'type': 'LIIF', 'encoder': encoder})
     assert count(liif.decoder) == 581 * 256 + 3 * 257 * 256 + 257 * 3
     lte = build_network({'type': 'LTE', 'encoder': encoder})
     assert count(lte.decoder) == 2 * conv(64, 256) + 2 * 128 + 3 * 257 * 256 + 257 * 3
-    assert (liif.skip, lte.skip) == ('none', 'bilinear')
+    lm = build_network({'type': 'LMLIIF', 'encoder': encoder})
+    assert count(lm.decoder) == 579 * 208 + 209 * 208 + 21 * 16 + 5 * 17 * 16 + 17 * 3
+    assert (liif.skip, lte.skip, lm.skip) == ('none', 'bilinear', 'none')
     moe = build_network({'type': 'MoEISR', 'encoder': encoder})
     assert moe.decoder.depths == [1, 2, 3, 4]
     assert moe.decoder.mapper.num_layers == 5
@@ -361,6 +366,8 @@ def test_official_weights_give_the_official_answers(name):
         ({'skip': 'nearest'}, "skip must be one of .*'none', 'bilinear', 'bicubic'.*got 'nearest'"),
         ({'decoder': 'lift'}, "decoder must be one of .*'liif', 'lte'.*got 'lift'"),
         ({'hidden_dim': 16}, "hidden_dim belongs to the decoder 'lte'"),
+        ({'render_width': 16}, "render_width belongs to the decoder 'lm'; the decoder is 'liif'"),
+        ({'decoder': 'lm', 'experts': [[]], 'shared_layers': 1}, "shared_layers: experts of 'lm'"),
         ({'skip': 'bilinear', 'in_channels': 1}, 'needs in_channels = out_channels; got 1 and 3'),
         ({'experts': [[16], [8, 8]], 'shared_layers': 1}, 'shared_layers: 1 needs experts whose first widths agree'),
         ({'encoder': {'num_feat': 8}}, "encoder needs a type, for example .*; got {'num_feat': 8}"),

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from basicsr.archs import build_network
-from official_nets import OfficialNet
+from official_nets import OfficialLM, OfficialNet
 from reference import grid
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -22,7 +22,7 @@ NETWORK = {
     'type': 'MoEISR',
     'encoder': ENCODER,
     'experts': [[4], [4, 4]],
-    'mapper': {'num_layers': 1, 'num_feat': 4, 'hidden': 4},
+    'mapper': {'num_layers': 1, 'num_feat': 4},
     'skip': 'none',  # an untrained network is more than its skip
 }
 
@@ -202,8 +202,10 @@ def official_model(**args):
         ({'model': official_model(encoder_spec={'name': 'rcan'})}, "encoder 'rcan' is not supported"),
         ({'model': official_model(imnet_spec={'name': 'cnn', 'args': {}})}, "KeyError('hidden_list')"),
         ({'model': official_model(feat_unfold=False)}, 'weights do not fit the network LIIF: .* missing'),
-        ({'model': {'name': 'liif', 'args': None, 'sd': {}}}, 'no official LIIF or LTE checkpoint'),
-        ({'model': {'conv.weight': torch.zeros(2)}}, "no official LIIF or LTE checkpoint: KeyError('name')"),
+        ({'model': {'name': 'liif', 'args': None, 'sd': {}}}, 'no official LIIF, LTE or LMF checkpoint'),
+        ({'model': {**official_model(), 'name': 'lmliif'}}, "KeyError('hypernet_spec')"),
+        ({'model': {**official_model(), 'name': 'lmlte'}}, "model 'lmlte' is not supported; liif, lte, lmliif are"),
+        ({'model': {'conv.weight': torch.zeros(2)}}, "no official LIIF, LTE or LMF checkpoint: KeyError('name')"),
     ],
 )
 def test_convert_says_what_it_cannot_read(content, words):
@@ -239,15 +241,17 @@ OFFICIAL = [
     ('liif', 'rdn', {'G0': 4, 'RDNconfig': 'A'}, [8]),
     ('lte', 'edsr-baseline', {'n_resblocks': 2, 'n_feats': 6}, [8, 8]),
     ('lte', 'rdn', {'G0': 4, 'RDNconfig': 'A'}, [8]),
+    ('lmliif', 'edsr-baseline', {'n_resblocks': 2, 'n_feats': 6}, [12]),
+    ('lmliif', 'rdn', {'G0': 4, 'RDNconfig': 'A'}, [8, 9]),
 ]
 
 
 @pytest.mark.parametrize(('name', 'encoder', 'args', 'hidden'), OFFICIAL)
 def test_convert_official(name, encoder, args, hidden):
-    official = OfficialNet(name, encoder, args, hidden).eval()
+    official = (OfficialLM(encoder, args, hidden) if name == 'lmliif' else OfficialNet(name, encoder, args, hidden)).eval()
     torch.save(official.checkpoint(), 'official.pth')
     options = convert('official.pth', 'm.safetensors')
-    assert options['type'] == name.upper() and options['hidden_list'] == hidden
+    assert options['type'] == name.upper() and options['latent' if name == 'lmliif' else 'hidden_list'] == hidden
     net = load_model('m.safetensors')
     assert not [key for key in net.state_dict() if 'mean' in key]
     for lq_size, size in (
@@ -256,12 +260,13 @@ def test_convert_official(name, encoder, args, hidden):
         ((4, 4), (12, 17)),
         ((3, 5), (25, 26)),
         ((1, 1), (3, 2)),
+        ((7, 3), (9, 29)),
     ):
         lq = torch.rand(1, 3, *lq_size)
         coord, cell = grid(size)
         with torch.no_grad():
-            # LTE's test code multiplies the cell by max(s / 4, 1) before its network sees it; here the network does.
-            factors = [max(out / low / 4, 1) if name == 'lte' else 1 for out, low in zip(size, lq_size)]
+            # LTE's and LMF's test code multiply the cell by max(s / 4, 1) before their network sees it; here it does.
+            factors = [1 if name == 'liif' else max(out / low / 4, 1) for out, low in zip(size, lq_size)]
             expected = official(lq, coord, cell * torch.tensor(factors))
             assert expected.std() > 0.01 or lq_size == (1, 1)  # a flat picture could not tell anything
             torch.testing.assert_close(net(lq, coord, cell), expected, rtol=0, atol=1e-5)

@@ -25,7 +25,7 @@ NETWORK = {
     'type': 'MoEISR',
     'encoder': ENCODER,
     'experts': [[4], [4, 4]],
-    'mapper': {'num_layers': 1, 'num_feat': 4, 'hidden': 4},
+    'mapper': {'num_layers': 1, 'num_feat': 4},
 }
 DENSE = {'type': 'LIIF', 'encoder': ENCODER, 'hidden_list': [4]}
 

@@ -25,7 +25,7 @@ MOEISR = {
     'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1},
     'decoder': 'liif',
     'experts': [[16], [16, 16], [32, 32, 16]],
-    'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8},
+    'mapper': {'num_layers': 1, 'num_feat': 8},
 }
 LTE = {
     'type': 'LTE',

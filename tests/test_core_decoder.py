@@ -47,7 +47,7 @@ def make_decoder(family='liif', experts=None, seed=0, **options):
         3,
         FAMILY[family],
         experts or EXPERTS[family],
-        mapper={'num_layers': 2, 'num_feat': 8, 'hidden': 8},
+        mapper={'num_layers': 2, 'num_feat': 8},
         **OPTIONS.get(family, {}),
         **options,
     )

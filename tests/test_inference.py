@@ -14,7 +14,7 @@ ENCODER = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
 
 def make_net(**options):
     torch.manual_seed(0)
-    mapper = {'num_layers': 1, 'num_feat': 8, 'hidden': 8}
+    mapper = {'num_layers': 1, 'num_feat': 8}
     net = MoEISR(ENCODER, experts=[[8], [8, 8], [8] * 3], mapper=mapper, **options)
     with torch.no_grad():
         net.decoder.mapper.query_in.weight[:, -4:-2].mul_(8)

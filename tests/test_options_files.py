@@ -14,6 +14,7 @@ from moeisr_basicsr.options import load_options, read_yaml
 
 FOLDER = Path(__file__).resolve().parents[1] / 'options'
 TRAINED = ('moeisr_edsr', 'moeisr_rdn', 'moeisr_swinir', 'moeisr_lte_edsr', 'liif_edsr', 'lte_edsr')
+TRAINED += ('moeisr_lm_edsr', 'lmliif_edsr')
 SMALL_ENCODER = {
     'EDSREncoder': ['num_block=1', 'num_feat=8'],
     'RDNEncoder': ['num_block=1', 'num_conv=2', 'num_feat=8'],
@@ -41,6 +42,11 @@ def small_network(data):
     entries = [f'network_g:encoder:{entry}' for entry in SMALL_ENCODER[network['encoder']['type']]]
     if 'hidden_list' in network:
         entries += ['network_g:hidden_list=[8]']
+    elif 'latent' in network:
+        entries += ['network_g:latent=[8]']
+    elif network['decoder'] == 'lm':
+        small = [entry and {**entry, 'latent': [8]} for entry in network['experts']]
+        entries += [f'network_g:experts={small}']
     else:
         entries += [f'network_g:experts={[[8] * len(hidden) for hidden in network["experts"]]}']
     return entries + (['network_g:hidden_dim=8'] if 'hidden_dim' in network else [])
@@ -97,22 +103,29 @@ def write_with_datasets(path, phases):
 
 @pytest.mark.parametrize('name', TRAINED)
 def test_protocol(name, workplace):
-    """What the files must say: LIIF's protocol, SwinIR's own schedule, an explicit skip, one network in both files."""
+    """What the files must say: LIIF's protocol, SwinIR's and LM's own schedules, a skip, one network in both files."""
     opt = load_options(str(FOLDER / f'{name}.yml'))
     train, network = opt['datasets']['train'], opt['network_g']
-    swinir = 'swinir' in name
+    swinir, lm = 'swinir' in name, 'lm' in name
     batch, epoch = (32, 500) if swinir else (16, 1000)
     assert (train['lq_size'], train['sample_q'], train['scale_range']) == (48, 2304, [1, 4])
     assert train['dataset_enlarge_ratio'] == 20
     assert train['batch_size_per_gpu'] == batch and 800 * 20 // batch == epoch and train['downsample'] == 'pil'
-    assert opt['train']['total_iter'] == 1000 * epoch
+    assert opt['train']['total_iter'] == (1200 if lm else 1000) * epoch
     assert opt['train']['optim_g']['lr'] == (2e-4 if swinir else 1e-4)
-    epochs = (500, 800, 900, 950) if swinir else (200, 400, 600, 800)
+    epochs = (500, 800, 900, 950) if swinir else (200, 400, 600, 800, 1000)[: 5 if lm else 4]
     assert opt['train']['scheduler']['milestones'] == [epoch * number for number in epochs]
     assert opt['train']['scheduler']['gamma'] == 0.5
-    assert network['skip'] == ('bilinear' if 'lte' in name else 'none')
-    depths = [0, 1, 2, 3] if 'lte' in name else [1, 2, 3, 4]
-    if name.startswith('moeisr'):
+    skips = {'lte': 'bilinear', 'moeisr_lm': 'bicubic'}
+    assert network['skip'] == next((skip for part, skip in skips.items() if part in name), 'none')
+    depths = [1, 1, 2, 3] if 'lte' in name else [1, 2, 3, 4]
+    published = {'latent': [208], 'depth': 6}
+    if name == 'lmliif_edsr':
+        assert {**network, **published, 'render_width': 16} == network
+    elif lm:
+        assert [entry and entry['depth'] for entry in network['experts']] == [[], 2, 4, 6]
+        assert network['experts'][-1] == published and network['mapper']['num_layers'] == 1
+    elif name.startswith('moeisr'):
         assert [len(expert) for expert in network['experts']] == depths
     else:
         assert network['hidden_list'] == [256] * depths[-1]

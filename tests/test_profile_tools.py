@@ -24,7 +24,7 @@ ENVIRONMENT = {'torch': '2', 'threads': 1, 'cpu': '', 'device': 'cpu', 'kernel':
 
 def small(family):
     options = {'hidden_dim': 32} if family == 'lte' else {}
-    return MoEDecoder(8, 3, family, EXPERTS, {'num_layers': 2, 'num_feat': 12, 'hidden': 10}, **options).eval()
+    return MoEDecoder(8, 3, family, EXPERTS, {'num_layers': 2, 'num_feat': 12}, **options).eval()
 
 
 @pytest.mark.parametrize('family', ['liif', 'lte'])
@@ -74,7 +74,7 @@ def test_stages_are_medians_and_peaks_of_their_own_round(monkeypatch):
 
 
 def test_training_profile_names_its_parts_and_leaves_the_network():
-    net = MoEISR(ENCODER, 'liif', EXPERTS, {'num_layers': 1, 'num_feat': 8, 'hidden': 8}).eval()
+    net = MoEISR(ENCODER, 'liif', EXPERTS, {'num_layers': 1, 'num_feat': 8}).eval()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     row = training.profile_training(net, batch=2, patch=8, queries=20, repeats=1)
     assert schema.problem(schema.document('profile', ENVIRONMENT, [row])) is None

@@ -18,7 +18,7 @@ ENCODERS = [
 
 def make_net(encoder, seed=0):
     torch.manual_seed(seed)
-    net = MoEISR(encoder, 'liif', [[8], [8, 8], [8] * 3], mapper={'num_layers': 2, 'num_feat': 8, 'hidden': 8})
+    net = MoEISR(encoder, 'liif', [[8], [8, 8], [8] * 3], mapper={'num_layers': 2, 'num_feat': 8})
     with torch.no_grad():  # neighbouring pixels differ in their expert
         net.decoder.mapper.query_in.weight[:, -4:-2].mul_(8)
         weight = net.decoder.mapper.query_out.weight

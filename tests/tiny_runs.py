@@ -16,7 +16,7 @@ NETWORK = {
     'type': 'MoEISR',
     'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1},
     'experts': [[8], [8, 8]],
-    'mapper': {'num_layers': 1, 'num_feat': 8, 'hidden': 8},
+    'mapper': {'num_layers': 1, 'num_feat': 8},
 }
 DENSE = {'type': 'LIIF', 'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}, 'hidden_list': [8, 8]}
 

@@ -26,7 +26,7 @@ FACTORS = [(2, 2), (3, 3), (5, 1), (1.3, 2.7), (7, 7)]
 def make_decoder(family='liif', experts=None, out_channels=3, hidden_dim=12, shared_layers=0, **mapper):
     torch.manual_seed(0)
     extra = {'hidden_dim': hidden_dim} if family == 'lte' else {}
-    options = {'num_layers': 1, 'num_feat': 8, 'hidden': 6, **mapper}
+    options = {'num_layers': 1, 'num_feat': 8, **mapper}
     decoder = MoEDecoder(
         6, out_channels, family, experts or EXPERTS[family], mapper=options, shared_layers=shared_layers, **extra
     )
@@ -150,9 +150,9 @@ def test_tiles_equal_the_whole():
 
 @torch.no_grad()
 @pytest.mark.parametrize('granularity', ['output_pixel', 'lr_pixel'])
-@pytest.mark.parametrize('hidden', [6, 32])
-def test_routing(granularity, hidden):
-    decoder = make_decoder(granularity=granularity, hidden=hidden)
+@pytest.mark.parametrize('num_feat', [6, 32])
+def test_routing(granularity, num_feat):
+    decoder = make_decoder(granularity=granularity, num_feat=num_feat)
     feat = torch.randn(1, 6, 5, 6, device=DEVICE)
     size = (23, 25)  # more than one block, and a last one that is not full
     backend = TritonBackend(decoder, 'bf16')

@@ -10,8 +10,9 @@ The published decoder costs, in thousand MACs per output pixel at 320x180 -> 128
 - LIIF folded 794: the same with the 576 feature inputs of the first layer taken out; the convolution at LR that stands
   for them is left out. With it (9.2 at x4), the cell in the bias, and the last layer after the blend: 798.5.
 - LTE 791: four corner passes through phase and MLP; its two convolutions at LR (18.4 at x4) are left out.
+- LM 16.8: four corner passes through the render MLP (6.6), and the latent MLP at LR (163 per LR pixel).
 
-This module counts the convolutions at LR in every sum, for the dense baselines as for MoEISR.
+This module counts the work at LR in every sum, for the dense baselines as for MoEISR.
 
 Shapes: (H, W) LR size, (R, S) output size, J experts.
 """
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import MoEDecoder
+from moeisr_basicsr.core.lm import LMExperts
 from moeisr_basicsr.core.lte import LTEExperts
 
 
@@ -62,7 +64,9 @@ def lr_density(lq_size: tuple[int, int], size: tuple[int, int]) -> float:
     return lq_size[0] * lq_size[1] / (size[0] * size[1])
 
 
-def decoder_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[int, int]) -> DecoderMacs:
+def decoder_macs(
+    decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[int, int], reads: Sequence[float] | None = None
+) -> DecoderMacs:
     """MACs behind the encoder, as the folded code runs them.
 
     Tiles overlap by one LR pixel, which adds a few per cent to the LR tables in practice; not counted.
@@ -70,36 +74,39 @@ def decoder_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[int,
     Args:
         lq_size: (H, W).
         size: (R, S).
+        reads: (J,) share of the LR pixels that each expert's queries read, see `routing_stats.lr_reads`; None for all.
     """
     mapper, density = decoder.mapper, lr_density(lq_size, size)
     return DecoderMacs(
         0.0 if mapper is None else mapper.table_macs() * density + mapper.macs(),
-        decoder.pool.table_macs() * density,
+        decoder.pool.table_macs(reads) * density,
         decoder.expert_macs,
     )
 
 
 def most_expensive(decoder: MoEDecoder) -> int:
-    """The expert with the most MACs; alone it is the dense baseline."""
-    return max(range(decoder.num_experts), key=lambda j: decoder.expert_macs[j])
+    """The expert that costs most; alone it is the dense baseline."""
+    return max(range(decoder.num_experts), key=decoder.pool.cost)
 
 
 def dense_folded_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[int, int]) -> float:
     """MACs per output pixel of the most expensive expert alone, folded as here: its LR tables and its queries."""
-    j, pool = most_expensive(decoder), decoder.pool
-    all_tables = pool.table_macs()  # LTE's experts share them
-    tables = 9 * pool.in_channels * pool.linears(j)[0].out_features if decoder.family == 'liif' else all_tables
-    return tables * lr_density(lq_size, size) + decoder.expert_macs[j]
+    j = most_expensive(decoder)
+    return decoder.pool.own_table_macs(j) * lr_density(lq_size, size) + decoder.expert_macs[j]
 
 
 def dense_plain_macs(decoder: MoEDecoder, lq_size: tuple[int, int], size: tuple[int, int]) -> float:
     """MACs per output pixel of the most expensive expert alone, run as published: four passes, nothing folded."""
-    at_lr = decoder.pool.table_macs() if decoder.family == 'lte' else 0
-    return at_lr * lr_density(lq_size, size) + plain_query_macs(decoder, most_expensive(decoder))
+    j, at_lr = most_expensive(decoder), 0
+    if isinstance(decoder.pool, LMExperts):  # the cell counts
+        at_lr = sum(layer.weight.numel() for layer in decoder.pool.latent_linears(j))
+    elif isinstance(decoder.pool, LTEExperts):
+        at_lr = decoder.pool.own_table_macs(j)
+    return at_lr * lr_density(lq_size, size) + plain_query_macs(decoder, j)
 
 
 def plain_query_macs(decoder: MoEDecoder, j: int) -> int:
-    """MACs of expert j per output pixel in the published way, convolutions at LR not counted."""
+    """MACs of expert j per output pixel in the published way, what runs at LR not counted."""
     per_corner = sum(layer.weight.numel() for layer in decoder.pool.linears(j))
     if isinstance(decoder.pool, LTEExperts):
         per_corner += decoder.pool.phase.weight.numel()
@@ -126,13 +133,14 @@ def macs_per_pixel(
     size: tuple[int, int],
     shares: Sequence[float],
     dense: MoEDecoder | None = None,
+    reads: Sequence[float] | None = None,
 ) -> dict:
-    """The `macs` of a results row (see `schema`): per output pixel by part, as routed; `shares` as in `DecoderMacs`.
+    """The `macs` of a results row (see `schema`): per output pixel by part, as routed.
 
-    The most expensive expert of `dense` is the baseline, of the network's own decoder where it is not given.
+    `shares` are as in `DecoderMacs`, `reads` as in `decoder_macs`. The most expensive expert of `dense` is the baseline, of the network's own decoder where it is not given.
     """
     baseline = net.decoder if dense is None else dense
-    parts = decoder_macs(net.decoder, lq_size, size)
+    parts = decoder_macs(net.decoder, lq_size, size, reads)
     encoder = encoder_macs(net.encoder, lq_size) / (size[0] * size[1])
     return {
         'encoder': encoder,

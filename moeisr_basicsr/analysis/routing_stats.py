@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from moeisr_basicsr.core import MoEDecoder
+from moeisr_basicsr.core.coords import grid_axis
+
 from .complexity import check_shares
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601, as every edge detector uses it
@@ -21,6 +24,23 @@ def expert_shares(expert_map: Tensor, num_experts: int) -> list[float]:
     if len(counts) > num_experts:
         raise ValueError(f'the expert map names expert {len(counts) - 1}; there are {num_experts}.')
     return (counts.double() / counts.sum()).tolist()
+
+
+def lr_reads(decoder: MoEDecoder, expert_map: Tensor, lq_size: tuple[int, int]) -> list[float] | None:
+    """Each expert's share of the LR pixels, those that its pixels read; None for a family that leaves none out.
+
+    Args:
+        expert_map: (R, S).
+        lq_size: (H, W).
+    """
+    if not decoder.pool.skips_unread:
+        return None
+    device = expert_map.device
+    rows, cols = (grid_axis(n_out, n_lr, device=device).index for n_out, n_lr in zip(expert_map.shape, lq_size))
+    reads = torch.zeros(decoder.num_experts, *lq_size, dtype=torch.bool, device=device)
+    for row, experts in zip(rows.t(), expert_map):  # row by row: the indices of a large image take gigabytes
+        reads[experts.long(), row[:, None, None], cols] = True  # (2, 2, S) corners
+    return reads.double().mean(dim=(1, 2)).tolist()
 
 
 def mean_cost(shares: Sequence[float], costs: Tensor) -> float:

@@ -57,8 +57,7 @@ class MapperOptions(Section):
 
     fills_defaults: ClassVar[bool] = False
     num_layers: Annotated[int, Field(ge=1, le=5)] = Key('convolutions on the features', 5)
-    num_feat: Positive = Key('their width', 32)
-    hidden: Positive = Key('width of the layer per query', 32)
+    num_feat: Positive = Key('their width, and that of the layer per query', 32)
     granularity: Literal['output_pixel', 'lr_pixel'] = Key(
         'one decision per output pixel (the paper), or per LR pixel (MoEISR-J)', 'output_pixel'
     )
@@ -96,7 +95,7 @@ class MoEISR(nn.Module):
         experts: Hidden widths of each expert, for example [[256], [256, 256]]; with 'lm' `latent`, the hidden widths of
             its latent MLP, and `depth`, the hidden layers of its render MLP, for example [{latent: [208], depth: 6}].
             [] is an expert without layers, which predicts 0. One expert is the dense decoder.
-        mapper: num_layers (1 to 5), num_feat, hidden, granularity ('output_pixel' or 'lr_pixel').
+        mapper: num_layers (1 to 5), num_feat, granularity ('output_pixel' or 'lr_pixel').
         skip: Image that the decoder's output is added to: 'none', 'bilinear', 'bicubic'. With 'bicubic' the decoder's
             output starts at zero, so that training starts at bicubic's quality.
         in_channels: C_in.

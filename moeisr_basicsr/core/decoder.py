@@ -161,7 +161,7 @@ class MoEDecoder(nn.Module):
         lr_size = feat.shape[-2], feat.shape[-1]
         corners, cell_lr = make_corners(coord, lr_size), cell * cell.new_tensor(lr_size)
         reads = None
-        if expert is not None:
+        if expert is not None and self.pool.skips_unread:
             reads = reads_of(corners.index, expert, self.num_experts, lr_size[0] * lr_size[1])
         tables = self.pool.tables(feat, cell_lr=cell_lr, reads=reads)
         for image, own in enumerate(zip(*(table.unbind() for table in tables))):

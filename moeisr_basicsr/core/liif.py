@@ -76,6 +76,7 @@ class ExpertPool(nn.Module):
 
     in_channels: int  # C, which each family sets
     entries = 'the hidden widths of each expert, for example [[256], [256, 256]]'  # what `experts` lists
+    skips_unread = False  # whether `tables` leaves out the LR pixels that no query of an expert reads
 
     def __init__(self, in_features: int, out_channels: int, experts: Sequence[Sequence[int]], shared_layers: int = 0):
         super().__init__()
@@ -134,7 +135,7 @@ class ExpertPool(nn.Module):
             feat: (B, C, H, W), or with its halo of one code per side and `padding` 0.
             padding: 1, or 0.
             cell_lr: (B, N, 2), the queries' or one for all, in LR pixels; for families whose tables depend on it.
-            reads: (J, B, T) bool, which rows each expert's queries read; a family may leave the others out, as zeros.
+            reads: (J, B, T) bool, which rows each expert's queries read; the others stay zero if `skips_unread`.
         """
         raise NotImplementedError
 
@@ -146,12 +147,15 @@ class ExpertPool(nn.Module):
         """Multiply-adds of expert j for one query, LR tables not counted."""
         raise NotImplementedError
 
+    def own_table_macs(self, j: int) -> int:
+        """Multiply-adds for one LR pixel of the LR tables that expert j reads."""
+        raise NotImplementedError
+
     def table_macs(self, reads: Sequence[float] | None = None) -> float:
         """Multiply-adds of all LR tables for one LR pixel, in the mean.
 
         Args:
-            reads: (J,) share of the LR pixels that each expert's queries read, for families that leave out the others;
-                None for all.
+            reads: (J,) share of the LR pixels that each expert's queries read, where `skips_unread`; None for all.
         """
         raise NotImplementedError
 
@@ -260,6 +264,10 @@ class LIIFExperts(ExpertPool):
         per_corner = 2 * first.out_features + sum(layer.weight.numel() for layer in hidden)
         return 4 * per_corner + last.weight.numel()
 
+    def own_table_macs(self, j: int) -> int:
+        """Multiply-adds of expert j's LR table for one LR pixel."""
+        return sum(9 * self.in_channels * first.out_features for first in self.linears(j)[:1])
+
     def table_macs(self, reads: Sequence[float] | None = None) -> float:
-        """Multiply-adds of the LR tables of all experts for one LR pixel; none is left out."""
-        return sum(9 * self.in_channels * self.linears(j)[0].out_features for j in self.owners)
+        """Multiply-adds of the LR tables of all experts for one LR pixel."""
+        return sum(map(self.own_table_macs, self.owners))

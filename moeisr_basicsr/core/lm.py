@@ -38,6 +38,7 @@ class LMExperts(ExpertPool):
         shared_layers: 0, the experts have nothing in common.
     """
 
+    skips_unread = True
     entries = "the layers of each expert, for example [[], {'latent': [208], 'depth': 6}]"
 
     def __init__(
@@ -70,6 +71,10 @@ class LMExperts(ExpertPool):
     def latent(self, j: int) -> nn.Sequential | None:
         """Expert j's latent MLP; None without layers."""
         return cast(Expert, self.experts[j].latent).layers if self.linears(j) else None
+
+    def latent_linears(self, j: int) -> list[nn.Linear]:
+        """Its linear layers from first to last."""
+        return [layer for layer in self.latent(j) or () if isinstance(layer, nn.Linear)]
 
     def tables(
         self, feat: Tensor, padding: int = 1, cell_lr: Tensor | None = None, reads: Tensor | None = None
@@ -123,16 +128,16 @@ class LMExperts(ExpertPool):
         *hidden, last = self.linears(j)
         return 4 * (sum(layer.weight.numel() for layer in hidden) - 2 * self.render_width) + last.weight.numel()
 
-    def latent_macs(self, j: int) -> int:
+    def own_table_macs(self, j: int) -> int:
         """Multiply-adds of expert j's latent MLP for one LR pixel; the cell counts for the bias."""
-        weights = [layer.weight for layer in self.latent(j) or () if isinstance(layer, nn.Linear)]
-        return sum(weight.numel() for weight in weights) - sum(2 * weight.shape[0] for weight in weights[:1])
+        linears = self.latent_linears(j)
+        return sum(layer.weight.numel() for layer in linears) - sum(2 * first.out_features for first in linears[:1])
 
     def table_macs(self, reads: Sequence[float] | None = None) -> float:
         """Multiply-adds of the latent MLPs for one LR pixel; an expert's run where its queries read them."""
         shares = [1.0] * len(self.experts) if reads is None else reads
-        return sum(share * self.latent_macs(j) for j, share in enumerate(shares))
+        return sum(share * self.own_table_macs(j) for j, share in enumerate(shares))
 
     def cost(self, j: int) -> float:
         """What expert j costs the routing: its multiply-adds for one query at x4, most of which its latent MLP has."""
-        return self.macs(j) + COST_DENSITY * self.latent_macs(j)
+        return self.macs(j) + COST_DENSITY * self.own_table_macs(j)

@@ -79,6 +79,10 @@ class LTEExperts(ExpertPool):
         *hidden, last = self.linears(j)
         return 4 * (self.hidden_dim + sum(layer.weight.numel() for layer in hidden)) + last.weight.numel()
 
+    def own_table_macs(self, j: int) -> int:
+        """Multiply-adds of both convolutions for one LR pixel; none without layers."""
+        return 2 * 9 * self.in_channels * self.hidden_dim if self.linears(j) else 0
+
     def table_macs(self, reads: Sequence[float] | None = None) -> float:
-        """Multiply-adds of both convolutions for one LR pixel."""
-        return 2 * 9 * self.in_channels * self.hidden_dim
+        """The same: all experts share both convolutions."""
+        return max(map(self.own_table_macs, range(len(self.experts))))

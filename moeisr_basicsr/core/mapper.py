@@ -6,7 +6,7 @@ LIIF's: a 1x1 convolution at LR, a gather, and two coordinates per query.
 
 The mapper always computes in fp32: near ties, rounding to 16 bit would flip the choice.
 
-Shapes: B images, C feature channels, T = H * W latent codes, Q queries, J experts, D hidden width.
+Shapes: B images, C feature channels, T = H * W latent codes, Q queries, J experts, D = num_feat.
 """
 
 import hashlib
@@ -84,8 +84,7 @@ class Mapper(nn.Module):
         in_channels: C.
         num_experts: J.
         num_layers: Convolutions at LR resolution, 1 to 5.
-        num_feat: Their width.
-        hidden: D.
+        num_feat: D, their width and that of the layer per query.
         granularity: 'output_pixel' decides for each output pixel as the paper does, 'lr_pixel' once for all output
             pixels of an LR pixel (ours).
     """
@@ -96,7 +95,6 @@ class Mapper(nn.Module):
         num_experts: int,
         num_layers: int = 5,
         num_feat: int = 32,
-        hidden: int = 32,
         granularity: str = 'output_pixel',
     ):
         super().__init__()
@@ -109,8 +107,8 @@ class Mapper(nn.Module):
         for layer in range(num_layers):
             convs += [nn.Conv2d(num_feat if layer else in_channels, num_feat, 3, padding=1), nn.ReLU()]
         self.convs = nn.Sequential(*convs)
-        self.query_in = nn.Linear(num_feat + 4, hidden)  # features, relative coordinate, cell
-        self.query_out = nn.Linear(hidden, num_experts)
+        self.query_in = nn.Linear(num_feat + 4, num_feat)  # features, relative coordinate, cell
+        self.query_out = nn.Linear(num_feat, num_experts)
         self.reset_parameters()
 
     @torch.no_grad()

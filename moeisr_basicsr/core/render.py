@@ -82,7 +82,7 @@ class TorchBackend:
         height, width = tile.window.shape[-2] - 2, tile.window.shape[-1] - 2
         corners = grid_corners(tile.rows, tile.cols, width)
         reads = None
-        if tile.expert_map is not None:
+        if tile.expert_map is not None and decoder.pool.skips_unread:
             reads = reads_of(corners.index, tile.expert_map.reshape(1, -1), decoder.num_experts, height * width)
         tables = [table[0] for table in decoder.pool.tables(tile.window, 0, tile.cell_lr[None, None], reads)]
         queries = make_queries(corners, tile.cell_lr[None])

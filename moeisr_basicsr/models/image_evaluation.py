@@ -14,7 +14,7 @@ from torch import Tensor
 from moeisr_basicsr.analysis.complexity import macs_per_pixel
 from moeisr_basicsr.analysis.measure import PeakMeter, StageClock, time_ms
 from moeisr_basicsr.analysis.pictures import bicubic, expert_colours
-from moeisr_basicsr.analysis.routing_stats import depth_correlation, expert_shares, mean_cost
+from moeisr_basicsr.analysis.routing_stats import depth_correlation, expert_shares, lr_reads, mean_cost
 from moeisr_basicsr.analysis.schema import scale_label
 from moeisr_basicsr.core.render import Clock
 from moeisr_basicsr.errors import UserError
@@ -154,17 +154,19 @@ class ImageEvaluator:
 
     def routing(self, net: Any, lq: Tensor, result: Upscaled, gt: Tensor | None) -> dict:
         """What the routing did to one image and, in testing, the multiply-adds; nothing of other networks."""
-        found, loads = {}, [1.0]
+        found, loads, reads = {}, [1.0], None
         if result.expert_map is not None:
             loads = expert_shares(result.expert_map, net.num_experts)
             found['routing'] = {'loads': loads, 'mean_cost': mean_cost(loads, net.expert_costs)}
+            if reads := lr_reads(net.decoder, result.expert_map[0], size_of(lq)):
+                found['routing']['lr_reads'] = reads
             if not self.is_train:
                 # The truth where there is one: where neighbours' experts differ, the output has edges that they made.
                 texture = result.image[0] if gt is None else gt
                 correlation = depth_correlation(result.expert_map[0], texture, net.decoder.depths)
                 found['routing']['texture_correlation'] = correlation
         if not self.is_train and hasattr(net, 'decoder'):
-            found['macs'] = macs_per_pixel(net, size_of(lq), size_of(result.image), loads)
+            found['macs'] = macs_per_pixel(net, size_of(lq), size_of(result.image), loads, reads=reads)
         return found
 
     def measure_all(

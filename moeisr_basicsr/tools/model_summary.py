@@ -68,11 +68,11 @@ def results_of(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def macs_x4(net: MoEISR, results: list[dict[str, Any]]) -> dict[str, float | None]:
     """Decoder MACs per output pixel at x4: as routed in the first measurement at x4, and dense."""
-    measured = [row['routing']['loads'] for row in results if row['scale'] == [4, 4] and 'routing' in row]
-    shares = [[1.0]] if net.num_experts == 1 else measured
-    counts = decoder_macs(net.decoder, LQ_SIZE, SIZE)
+    measured = [row['routing'] for row in results if row['scale'] == [4, 4] and 'routing' in row]
+    routing = [{'loads': [1.0]}] if net.num_experts == 1 else measured
+    counts = decoder_macs(net.decoder, LQ_SIZE, SIZE, routing[0].get('lr_reads') if routing else None)
     return {
-        'routed': counts.total(shares[0]) if shares else None,
+        'routed': counts.total(routing[0]['loads']) if routing else None,
         'dense': dense_folded_macs(net.decoder, LQ_SIZE, SIZE),
     }
 

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from moeisr_basicsr.analysis.complexity import macs_per_pixel, most_expensive
 from moeisr_basicsr.analysis.measure import StageClock
-from moeisr_basicsr.analysis.routing_stats import expert_shares, mean_cost
+from moeisr_basicsr.analysis.routing_stats import expert_shares, lr_reads, mean_cost
 from moeisr_basicsr.analysis.schema import scale_label
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import MoEDecoder, render_image
+from moeisr_basicsr.core.lm import LMExperts
 from moeisr_basicsr.core.lte import LTEExperts
 from moeisr_basicsr.core.render import TORCH
+from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import evaluation, make_control, target_size, upscale, upscale_strips
 from moeisr_basicsr.kernels import fused_backend
 
@@ -63,7 +65,10 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
     control = setting.cost_weight, setting.budget
     expert_map = upscale(net, lq, None, size, *control, precision=precision).expert_map
     shares = [1.0] if expert_map is None else expert_shares(expert_map, net.num_experts)
+    reads = None if expert_map is None else lr_reads(net.decoder, expert_map[0], lq_size)
     dense = dense_decoder(net.decoder, setting.dense_hidden)
+    if dense.family == 'lm':  # its published code runs the latent MLP at LR as this package does: nothing to compare
+        setting = setting._replace(plain=False)
     backend, cell = fused_backend(dense, device, precision) or TORCH, net.test_cell(lq_size, size)
     with evaluation(net, device.type, precision):
         feat = net.encode(lq)
@@ -98,18 +103,26 @@ def profile_size(net: MoEISR, lq: Tensor, size: tuple[int, int], setting: Settin
         'time_ms': {**times, 'total': sum(times[stage] for stage in stages)},
         'repeats': setting.repeats,
         'peak_mib': {**{stage: peaks[stage] for stage in stages}, 'total': max(known, default=None)},
-        'macs': macs_per_pixel(net, lq_size, size, shares, dense),
-        'routing': {'loads': shares, 'mean_cost': mean_cost(shares, net.decoder.expert_costs)},
+        'macs': macs_per_pixel(net, lq_size, size, shares, dense, reads),
+        'routing': {
+            'loads': shares,
+            'mean_cost': mean_cost(shares, net.decoder.expert_costs),
+            **({'lr_reads': reads} if reads else {}),
+        },
     }
 
 
 def dense_decoder(decoder: MoEDecoder, hidden: Sequence[int] | None) -> MoEDecoder:
     """A decoder like `decoder`, of one expert of these hidden widths and random weights, to measure against."""
-    pool = decoder.pool
-    if hidden is None:
-        hidden = [layer.out_features for layer in pool.linears(most_expensive(decoder))[:-1]]
+    pool, j = decoder.pool, most_expensive(decoder)
+    expert: Sequence[int] | dict = hidden or [layer.out_features for layer in pool.linears(j)[:-1]]
     family_options = {'hidden_dim': pool.hidden_dim} if isinstance(pool, LTEExperts) else {}
-    dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [hidden], None, **family_options)
+    if isinstance(pool, LMExperts):
+        if hidden:
+            raise UserError("--dense-hidden belongs to the decoders 'liif' and 'lte'; this network's is 'lm'.")
+        latent = [layer.out_features for layer in pool.latent_linears(j)[:-1]]
+        expert, family_options = {'latent': latent, 'depth': len(expert)}, {'render_width': pool.render_width}
+    dense = MoEDecoder(pool.in_channels, decoder.out_channels, decoder.family, [expert], None, **family_options)
     return dense.to(next(decoder.parameters()).device).eval()
 
 

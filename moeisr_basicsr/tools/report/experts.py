@@ -54,10 +54,12 @@ def shares(measured: Measured) -> list[Share]:
     ]
 
 
-def shape(widths: list[int] | None) -> str:
-    """'4 x 256', or the widths where they differ."""
+def shape(widths: list[int] | dict | None) -> str:
+    """'4 x 256', or the widths where they differ; of lm those of the latent MLP, and the depth."""
     if widths is None:
         return 'default'
+    if isinstance(widths, dict):
+        return f'{" ".join(map(str, widths["latent"]))} + {widths["depth"]}'.strip()
     if not widths:
         return 'none'
     return f'{len(widths)} x {widths[0]}' if len(set(widths)) == 1 else ' '.join(map(str, widths))
