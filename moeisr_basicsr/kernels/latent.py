@@ -57,7 +57,8 @@ def latent_of(pool: LMExperts, j: int, padded: int) -> Latent:
     offset[: parts // 2, :width] = 1
     offset[-1, :width] = first.bias
 
-    weights, biases = [layer.weight for layer in latent], [layer.bias for layer in latent]
+    weights: list[Tensor] = [layer.weight for layer in latent]
+    biases: list[Tensor] = [layer.bias for layer in latent]
     weights[-1] = (place @ weights[-1].double()).float()
     biases[-1] = (place @ biases[-1].double() + offset.flatten()).float()
     w_cell = [weight.new_zeros(weight.shape[0], 2) for weight in weights]
