@@ -173,8 +173,11 @@ class OfficialLM(nn.Module):
         self.args = {
             'encoder_spec': {'name': encoder, 'args': {'no_upsampling': True, **encoder_args}},
             'imnet_spec': {'name': 'lmmlp', 'args': {**render, 'mod_scale': True, 'mod_shift': True}},
-            'hypernet_spec': {'name': 'mlp', 'args': {'out_dim': self.mod_dim + hidden_dim, 'hidden_list': hidden_list}},
-            **{key: True for key in ('local_ensemble', 'feat_unfold', 'cell_decode', 'mod_input')},
+            'hypernet_spec': {
+                'name': 'mlp',
+                'args': {'out_dim': self.mod_dim + hidden_dim, 'hidden_list': hidden_list},
+            },
+            **dict.fromkeys(('local_ensemble', 'feat_unfold', 'cell_decode', 'mod_input'), True),
         }
         strengthen(self)
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from moeisr_basicsr.analysis.complexity import (
 )
 from moeisr_basicsr.analysis.environment import environment
 from moeisr_basicsr.analysis.measure import PeakMeter, StageClock
-from moeisr_basicsr.analysis.routing_stats import depth_correlation, expert_shares, gradient_energy, mean_cost
+from moeisr_basicsr.analysis.routing_stats import depth_correlation, expert_shares, gradient_energy, lr_reads, mean_cost
 from moeisr_basicsr.archs.edsr_encoder_arch import EDSREncoder
 from moeisr_basicsr.archs.moeisr_arch import LIIF, LTE, MoEISR
 from moeisr_basicsr.archs.rdn_encoder_arch import RDNEncoder
@@ -33,13 +34,16 @@ from moeisr_basicsr.archs.swinir_encoder_arch import SwinIREncoder
 from moeisr_basicsr.core import MoEDecoder
 from moeisr_basicsr.core.coords import make_corners, make_near, make_queries
 from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.options import read_yaml
+from moeisr_basicsr.tools.profile.rendering import clustered_map
 
 EXPERTS = {
     'liif': [[16], [24, 16], [16, 32, 8], [32, 16, 24, 16]],
-    'lte': [[], [24], [16, 32], [24, 16, 8]],
+    'lte': [[8], [24], [16, 32], [24, 16, 8]],
     'shared': [[16], [16, 24], [16, 32, 8], [16, 16, 24, 16]],
     'nested': [[16], [16, 24], [16, 24, 8], [16, 24, 8, 16]],
 }
+LM = [{'latent': [], 'depth': 1}, [], {'latent': [14], 'depth': 3}, {'latent': [9, 12], 'depth': 2}]
 OPTIONS = {'liif': {}, 'lte': {'hidden_dim': 32}, 'shared': {'shared_layers': 1}, 'nested': {'shared_layers': 4}}
 PUBLISHED = {'size': (720, 1280), 'lq_size': (180, 320)}  # of the published decoder costs
 ENCODER = {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}
@@ -75,6 +79,7 @@ def mmengine_macs(module, x):
 def test_published_decoder_costs():
     liif = MoEDecoder(64, 3, 'liif', [[256] * 4])
     lte = MoEDecoder(64, 3, 'lte', [[256] * 3])
+    lm = MoEDecoder(64, 3, 'lm', [{'latent': [208], 'depth': 6}])
     assert round(plain_query_macs(liif, 0) / 1e3) == 1383
     assert round(plain_query_macs(lte, 0) / 1e3) == 791
     # 'LIIF folded' as published: the feature inputs taken out of the first layer, nothing else changed
@@ -83,6 +88,10 @@ def test_published_decoder_costs():
     assert dense_folded_macs(liif, **PUBLISHED) == 4 * (2 * 256 + 3 * 256 * 256) + 256 * 3 + at_lr
     assert dense_plain_macs(liif, **PUBLISHED) == plain_query_macs(liif, 0)
     assert dense_plain_macs(lte, **PUBLISHED) == plain_query_macs(lte, 0) + 2 * at_lr
+    assert plain_query_macs(lm, 0) == 4 * (20 * 16 + 5 * 16 * 16 + 16 * 3) == 6592
+    assert dense_plain_macs(lm, **PUBLISHED) == 6592 + (578 * 208 + 208 * 208) / 16 == 16810
+    # the cell in the bias, the last layer after the blend
+    assert dense_folded_macs(lm, **PUBLISHED) == 4 * (18 * 16 + 5 * 16 * 16) + 16 * 3 + (576 * 208 + 208 * 208) / 16
     assert round(encoder_macs(EDSREncoder(), PUBLISHED['lq_size']) / 1e9) == 70
 
 
@@ -122,6 +131,67 @@ def test_folded_costs_against_mmengine(family):
         assert pool.macs(j) * count == linear
         last = pool.linears(j)[-1].in_features
         assert counted['bmm'] == 4 * last * count  # the blend, which the docstring says is not counted
+
+
+def test_lm_costs_against_mmengine():
+    """On all LR pixels and on those that are read; an expert without layers costs nothing."""
+    decoder = MoEDecoder(8, 3, 'lm', LM, {'num_layers': 1, 'num_feat': 4}, render_width=6)
+    pool, feat, cell_lr = decoder.pool, torch.rand(1, 8, 5, 6), torch.tensor([[[0.3, 0.4]]])
+    reads = torch.zeros(4, 1, 30, dtype=torch.bool)
+    for j, count in enumerate((30, 4, 11, 17)):
+        reads[j, 0, torch.randperm(30)[:count]] = True
+    w_cell = sum(2 * pool.latent_linears(j)[0].out_features for j in (0, 2, 3))  # once per image
+    layers = torch.tensor([8 * 9 * 18, 0, 8 * 9 * 14 + 14 * 42, 8 * 9 * 9 + 9 * 12 + 12 * 30])
+    for read, shares in ((None, torch.ones(4)), (reads, reads.double().mean(dim=(1, 2)))):
+
+        def build(x, read=read):
+            return torch.cat([table.flatten() for table in pool.tables(x, 1, cell_lr, read)])
+
+        with torch.no_grad():
+            built = mmengine_macs(Call(build, pool), feat)
+        macs = pool.table_macs(None if read is None else shares.tolist())
+        assert macs == pytest.approx(float((shares * layers).sum()))
+        assert sum(built.values()) - w_cell == pytest.approx(30 * macs)
+    with torch.no_grad():
+        tables = [table[0] for table in pool.tables(feat, 1, cell_lr)]
+    queries = make_queries(make_corners(torch.rand(1, 11, 2), (5, 6)), cell_lr[0])
+    for j in range(4):
+        with torch.no_grad():
+            counted = mmengine_macs(
+                Call(lambda rel, j=j: pool.predict(j, queries._replace(rel=rel), tables), pool), queries.rel
+            )
+        cell = 2 * 4 * 6 * 11 if LM[j] else 0  # two more inputs here
+        assert sum(counted.get(kind, 0) for kind in ('linear', 'conv')) - cell == 11 * pool.macs(j)
+    assert (pool.macs(1), pool.own_table_macs(1), pool.cost(1), decoder.depths[1]) == (0, 0, 0, 0)
+    assert decoder.expert_costs[1] == 0 and most_expensive(decoder) == 2
+
+
+def test_lm_experts_count_where_they_are_read():
+    decoder = MoEDecoder(8, 3, 'lm', LM, {'num_layers': 1, 'num_feat': 4}, render_width=6)
+    expert_map = torch.randint(0, 3, (11, 17), dtype=torch.uint8)
+    expert_map[:, 9:] = 3
+    corners = make_corners(reference.grid((11, 17))[0], (4, 6))
+    found = lr_reads(decoder, expert_map, (4, 6))
+    for j in range(4):
+        read = {
+            int(at) for query in range(187) if expert_map.flatten()[query] == j for at in corners.index[:, 0, query]
+        }
+        assert 0 < len(read) < 24 and found[j] == pytest.approx(len(read) / 24)
+    counts = decoder_macs(decoder, (4, 6), (11, 17), found)
+    assert counts.tables == pytest.approx(
+        sum(p * decoder.pool.own_table_macs(j) for j, p in enumerate(found)) * 24 / 187
+    )
+    assert lr_reads(small('liif'), expert_map, (4, 6)) is None
+
+
+def test_the_lm_recipe_costs_ten_thousand_macs():
+    """Behind the encoder, mapper counted, at the shares that the recipe balances to, in patches as texture comes."""
+    options = read_yaml(Path(__file__).resolve().parents[1] / 'options/moeisr_lm_edsr.yml').data
+    network, target = options['network_g'], options['train']['balance_opt']['target']
+    decoder = MoEDecoder(64, 3, 'lm', network['experts'], network['mapper'], render_width=network['render_width'])
+    reads = lr_reads(decoder, clustered_map(PUBLISHED['size'], PUBLISHED['lq_size'], target), PUBLISHED['lq_size'])
+    counts = decoder_macs(decoder, **PUBLISHED, reads=reads)
+    assert 8e3 < counts.total(target) < 10e3 and counts.mapper < 1.5e3
 
 
 def test_mapper_costs_against_mmengine():
@@ -165,8 +235,9 @@ def test_encoder_macs_against_mmengine(encoder):
         MoEISR(ENCODER, 'liif', [[8], [8, 6]], shared_layers=2),
         MoEISR(ENCODER, 'lte', EXPERTS['lte'], hidden_dim=32),
         LTE(ENCODER, [16], 32),
+        MoEISR(ENCODER, 'lm', LM),
     ],
-    ids=['moe-liif', 'liif', 'moe-shared', 'moe-nested', 'moe-lte', 'lte'],
+    ids=['moe-liif', 'liif', 'moe-shared', 'moe-nested', 'moe-lte', 'lte', 'moe-lm'],
 )
 def test_parameters_against_the_modules(net):
     def count(*modules):

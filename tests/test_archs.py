@@ -275,7 +275,7 @@ def test_dense_is_moeisr_with_one_expert():
 
 
 def test_published_widths_by_default():
-    """LIIF's MLP is 580-256-256-256-256-3, LTE's 256-256-256-256-3 behind two 64 -> 256 convolutions; LM's are below."""
+    """LIIF's MLP is 580-256-256-256-256-3, LTE's 256-256-256-256-3 behind two 64 -> 256 convolutions; LM's below."""
     encoder = {'type': 'EDSREncoder', 'num_block': 1}
     liif = build_network({'type': 'LIIF', 'encoder': encoder})
     assert count(liif.decoder) == 581 * 256 + 3 * 257 * 256 + 257 * 3

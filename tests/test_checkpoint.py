@@ -248,7 +248,9 @@ OFFICIAL = [
 
 @pytest.mark.parametrize(('name', 'encoder', 'args', 'hidden'), OFFICIAL)
 def test_convert_official(name, encoder, args, hidden):
-    official = (OfficialLM(encoder, args, hidden) if name == 'lmliif' else OfficialNet(name, encoder, args, hidden)).eval()
+    official = (
+        OfficialLM(encoder, args, hidden) if name == 'lmliif' else OfficialNet(name, encoder, args, hidden)
+    ).eval()
     torch.save(official.checkpoint(), 'official.pth')
     options = convert('official.pth', 'm.safetensors')
     assert options['type'] == name.upper() and options['latent' if name == 'lmliif' else 'hidden_list'] == hidden

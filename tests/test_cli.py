@@ -21,12 +21,7 @@ from moeisr_basicsr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {'type': 'EDSREncoder', 'num_feat': 4, 'num_block': 1}
-NETWORK = {
-    'type': 'MoEISR',
-    'encoder': ENCODER,
-    'experts': [[4], [4, 4]],
-    'mapper': {'num_layers': 1, 'num_feat': 4},
-}
+NETWORK = {'type': 'MoEISR', 'encoder': ENCODER, 'experts': [[4], [4, 4]], 'mapper': {'num_layers': 1, 'num_feat': 4}}
 DENSE = {'type': 'LIIF', 'encoder': ENCODER, 'hidden_list': [4]}
 
 

@@ -137,7 +137,8 @@ def macs_per_pixel(
 ) -> dict:
     """The `macs` of a results row (see `schema`): per output pixel by part, as routed.
 
-    `shares` are as in `DecoderMacs`, `reads` as in `decoder_macs`. The most expensive expert of `dense` is the baseline, of the network's own decoder where it is not given.
+    `shares` are as in `DecoderMacs`, `reads` as in `decoder_macs`. The baseline is the most expensive expert of
+    `dense`, or of the network's own decoder.
     """
     baseline = net.decoder if dense is None else dense
     parts = decoder_macs(net.decoder, lq_size, size, reads)

@@ -15,9 +15,9 @@ examples:
   basicsr convert edsr-baseline-liif.pth -o liif.safetensors
   basicsr convert moeisr_edsr.safetensors -o half.safetensors --store fp16 --metadata license=CC0-1.0 author=me
 
-Known are checkpoints of BasicSR (params, params_ema) and of the official LIIF, LTE and LMF code. The file that is written
-has the weights and the network's options: `basicsr upscale --model` needs nothing else. Nothing in a checkpoint is
-ever run."""
+Known are checkpoints of BasicSR (params, params_ema) and of the official LIIF, LTE and LMF code. The file that is
+written has the weights and the network's options: `basicsr upscale --model` needs nothing else. Nothing in a checkpoint
+is ever run."""
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
