@@ -213,7 +213,7 @@ class Benchmark:
                 row['macs'] = {'total': self.macs(case.decoder, size, case.expert_map)}
             if case.expert_map is not None:
                 row['routing'] = {'loads': list(MAPS[case.expert_map])}
-            ratio, baseline = (plain.ms + encode.ms * is_whole) / case.ms, 'whole-' * is_whole + plain.name
+            ratio, baseline = (plain.ms + (encode.ms if is_whole else 0)) / case.ms, 'whole-' * is_whole + plain.name
             self.report(case.name, scale, ratio, baseline=baseline, **row)
         saved = self.macs(self.dense, size, None) / self.macs(self.moe, size, SKEWED)
         for code in ('torch', 'fused'):

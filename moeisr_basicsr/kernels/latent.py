@@ -9,7 +9,6 @@ Legend: C feature channels, L hidden layers of the render MLP, W their width, P 
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from moeisr_basicsr.core.liif import LIIFExperts
@@ -64,5 +63,5 @@ def latent_of(pool: LMExperts, j: int, padded: int) -> Latent:
     w_cell = [weight.new_zeros(weight.shape[0], 2) for weight in weights]
     w_cell[0] += weights[0][:, -2:]
     w_cell[-1].unflatten(0, (parts, padded))[-1, :width] += first.weight[:, -2:]
-    weights[0] = rearrange(weights[0][:, :-2], 'd (c kh kw) -> d c kh kw', kh=3, kw=3)
+    weights[0] = weights[0][:, :-2].unflatten(1, (-1, 3, 3))  # as F.unfold orders them
     return Latent(weights, biases, w_cell)
