@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moeisr_basicsr.analysis.measure import time_ms
+from moeisr_basicsr.core import MoEDecoder
 from moeisr_basicsr.core.render import Backend
 
 
@@ -20,6 +21,7 @@ class Case:
     part: float = 1.0  # of the whole that `work` does; its time is scaled up
     guess: float = 0.0  # at most this part of the whole first case's time, to know whether there is time for it
     expert_map: str | None = None  # name of its expert map; None for a dense decoder
+    decoder: MoEDecoder | None = None
     backend: Backend | None = None  # what decodes; None for cases that are not compared with the plain algorithm
     precision: str = 'fp32'
     times: list[float] = field(default_factory=list)

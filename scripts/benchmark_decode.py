@@ -4,13 +4,14 @@ Every line is `case scale ratio`; the ratio is the time of the plain LIIF algori
 passes, chunks of 30000 queries, fp32) over that of the case, medians of runs that take turns. Lines that begin with #
 are notes. Weights and features are random, expert maps are made up in patches.
 
-cases: <code>-<what>-<precision>, code `plain` (`plain-10000`: in smaller chunks), `torch` or `fused`; what `dense`, or
-`moe-<shares of the four experts>`, LR tables included. `whole-...` are encoder (EDSR-baseline), mapper and decoder
-against the plain algorithm with its encoder. `mac-efficiency-...` is (dense time / MoE time) over (dense MACs / MoE
-MACs). `route-agreement` is the share of pixels that both codes send to the same expert. `train-exact` is a training
-step of the decoder (`train-whole-exact`: with the encoder) against the plain sum of all experts. For memory see
-`basicsr profile`. A large MALLOC_MMAP_THRESHOLD_ in the environment speeds up the plain algorithm's temporaries: run it
-with and without; --json keeps which.
+cases: <code>-<what>-<precision>, code `plain` (`plain-10000`: in smaller chunks), `torch` or `fused`; what `dense`,
+`lm-dense` (LMLIIF as published), or `moe-<shares of the four experts>`, LR tables included. `whole-...` are encoder
+(EDSR-baseline), mapper and decoder against the plain algorithm with its encoder. `mac-efficiency-...` is (dense time
+/ MoE time) over (dense MACs / MoE MACs); `lm-gain-...` is dense time / lm-dense time. `route-agreement` is the share
+of pixels that both codes send to the same expert. `train-exact` is a training step of the decoder (`train-whole-exact`:
+with the encoder) against the plain sum of all experts. For memory see `basicsr profile`. A large
+MALLOC_MMAP_THRESHOLD_ in the environment speeds up the plain algorithm's temporaries: run it with and without; --json
+keeps which.
 """
 
 import time
@@ -68,6 +69,7 @@ class Benchmark:
         self.dense = MoEDecoder(64, 3, 'liif', [[256] * 4]).to(self.device).eval()
         for own, theirs in zip(self.dense.pool.linears(0), self.moe.pool.linears(3)):
             own.load_state_dict(theirs.state_dict())
+        self.lm = MoEDecoder(64, 3, 'lm', [{'latent': [208], 'depth': 6}]).to(self.device).eval()
         self.lq_size = (args.lq_size, args.lq_size)
         self.lq = torch.rand(1, 3, *self.lq_size, device=self.device)
         with torch.no_grad():
@@ -80,7 +82,7 @@ class Benchmark:
         start = time.perf_counter()
         self.fused = {
             (what, precision): fused_backend(decoder, self.device, precision)
-            for what, decoder in (('moe', self.moe), ('dense', self.dense))
+            for what, decoder in (('moe', self.moe), ('dense', self.dense), ('lm-dense', self.lm))
             for precision in args.precisions
         }
         for (what, precision), backend in self.fused.items():
@@ -107,10 +109,15 @@ class Benchmark:
         self.rows.append({'case': name, 'scale': [float(scale)] * 2, 'ratio': float(ratio), **row})
 
     def render(
-        self, feat: Tensor, size: tuple[int, int], backend: Backend, precision: str, expert_map: Tensor | None
+        self,
+        decoder: MoEDecoder,
+        feat: Tensor,
+        size: tuple[int, int],
+        backend: Backend,
+        precision: str,
+        expert_map: Tensor | None,
     ) -> Tensor:
-        """One decode with a given map, or of the dense decoder: (3, R, S)."""
-        decoder = self.dense if expert_map is None else self.moe
+        """One decode with a given map, or of a dense decoder: (3, R, S)."""
         with evaluation(self.net, self.device.type, precision):
             return render_fixed(decoder, feat, size, expert_map, make_cell(size), backend)
 
@@ -120,7 +127,7 @@ class Benchmark:
             lq = self.lq.contiguous(memory_format=torch.channels_last) if self.device.type == 'cpu' else self.lq
             feat = self.net.encode(lq).feat  # as `upscale` does
             route(self.moe, feat, size, backend)
-        return self.render(feat, size, backend, precision, expert_map)
+        return self.render(self.moe, feat, size, backend, precision, expert_map)
 
     def plain_cases(self, size: tuple[int, int]) -> list[Case]:
         """The plain algorithm in both chunk sizes, the baseline first; a part of the chunks with --quick."""
@@ -136,10 +143,13 @@ class Benchmark:
     def decode_cases(self, size: tuple[int, int], maps: dict[str, Tensor], few: bool) -> list[Case]:
         """Our decoders and whole upscales, what matters most first; `few` keeps the fused dense and skewed ones."""
         cases = []
-        for name in (SKEWED, None) if few else (SKEWED, 'whole', None, 'uniform'):
+        decoders = {SKEWED: self.moe, 'whole': self.moe, 'dense': self.dense, 'lm-dense': self.lm, 'uniform': self.moe}
+        for name, decoder in decoders.items():
+            if few and name not in (SKEWED, 'dense', 'lm-dense'):
+                continue
             for code in ('fused',) if few else ('fused', 'torch'):
                 for precision in self.args.precisions:
-                    what = 'dense' if name is None else 'moe'
+                    what = 'moe' if decoder is self.moe else name
                     backend = TORCH if code == 'torch' else self.fused[what, precision]
                     if backend is None:
                         continue
@@ -148,9 +158,11 @@ class Benchmark:
                         work = partial(self.whole, size, backend, precision, maps[SKEWED])
                         case = Case(f'whole-{code}-moe-{SKEWED}-{precision}', work, guess=2 * guess)
                     else:
-                        label = 'dense' if name is None else f'moe-{name}'
-                        work = partial(self.render, self.feat, size, backend, precision, maps.get(name))
-                        case = Case(f'{code}-{label}-{precision}', work, guess=guess, expert_map=name, backend=backend)
+                        label = f'moe-{name}' if what == 'moe' else name
+                        work = partial(self.render, decoder, self.feat, size, backend, precision, maps.get(name))
+                        case = Case(f'{code}-{label}-{precision}', work, guess=guess, backend=backend)
+                        case.expert_map = name if what == 'moe' else None
+                    case.decoder = decoder
                     case.precision = precision
                     cases.append(case)
         return cases
@@ -165,12 +177,12 @@ class Benchmark:
             return None if self.args.quick else case.work()
         feat = self.feat[..., :QUICK_CHECK_SIZE, :QUICK_CHECK_SIZE] if self.args.quick else self.feat
         size = output_size(feat.shape[-2:], scale)
-        pixels, decoder, expert_map = checked_pixels(size), self.dense, None
+        pixels, decoder, expert_map = checked_pixels(size), case.decoder, None
         gate = torch.ones(1, len(pixels), 1, device=self.device)
         if case.expert_map is not None:
-            decoder, expert_map = self.moe, clustered_map(size, feat.shape[-2:], MAPS[case.expert_map]).to(self.device)
+            expert_map = clustered_map(size, feat.shape[-2:], MAPS[case.expert_map]).to(self.device)
             gate = F.one_hot(expert_map.flatten()[pixels].long(), 4)[None]
-        output = self.render(feat, size, case.backend, case.precision, expert_map).flatten(1)[:, pixels].t()
+        output = self.render(decoder, feat, size, case.backend, case.precision, expert_map).flatten(1)[:, pixels].t()
         coord = make_coord(size, self.device)[pixels][None]
         with torch.no_grad():
             expected = reference.mixture(decoder, feat, coord, make_cell(size, self.device).expand_as(coord), gate)[0]
@@ -198,16 +210,21 @@ class Benchmark:
             row = {'lq_size': list(self.lq_size), 'size': list(size), 'precision': case.precision, 'repeats': rounds}
             row |= {'time_ms': {'total': case.ms}, 'difference': case.difference}
             if case.backend is not None:
-                row['macs'] = {'total': self.macs(size, case.expert_map)}
+                row['macs'] = {'total': self.macs(case.decoder, size, case.expert_map)}
             if case.expert_map is not None:
                 row['routing'] = {'shares': list(MAPS[case.expert_map])}
-            ratio, baseline = (plain.ms + encode.ms * is_whole) / case.ms, 'whole-' * is_whole + plain.name
+            ratio, baseline = (plain.ms + (encode.ms if is_whole else 0)) / case.ms, 'whole-' * is_whole + plain.name
             self.report(case.name, scale, ratio, baseline=baseline, **row)
-        saved = self.macs(size, None) / self.macs(size, SKEWED)
-        for code in ('torch', 'fused'):  # how much of the saving on paper arrives as time
+        saved = self.macs(self.dense, size, None) / self.macs(self.moe, size, SKEWED)
+        for code in ('torch', 'fused'):
             for precision in self.args.precisions:
-                dense, moe = (done.get(f'{code}-{what}-{precision}') for what in ('dense', f'moe-{SKEWED}'))
+                dense, moe, lm = (
+                    done.get(f'{code}-{what}-{precision}') for what in ('dense', f'moe-{SKEWED}', 'lm-dense')
+                )
+                if dense is not None and lm is not None:
+                    self.report(f'lm-gain-{code}-{precision}', scale, dense.ms / lm.ms, baseline=dense.name)
                 if dense is not None and moe is not None:
+                    # How much of the saving on paper arrives as time.
                     row = {'baseline': dense.name, 'notes': f'on paper {saved:.3f}'}
                     self.report(f'mac-efficiency-{code}-{precision}', scale, dense.ms / moe.ms / saved, **row)
         backend = self.fused['moe', self.args.precisions[0]]
@@ -216,11 +233,11 @@ class Benchmark:
                 one, other = (route(self.moe, self.feat, size, code) for code in (TORCH, backend))
             self.report('route-agreement', scale, float((one == other).double().mean()), baseline='torch')
 
-    def macs(self, size: tuple[int, int], expert_map: str | None) -> float:
+    def macs(self, decoder: MoEDecoder, size: tuple[int, int], expert_map: str | None) -> float:
         """Multiply-adds per output pixel, LR tables and experts."""
         if expert_map is None:
-            return dense_folded_macs(self.dense, self.lq_size, size)
-        counts = decoder_macs(self.moe, self.lq_size, size)
+            return dense_folded_macs(decoder, self.lq_size, size)
+        counts = decoder_macs(decoder, self.lq_size, size)
         return counts.tables + counts.experts_at(MAPS[expert_map])
 
     def run_train(self) -> None:

@@ -59,7 +59,7 @@ def test_lines_and_results(script, tmp_path, capsys):
     for scale in (2.0, 3.0):
         plain = rows['plain-30000', scale]['time_ms']['total']
         for code in ('torch', 'fused'):
-            for what in ('dense', 'moe-uniform', 'moe-50/25/15/10'):
+            for what in ('dense', 'lm-dense', 'moe-uniform', 'moe-50/25/15/10'):
                 row = rows[f'{code}-{what}-fp32', scale]
                 assert row['ratio'] == pytest.approx(plain / row['time_ms']['total'])
                 assert row['difference'] <= 1e-5 and row['repeats'] == 2
@@ -68,6 +68,10 @@ def test_lines_and_results(script, tmp_path, capsys):
             # by hand: 5 layers of 256, experts of 1 to 4 hidden layers, tables of 9 x 64 x 256 per LR pixel and expert
             assert dense['macs']['total'] == 4 * (512 + 3 * 65536) + 768 + 147456 / scale**2
             assert moe['macs']['total'] == pytest.approx(4 * (512 + 0.85 * 65536) + 768 + 4 * 147456 / scale**2)
+            lm = rows[f'{code}-lm-dense-fp32', scale]
+            assert lm['macs']['total'] == 4 * (18 * 16 + 5 * 256) + 48 + (576 * 208 + 208 * 208) / scale**2
+            gain = dense['time_ms']['total'] / lm['time_ms']['total']
+            assert rows[f'lm-gain-{code}-fp32', scale]['ratio'] == pytest.approx(gain)
             assert rows[f'mac-efficiency-{code}-fp32', scale]['ratio'] == pytest.approx(
                 dense['time_ms']['total'] / moe['time_ms']['total'] / saved
             )

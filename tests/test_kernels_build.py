@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from moeisr_basicsr.kernels import cpu
-from moeisr_basicsr.kernels.build import BuildError, _cache_root, load_library
+from moeisr_basicsr.kernels import build, cpu
+from moeisr_basicsr.kernels.build import DIGEST_SIZE, BuildError, _cache_root, _fingerprint, load_library
 from moeisr_basicsr.kernels.native import OLDER
 
 CHILD = """
@@ -83,11 +83,64 @@ def test_the_sources_compile():
     load_library()
 
 
+def built_library():
+    """This process's."""
+    return _cache_root() / f'decode_{_fingerprint()}.so'
+
+
+def damaged_libraries(whole, folder):
+    """What a crash, a full disk or a bad one leaves in place of a library."""
+    compiler = os.environ.get('CXX', 'c++')
+    empty = folder / 'empty.so'
+    subprocess.run([compiler, '-shared', '-x', 'c++', '-', '-o', str(empty)], input=b'', check=True)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    yield from (b'', whole[:100], whole[: len(whole) // 2], whole[:-1], bytes(flipped))
+    yield from (b'garbage' * 1000, bytes(len(whole)), empty.read_bytes())
+
+
+@needs_kernels
+def test_a_damaged_library_is_built_again(tmp_path, monkeypatch):
+    """Truncated, of zeros, without symbols: neither a crash nor slow code for ever."""
+    built, folder = built_library(), tmp_path / 'moeisr_basicsr'
+    whole = built.read_bytes()
+    folder.mkdir()
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
+    builds = []
+
+    def compile_again(path):  # what the compiler would make, without its minute
+        builds.append(path)
+        (tmp_path / 'new.so').write_bytes(whole[:-DIGEST_SIZE])
+        build._put(tmp_path / 'new.so', path)
+
+    monkeypatch.setattr(build, '_compile', compile_again)
+    for count, content in enumerate(damaged_libraries(whole, tmp_path), start=1):
+        path = folder / built.name
+        path.unlink(missing_ok=True)  # never write into a library that this process has loaded
+        path.write_bytes(content)
+        for _ in range(2):
+            assert load_library().moeisr_supported() > 0
+        assert builds == [path] * count and path.read_bytes() == whole
+
+
+@needs_kernels
+def test_a_library_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, 'fsync', lambda handle: calls.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, 'replace', lambda old, new: calls.append('replace') or os.rename(old, new))
+    (tmp_path / 'new.so').write_bytes(b'library')
+    build._put(tmp_path / 'new.so', tmp_path / 'placed.so')
+    assert calls == [(tmp_path / 'placed.so').stat().st_ino, 'replace', tmp_path.stat().st_ino]
+    assert build._is_whole(tmp_path / 'placed.so') and not (tmp_path / 'new.so').exists()
+
+
 @needs_kernels
 def test_concurrent_first_builds(tmp_path):
-    """Two processes start on a cache without library, after a killed build: both end with the kernels."""
+    """Two processes start on half a library, a SIGBUS if loaded, after a killed build: both end with the kernels."""
     folder = tmp_path / 'moeisr_basicsr'
     (folder / 'build_killed').mkdir(parents=True)
+    whole = built_library().read_bytes()
+    (folder / built_library().name).write_bytes(whole[: len(whole) // 2])
     (folder / 'build.lock').write_text('')  # left by a process that died: the lock itself died with it
     outputs = []
     children = [start_child(tmp_path) for _ in range(2)]
@@ -97,4 +150,4 @@ def test_concurrent_first_builds(tmp_path):
     for waiter in waiters:
         waiter.join()
     assert len(outputs) == 2 and all(out.startswith('True') for out in outputs), outputs
-    assert len(list(folder.glob('*.so'))) == 1
+    assert [path.stat().st_size for path in folder.glob('*.so')] == [len(whole)]

@@ -102,8 +102,45 @@ def lte_tables(size, basis, seed=1):
     )
 
 
-def run(experts, tables, rows, cols, expert_map, isa=None, precision='fp32', tile=None):
-    packed = cpu.PackedExperts(experts, precision, isa=isa)
+def lm_experts(widths, seed=0):
+    """Render MLPs of (width, hidden layers) for three channels; None without layers."""
+    return [
+        make_experts([[width] * depth], 3, seed + j)[0] if depth else None for j, (width, depth) in enumerate(widths)
+    ]
+
+
+def lm_tables(experts, size, seed=1):
+    """Scales (their 1 included), shifts and first pre-activations, (h, w, parts, padded width) flattened."""
+    generator = torch.Generator().manual_seed(seed)
+    tables = []
+    for expert in experts:
+        if expert is not None:
+            width, layers = expert['w_rel'].shape[1], len(expert['hidden']) + 1
+            rows = torch.randn(*size, 2 * layers + 1, width, generator=generator) * 0.5
+            rows[..., :layers, :] += 1
+            rows = F.pad(rows, (0, -width % 16)).flatten(2)
+        tables.append(None if expert is None else rows)
+    return tables
+
+
+def lm_pixel(expert, table, corners):
+    """One pixel in double: `corners` gives row, column, relative coordinate and weight of each."""
+    answer = torch.zeros(3, dtype=torch.double)
+    for row, col, rel, weight in corners:
+        layers = len(expert['hidden']) + 1
+        parts = table[row, col].double().unflatten(0, (2 * layers + 1, -1))[:, : expert['w_rel'].shape[1]]
+        x = parts[-1] + rel.double() @ expert['w_rel'].double()
+        for layer in range(layers):
+            if layer:
+                x = F.linear(x, *(part.double() for part in expert['hidden'][layer - 1]))
+            x = F.relu(x * parts[layer] + parts[layers + layer])
+        answer += weight.double() * F.linear(x, *(part.double() for part in expert['last']))
+    return answer
+
+
+def run(experts, tables, rows, cols, expert_map, isa=None, precision='fp32', tile=None, family='liif'):
+    family = 'lte' if isinstance(tables, cpu.LteTables) else family
+    packed = cpu.PackedExperts(experts, precision, family, isa)
     out = torch.full((packed.out_channels, *expert_map.shape), float('nan'))
     cpu.decode(packed, tables, rows, cols, expert_map, out, tile=tile)
     return out
@@ -138,6 +175,28 @@ def test_lte_matches_plain_loops(isa, basis):
     expected = reference(experts, lte_first(tables), rows, cols, expert_map)
     got = run(experts, tables, rows, cols, expert_map, isa)
     assert (got - expected).abs().max() <= TOLERANCE[isa]
+
+
+@needs_kernels
+@pytest.mark.parametrize('isa', ISAS)
+@pytest.mark.parametrize('lr_size, out_size', [((3, 5), (13, 11)), ((1, 1), (1, 1)), ((2, 7), (4, 15))])
+def test_lm_matches_plain_loops(isa, lr_size, out_size):
+    """Odd pixels per block, widths of one vector, less and more, one layer or many, none, one query."""
+    experts = lm_experts([(16, 6), (5, 2), (0, 0), (40, 1), (33, 3)])
+    tables = lm_tables(experts, lr_size)
+    rows, cols = grid_axis(out_size[0], lr_size[0]), grid_axis(out_size[1], lr_size[1])
+    expert_map = make_map(out_size, 5)
+    got = run(experts, tables, rows, cols, expert_map, isa, family='lm')
+    weights = corner_weights(rows, cols)
+    for row in range(out_size[0]):
+        for col in range(out_size[1]):
+            corners = [
+                (rows.index[a, row], cols.index[b, col], torch.stack([rows.rel[a, row], cols.rel[b, col]]), weight)
+                for (a, b), weight in zip(((0, 0), (0, 1), (1, 0), (1, 1)), weights[..., row, col].flatten())
+            ]
+            j = int(expert_map[row, col])
+            expected = torch.zeros(3) if experts[j] is None else lm_pixel(experts[j], tables[j], corners)
+            assert (got[:, row, col] - expected).abs().max() <= 1e-5  # fp32 in any precision
 
 
 @needs_kernels
@@ -197,19 +256,23 @@ def test_against_the_unfolded_algorithm():
 
 @needs_kernels
 @pytest.mark.parametrize('isa', ISAS)
-def test_result_depends_on_nothing_but_the_pixel(isa):
+@pytest.mark.parametrize('family', ['liif', 'lm'])
+def test_result_depends_on_nothing_but_the_pixel(isa, family):
     """Bit for bit: any tile size, any number of threads, any neighbours, a part of the image or all of it."""
     experts = make_experts([[64], [64, 64], [32, 64, 96]], 3)
     tables = liif_tables(experts, (12, 11))
+    if family == 'lm':
+        experts = lm_experts([(16, 2), (16, 5), (0, 0)])
+        tables = lm_tables(experts, (12, 11))
     rows, cols = grid_axis(50, 12), grid_axis(70, 11)
     expert_map = make_map((50, 70), 3)
-    whole = run(experts, tables, rows, cols, expert_map, isa)
+    whole = run(experts, tables, rows, cols, expert_map, isa, family=family)
     for tile in ((1, 1), (3, 5), (64, 64)):
-        assert torch.equal(run(experts, tables, rows, cols, expert_map, isa, tile=tile), whole)
+        assert torch.equal(run(experts, tables, rows, cols, expert_map, isa, tile=tile, family=family), whole)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(5)
-        assert torch.equal(run(experts, tables, rows, cols, expert_map, isa), whole)
+        assert torch.equal(run(experts, tables, rows, cols, expert_map, isa, family=family), whole)
     finally:
         torch.set_num_threads(threads)
     part = run(
@@ -219,9 +282,10 @@ def test_result_depends_on_nothing_but_the_pixel(isa):
         GridAxis(cols.index[:, 20:], cols.rel[:, 20:]),
         expert_map[9:31, 20:].contiguous(),
         isa,
+        family=family,
     )
     assert torch.equal(part, whole[:, 9:31, 20:])
-    first = run(experts, tables, rows, cols, torch.zeros_like(expert_map), isa)
+    first = run(experts, tables, rows, cols, torch.zeros_like(expert_map), isa, family=family)
     assert torch.equal(first[:, expert_map == 0], whole[:, expert_map == 0])
 
 
@@ -301,7 +365,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match='expert 0, layer 0'):
         cpu.PackedExperts(experts)
     with pytest.raises(ValueError, match='share one basis'):
-        cpu.PackedExperts(make_experts([[32]], 3, basis=64) + make_experts([[32]], 3, basis=32))
+        cpu.PackedExperts(make_experts([[32]], 3, basis=64) + make_experts([[32]], 3, basis=32), family='lte')
 
 
 @needs_kernels
@@ -313,15 +377,19 @@ def test_conv_matches_torch(isa, channels, out_channels, size):
     weight, bias = (torch.rand(out_channels, channels, 3, 3) * 2 - 1) * bound, torch.randn(out_channels)
     window = torch.randn(channels, size[0] + 2, size[1] + 2)
     expected = F.conv2d(window[None].double(), weight.double(), bias.double())[0].permute(1, 2, 0)
-    got = cpu.PackedConv(weight, isa)(window, bias)
+    got = cpu.PackedConv([weight], isa)(window, [bias])
     assert got.shape == expected.shape
     tolerance = 2e-5 if isa in cpu.ISAS['fp32'] else 2e-2  # up to 1620 products one after the other, sums up to 5
     assert (got - expected).abs().max() <= tolerance
     cells = torch.arange(0, size[0] * size[1], 3)  # the others may hold anything
-    some = cpu.PackedConv(weight, isa)(window, bias, cells)
+    some = cpu.PackedConv([weight], isa)(window, [bias], cells)
     assert (some - expected).flatten(0, 1)[cells].abs().max() <= tolerance
+    second, shift = torch.randn(41, out_channels) * out_channels**-0.5, torch.randn(41)
+    expected = F.linear(F.relu(expected), second.double(), shift.double())
+    got = cpu.PackedConv([weight, second], isa)(window, [bias, shift], cells).flatten(0, 1)
+    assert got.shape[1] == 41 and (got[cells] - expected.flatten(0, 1)[cells]).abs().max() <= tolerance
     with pytest.raises(ValueError, match=f'must have {channels} channels'):
-        cpu.PackedConv(weight, isa)(window[1:], bias)
+        cpu.PackedConv([weight], isa)(window[1:], [bias])
 
 
 @needs_kernels

@@ -5,7 +5,8 @@ import torch
 
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import MoEDecoder, render_image
-from moeisr_basicsr.core.render import TORCH, FeatureWindow, Renderer
+from moeisr_basicsr.core.coords import grid_axis
+from moeisr_basicsr.core.render import TORCH, FeatureWindow, Renderer, Tile
 from moeisr_basicsr.inference import upscale
 from moeisr_basicsr.kernels import cpu, fused_backend
 
@@ -32,9 +33,16 @@ def sharpen(mapper):
         ('shared', [[64], [64] * 2, [64, 20, 7]]),
         ('shared', [[20], [20, 100]]),
         ('nested', [[64], [64, 20], [64, 20, 7]]),
-        ('nested-lte', [[], [20], [20, 100]]),
-        ('lte', [[], [64], [64] * 3]),
+        ('nested', [[], [64], [64, 20]]),
+        ('nested-lte', [[5], [5, 20], [5, 20, 100]]),
+        ('liif', [[33, 5], [], [7]]),
+        ('lte', [[64], [], [64] * 3]),
         ('lte', [[20], [7, 100]]),
+        ('lm', [{'latent': [208], 'depth': 6}]),
+        ('lm', [{'latent': [], 'depth': 1}, {'latent': [20, 33], 'depth': 2}, {'latent': [7], 'depth': 5}]),
+        ('lm', [[], {'latent': [40], 'depth': 3}]),
+        ('lm-7', [{'latent': [9], 'depth': 3}, [], {'latent': [], 'depth': 2}]),
+        ('lm-33', [{'latent': [50], 'depth': 2}]),
     ],
 )
 @pytest.mark.parametrize('size', [(39, 45), (27, 91), (14, 31)])
@@ -44,9 +52,12 @@ def test_fused_equals_torch(family, experts, size, precision):
         'lte': {'hidden_dim': 40},
         'shared': {'shared_layers': 1},
         'nested': {'shared_layers': 3},
-        'nested-lte': {'hidden_dim': 40, 'shared_layers': 2},
+        'nested-lte': {'hidden_dim': 40, 'shared_layers': 3},
+        'lm-7': {'render_width': 7},
+        'lm-33': {'render_width': 33},
     }.get(family, {})
-    decoder = MoEDecoder(16, 3, 'lte' if 'lte' in family else 'liif', experts, **options).eval()
+    name = next((name for name in ('lte', 'lm') if name in family), 'liif')
+    decoder = MoEDecoder(16, 3, name, experts, **options).eval()
     if decoder.mapper is not None:
         sharpen(decoder.mapper)
     feat = torch.randn(2, 16, 13, 15)
@@ -60,6 +71,42 @@ def test_fused_equals_torch(family, experts, size, precision):
     else:
         difference = (plain.output - fused.output).abs()
     assert difference.max() <= TOLERANCE[precision]
+
+
+@needs_kernels
+def test_tiles_strips_and_one_query_of_lm():
+    """Any tiling gives the same bits; a window of the image and its corner pixel are those of the whole."""
+    torch.manual_seed(3)
+    decoder = MoEDecoder(8, 3, 'lm', [[], {'latent': [12], 'depth': 2}, {'latent': [], 'depth': 1}]).eval()
+    sharpen(decoder.mapper)
+    feat, backend = torch.randn(1, 8, 11, 9), fused_backend(decoder, 'cpu')
+    whole = render_image(decoder, feat, (25, 31), backend=backend)
+    assert whole.expert_map.unique().numel() == 3
+    for tile in (1, 3, 16):
+        assert torch.equal(render_image(decoder, feat, (25, 31), backend=backend, tile=tile).output, whole.output)
+    renderer = Renderer(decoder, (25, 31), (11, 9), backend=backend)
+    for rows, cols in (((4, 17), (0, 31)), ((24, 25), (30, 31)), ((7, 8), (3, 20))):
+        for top, bottom, strip in renderer.render_region(FeatureWindow(feat, 0, 0, (11, 9)), rows, cols):
+            assert torch.equal(strip.output, whole.output[..., top:bottom, slice(*cols)])
+
+
+@needs_kernels
+def test_a_latent_mlp_runs_where_its_queries_read(monkeypatch):
+    """And not at all in a tile that is left to the expert without layers."""
+    decoder = MoEDecoder(4, 3, 'lm', [[], {'latent': [8], 'depth': 1}, {'latent': [], 'depth': 2}]).eval()
+    backend, ran = fused_backend(decoder, 'cpu'), []
+    convolve = cpu.PackedConv.__call__
+    monkeypatch.setattr(cpu.PackedConv, '__call__', lambda self, *args: ran.append(args[2]) or convolve(self, *args))
+    axes = grid_axis(24, 6), grid_axis(24, 6)
+    expert_map = torch.zeros(24, 24, dtype=torch.uint8)
+    tile = Tile(torch.randn(1, 4, 8, 8), *axes, torch.tensor([0.5, 0.5]), expert_map)
+    with torch.no_grad():
+        assert (backend.decode(decoder, tile) == 0).all() and ran == []
+        expert_map[10, 13] = 1
+        got = backend.decode(decoder, tile)
+        assert len(ran) == 1 and ran[0].tolist() == [12 + 2, 12 + 3, 18 + 2, 18 + 3]
+        torch.testing.assert_close(got, TORCH.decode(decoder, tile), rtol=0, atol=1e-5)
+    assert (got[:, 10, 13] != 0).all() and got.count_nonzero() == 3
 
 
 @needs_kernels
@@ -102,6 +149,5 @@ def test_upscale_packs_the_weights_as_they_are_now():
 
 @needs_kernels
 def test_experts_that_the_kernels_do_not_take_run_in_torch():
-    linear = MoEDecoder(4, 3, 'liif', [[], [8]])
-    assert fused_backend(linear, 'cpu') is None
+    assert fused_backend(MoEDecoder(4, 3, 'liif', [[]]), 'cpu') is None
     assert fused_backend(MoEDecoder(4, 3, 'liif', [[8]]), 'cpu', 'fp16') is None

@@ -15,14 +15,14 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec('triton') is None, reason='Triton is not installed; it is needed for the CUDA kernels only'
 )
 
-# Compiles the decode kernel for a device that is not there, and prints what it would need. argv: compute capabilities.
+# Compiles the kernels for a device that is not there, and prints what it would need. argv: compute capabilities.
 COMPILE = """
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from moeisr_basicsr.kernels.triton_decode import HALF_CONFIGS
-from moeisr_basicsr.kernels.triton_kernel import decode_kernel, route_kernel
+from moeisr_basicsr.kernels.triton_kernel import decode_kernel, render_kernel, route_kernel
 
 
 
@@ -40,13 +40,15 @@ def compile_kernel(capability, kernel, constants, **options):
 for capability in map(int, sys.argv[1:]):
     config = HALF_CONFIGS[0 if capability == 90 else 1]
     decode = compile_kernel(capability, decode_kernel, dict(
-        LTE=False, RELU_FIRST=True, LAYERS=4, CHANNELS=3, D_IN=256, D=256, D_OUT=16, BLOCK=config.block,
+        LTE=False, LAYERS=4, CHANNELS=3, D_IN=256, D=256, D_OUT=16, BLOCK=config.block,
         CHUNK=config.chunk, DOT='ieee', EMULATE_BF16=False, EPS=1e-9),
         num_warps=config.num_warps, num_stages=config.num_stages)
+    render = compile_kernel(capability, render_kernel, dict(
+        LAYERS=6, CHANNELS=3, D=16, D_OUT=16, BLOCK=32, DOT='ieee', EMULATE_BF16=False, EPS=1e-9), num_warps=8)
     route = compile_kernel(capability, route_kernel, dict(WANT_LOGITS=False, J=4, WIDTH=32, PADDED=32, BLOCK=128))
     product = 'wgmma.mma_async' if capability == 90 else 'mma.sync'
     print(decode.metadata.shared, product in decode.asm['ptx'], len(decode.asm['cubin']) > 0,
-          len(route.asm['cubin']) > 0)
+          len(route.asm['cubin']) > 0, 'mma' in render.asm['ptx'] and len(render.asm['cubin']) > 0)
 """
 
 
@@ -78,5 +80,5 @@ def test_compiles_to_tensor_core_code(tmp_path):
     lines = run(['-c', COMPILE, '90', '80'], tmp_path, interpret=False).splitlines()
     for line, shared_kib in zip(lines, (227, 163), strict=True):  # what one program may have on each
         shared, *compiled = line.split()
-        assert compiled == ['True'] * 3, line
+        assert compiled == ['True'] * 4, line
         assert int(shared) <= shared_kib * 1024

@@ -17,15 +17,20 @@ from moeisr_basicsr.kernels import fused_backend, select, triton_decode
 from moeisr_basicsr.kernels.triton_decode import Config, TritonBackend
 
 DEVICE = 'cpu' if triton_decode.interpreted() else 'cuda'
-EXPERTS = {'liif': [[12], [8, 20], [16, 4, 8]], 'lte': [[], [12], [8, 20]]}
+EXPERTS = {
+    'liif': [[12], [8, 20], [16, 4, 8]],
+    'lte': [[5], [12], [8, 20]],
+    'lm': [{'latent': [], 'depth': 1}, {'latent': [20], 'depth': 3}, {'latent': [7, 12], 'depth': 2}],
+}
+FAMILIES = list(EXPERTS)
 # Largest difference on the [0, 1] scale; networks scale the decoder's answers by a half.
 TOLERANCE = {'fp32': 1e-5, 'tf32': 4e-3, 'fp16': 4e-3, 'bf16': 4e-3}
 FACTORS = [(2, 2), (3, 3), (5, 1), (1.3, 2.7), (7, 7)]
 
 
-def make_decoder(family='liif', experts=None, out_channels=3, hidden_dim=12, shared_layers=0, **mapper):
+def make_decoder(family='liif', experts=None, out_channels=3, hidden_dim=12, shared_layers=0, width=16, **mapper):
     torch.manual_seed(0)
-    extra = {'hidden_dim': hidden_dim} if family == 'lte' else {}
+    extra = {'lte': {'hidden_dim': hidden_dim}, 'lm': {'render_width': width}}.get(family, {})
     options = {'num_layers': 1, 'num_feat': 8, **mapper}
     decoder = MoEDecoder(
         6, out_channels, family, experts or EXPERTS[family], mapper=options, shared_layers=shared_layers, **extra
@@ -62,14 +67,14 @@ def check(decoder, lr_size=(5, 4), factor=(2, 3.5), precision='fp32', configs=No
     return rendered, difference
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('factor', FACTORS)
 def test_equals_the_plain_twin(family, factor):
     rendered, _ = check(make_decoder(family), (3, 4), factor, batch=2)
     assert len(rendered.expert_map.unique()) > 1, 'the case must use several experts to prove anything'
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('precision', ['tf32', 'fp16', 'bf16'])
 def test_other_precisions(family, precision):
     _, difference = check(make_decoder(family), factor=(3, 3), precision=precision)
@@ -78,9 +83,38 @@ def test_other_precisions(family, precision):
 
 
 @pytest.mark.parametrize('family', ['liif', 'lte'])
-@pytest.mark.parametrize('depth', [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize('depth', [1, 2, 3, 4, 5])
 def test_depths(family, depth):
     check(make_decoder(family, [[10, 7, 12, 9, 16][:depth]]), factor=(2, 3))
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize(('depth', 'latent', 'width'), [(6, [208], 16), (1, [], 20), (2, [5, 6], 3), (4, [9], 40)])
+def test_lm_of_any_size(depth, latent, width, precision):
+    check(make_decoder('lm', [{'latent': latent, 'depth': depth}], width=width), (3, 4), (2, 3), precision)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('place', [0, 2])
+def test_an_expert_without_layers(family, place):
+    experts = [*EXPERTS[family]]
+    experts[place] = []
+    rendered, _ = check(make_decoder(family, experts), (5, 4), (3, 3))
+    chosen = rendered.expert_map == place
+    assert chosen.any() and not chosen.all() and (rendered.output.transpose(0, 1)[:, chosen] == 0).all()
+
+
+@torch.no_grad()
+def test_a_latent_mlp_runs_where_its_queries_read():
+    decoder, seen = make_decoder('lm'), []
+    backend = TritonBackend(decoder, 'fp32')
+    latent = backend.latents[1]
+    backend.latents[1] = lambda window, cell_lr, reads: seen.append(reads) or latent(window, cell_lr, reads)
+    expert_map = torch.zeros(24, 24, dtype=torch.uint8, device=DEVICE)
+    expert_map[10, 13] = 1
+    tile = make_tile((6, 6), (24, 24), expert_map)
+    torch.testing.assert_close(backend.decode(decoder, tile), plain_decode(decoder, tile), rtol=0, atol=2e-5)
+    assert len(seen) == 1 and seen[0].nonzero().flatten().tolist() == [12 + 2, 12 + 3, 18 + 2, 18 + 3]
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
@@ -94,10 +128,10 @@ def test_several_chunks_of_wide_layers(family, precision):
 @pytest.mark.parametrize('out_channels', [1, 3, 17])
 def test_output_channels(out_channels):
     check(make_decoder(out_channels=out_channels), factor=(2, 3))
-    check(make_decoder(experts=[[]], out_channels=out_channels), factor=(2, 3))
+    check(make_decoder('lm', out_channels=out_channels), factor=(2, 3))
 
 
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('lr_size', [(1, 1), (1, 5), (2, 1)])
 def test_tiny_images(family, lr_size):
     check(make_decoder(family), lr_size, (5, 4))
@@ -127,8 +161,9 @@ def plain_decode(decoder, tile):
 
 @torch.no_grad()
 @pytest.mark.parametrize('used', [[0], [2], [0, 2]])
-def test_idle_experts(used):
-    decoder = make_decoder()
+@pytest.mark.parametrize('family', ['liif', 'lm'])
+def test_idle_experts(family, used):
+    decoder = make_decoder(family)
     expert_map = torch.full((7, 9), used[0], dtype=torch.uint8, device=DEVICE)
     expert_map[3, 5] = used[-1]  # one query of its own, or none
     tile = make_tile((3, 4), (7, 9), expert_map)
@@ -138,8 +173,9 @@ def test_idle_experts(used):
 
 
 @torch.no_grad()
-def test_tiles_equal_the_whole():
-    decoder = make_decoder()
+@pytest.mark.parametrize('family', ['liif', 'lm'])
+def test_tiles_equal_the_whole(family):
+    decoder = make_decoder(family)
     feat = torch.randn(1, 6, 9, 7, device=DEVICE)
     backend = TritonBackend(decoder, 'fp32')
     whole = render_image(decoder, feat, (21, 20), backend=backend, tile=16)
@@ -238,8 +274,10 @@ class Failing:
         return launch
 
 
-@pytest.mark.parametrize('kernel', ['decode_kernel', 'route_kernel'])
-@pytest.mark.parametrize('family', ['liif', 'lte'])
+@pytest.mark.parametrize(
+    ('family', 'kernel'),
+    [('liif', 'decode_kernel'), ('lte', 'decode_kernel'), ('lm', 'render_kernel'), ('lte', 'route_kernel')],
+)
 def test_a_launch_that_fails_is_found_before_the_first_image(monkeypatch, caplog, family, kernel):
     decoder = make_decoder(family)
     monkeypatch.setattr(select, '_RUNS', {})
@@ -269,6 +307,8 @@ def test_wrong_arguments(monkeypatch):
         TritonBackend(decoder, 'fp8')
     with pytest.raises(ValueError, match='at most 512; the widest, padded, has 1024'):
         TritonBackend(make_decoder(experts=[[8, 600]]))
+    with pytest.raises(ValueError, match='at most 64; the widest, padded, has 128'):
+        TritonBackend(make_decoder('lm', width=65))
     monkeypatch.setattr(triton_decode, 'interpreted', lambda: False)
     with pytest.raises(ValueError, match='needs a CUDA device; got cpu'):
         TritonBackend(decoder.cpu())

@@ -13,11 +13,13 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
+from basicsr.archs import build_network
 from basicsr.models import build_model
 
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.atomic_file import write_atomic
-from moeisr_basicsr.checkpoint import convert
+from moeisr_basicsr.archs.moeisr_arch import resolve_network
+from moeisr_basicsr.checkpoint import convert, save_model
 from moeisr_basicsr.data.image_source import ImageSource
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.options import parse_options, read_yaml
@@ -90,8 +92,8 @@ def adapt(job: Job, started: float) -> tuple[int, list[Compared], bool]:
     if gain > 0:
         convert(latest, job.out)
     else:
-        network_opt = resolve_network(baseline)
-        save_model(job.out, build_network(deepcopy(network_opt)), network_opt)
+        net = build_network(deepcopy(baseline))
+        save_model(job.out, net, resolve_network(baseline, net))
     return code, rows, gain > 0
 
 

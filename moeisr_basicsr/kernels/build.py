@@ -21,6 +21,7 @@ import torch
 SOURCE_DIR = Path(__file__).parent / 'csrc'
 # No fused multiply-add behind our back: coordinates and blend weights must round as the torch code does.
 COMPILE_FLAGS = ['-O3', '-fopenmp', '-ffp-contract=off', '-fvisibility=hidden', '-w']
+DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 class BuildError(RuntimeError):
@@ -28,7 +29,7 @@ class BuildError(RuntimeError):
 
 
 def load_library() -> ctypes.CDLL:
-    """Returns the kernels, compiled by `torch.utils.cpp_extension.load` if no earlier process has done so.
+    """Returns the kernels, compiled by `torch.utils.cpp_extension.load` unless an earlier process left them whole.
 
     Raises:
         BuildError: No compiler, no ninja, no place to write, or a library that does not load.
@@ -38,10 +39,10 @@ def load_library() -> ctypes.CDLL:
     root = _cache_root()
     path = root / f'decode_{_fingerprint()}.so'
     try:
-        if not path.exists():
+        if not _is_whole(path):
             root.mkdir(parents=True, exist_ok=True)
             with _only_one(root / 'build.lock'):
-                if not path.exists():  # another process may have built it meanwhile
+                if not _is_whole(path):  # another process may have built it meanwhile
                     _compile(path)
         return ctypes.CDLL(str(path))
     except BuildError:
@@ -57,6 +58,28 @@ def _cache_root() -> Path:
         cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
         root = os.path.join(cache, 'torch_extensions')
     return Path(root) / 'moeisr_basicsr'
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is there and ends with its own digest. To load a damaged one may kill the process."""
+    if not path.exists():
+        return False
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-DIGEST_SIZE]).digest() == content[-DIGEST_SIZE:]
+
+
+def _put(built: Path, path: Path) -> None:
+    """Moves a library into place in one step, with its digest behind it, where loaders do not look."""
+    with open(built, 'rb+') as file:
+        file.write(hashlib.sha256(file.read()).digest())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(built, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _sources() -> list[Path]:
@@ -91,7 +114,7 @@ def _only_one(lock: Path) -> Iterator[None]:
 
 
 def _compile(path: Path) -> None:
-    """Builds in a private folder, then moves the library into place in one step."""
+    """Builds in a private folder, then moves the library into place."""
     folder = tempfile.mkdtemp(prefix='build_', dir=path.parent)
     search_path = os.environ.get('PATH', '')
     try:
@@ -108,7 +131,7 @@ def _compile(path: Path) -> None:
             with_cuda=False,
             is_python_module=False,
         )
-        os.replace(os.path.join(folder, 'moeisr_decode.so'), path)
+        _put(Path(folder, 'moeisr_decode.so'), path)
     # no setuptools; no compiler; no ninja or a failed build; torch 2.1 where there is no compiler
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]

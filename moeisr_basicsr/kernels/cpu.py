@@ -74,7 +74,8 @@ def decode(
         packed: The experts.
         tables: LIIF: for each expert the pre-activation of hidden layer 1 without its coordinate part (bias and cell
             term included), (Ht, Wt, D) fp32, cells at a constant distance (a slice of the channels of one
-            channels-last tensor will do); None for experts that no pixel takes. LTE: `LteTables`.
+            channels-last tensor will do); None for experts without layers or that no pixel takes. lm: the same with
+            rows as `latent.latent_of` gives them. LTE: `LteTables`.
         rows: Output rows, index relative to the tables' first row.
         cols: Output columns, index relative to the tables' first column.
         expert_map: (h, w) uint8.
@@ -87,11 +88,12 @@ def decode(
     height, width = expert_map.shape
     keep: list[object] = []  # what the pointers in `args` point into
     args = Decode(num_experts=packed.num_experts, channels=packed.out_channels, experts=packed.array)
+    args.modulated = packed.family == 'lm'
     if packed.family == 'lte':
         assert isinstance(tables, LteTables)
         size = _set_lte_tables(args, packed, tables, keep)
     else:
-        size = _set_liif_tables(args, packed, tables, keep)
+        size = _set_tables(args, packed, tables, keep)
     _check_axis('rows', rows, (2, height), size[0])
     _check_axis('cols', cols, (2, width), size[1])
     if expert_map.dtype != torch.uint8 or (width > 1 and expert_map.stride(1) != 1):
@@ -195,9 +197,7 @@ def _cell_stride(table: Tensor, name: str) -> int:
     return stride
 
 
-def _set_liif_tables(
-    args: Decode, packed: PackedExperts, tables: Sequence[Tensor | None], keep: list
-) -> tuple[int, int]:
+def _set_tables(args: Decode, packed: PackedExperts, tables: Sequence[Tensor | None], keep: list) -> tuple[int, int]:
     used = [table for table in tables if table is not None]
     if len(tables) != packed.num_experts or not used:
         raise ValueError(f'tables: one per expert ({packed.num_experts}), at least one not None; got {len(tables)}.')
@@ -209,7 +209,7 @@ def _set_liif_tables(
             continue
         if table.shape != (*size, width) or table.dtype != torch.float32:
             raise ValueError(f'table {j} must be fp32 {(*size, width)}; got {table.dtype} {tuple(table.shape)}.')
-        if width % PAD:
+        if width % PAD and not args.modulated:
             table = F.pad(table, (0, round_up(width) - width))
         keep.append(table)
         entries.append(Table(table.data_ptr(), _cell_stride(table, f'table {j}')))
@@ -219,7 +219,7 @@ def _set_liif_tables(
 
 def _set_lte_tables(args: Decode, packed: PackedExperts, tables: LteTables, keep: list) -> tuple[int, int]:
     coef, freq, phase = tables
-    size, width = (coef.shape[0], coef.shape[1]), packed.widths[0]
+    size, width = (coef.shape[0], coef.shape[1]), max(packed.widths)
     for name, table, shape in (
         ('coef', coef, (*size, width)),
         ('freq', freq, (*size, width)),

@@ -8,12 +8,15 @@ from torch import Tensor
 
 from moeisr_basicsr.core.coords import GridAxis, Near
 from moeisr_basicsr.core.decoder import MoEDecoder
-from moeisr_basicsr.core.liif import LIIFExperts
+from moeisr_basicsr.core.liif import ExpertPool, LIIFExperts
+from moeisr_basicsr.core.lm import LMExperts
 from moeisr_basicsr.core.lte import LTEExperts
 from moeisr_basicsr.core.mapper import Mapper
 from moeisr_basicsr.core.render import Tile
 
 from . import cpu
+from .latent import first_of, latent_of
+from .packed import RENDER_PAD, round_up
 
 
 class FusedCPUBackend:
@@ -28,25 +31,21 @@ class FusedCPUBackend:
 
     def __init__(self, decoder: MoEDecoder, precision: str = 'fp32'):
         pool = decoder.pool
-        experts = []
-        for j in range(decoder.num_experts):
-            linears = pool.linears(j)[1:] if isinstance(pool, LIIFExperts) else pool.linears(j)
-            layers = [(layer.weight, layer.bias) for layer in linears]
-            w_rel = pool.split_first(j)[1][:, :2].t() if isinstance(pool, LIIFExperts) else None
-            experts.append({'w_rel': w_rel, 'hidden': layers[:-1], 'last': layers[-1]})
-        self.packed = cpu.PackedExperts(experts, precision)
-        if isinstance(pool, LIIFExperts):
-            kernels, self.w_local = zip(*(pool.split_first(j) for j in range(pool.num_tables)))
-            self.convs = [cpu.PackedConv(kernel, self.packed.isa) for kernel in kernels]
+        layered = [j for j in range(decoder.num_experts) if pool.linears(j)]
+        experts = [_pack_expert(pool, j) if j in layered else None for j in range(decoder.num_experts)]
+        self.packed = cpu.PackedExperts(experts, precision, decoder.family)
+        if isinstance(pool, LMExperts):
+            self.latents = {j: latent_of(pool, j, round_up(pool.render_width, RENDER_PAD)) for j in layered}
+        elif isinstance(pool, LIIFExperts):
+            self.latents = {j: first_of(pool, j) for j in pool.owners}
+        else:
+            return  # LTE's convolutions run in torch
+        self.convs = {j: cpu.PackedConv(latent.weights, self.packed.isa) for j, latent in self.latents.items()}
 
     @staticmethod
     def supports(decoder: MoEDecoder) -> bool:
-        """Whether the kernels can decode these experts: a LIIF expert needs a hidden layer, weights are fp32."""
-        return (
-            (decoder.family == 'lte' or min(decoder.depths) > 0)
-            and decoder.num_experts <= 256
-            and all(parameter.dtype == torch.float32 for parameter in decoder.pool.parameters())
-        )
+        """Whether the kernels can decode these experts: their weights must be fp32."""
+        return all(parameter.dtype == torch.float32 for parameter in decoder.pool.parameters())
 
     def decode(self, decoder: MoEDecoder, tile: Tile) -> Tensor:
         """(C_out, R, S) fp32."""
@@ -56,26 +55,27 @@ class FusedCPUBackend:
             expert_map = torch.zeros(size, dtype=torch.uint8)
         out = torch.empty(decoder.out_channels, *size)
         with torch.autocast('cpu', enabled=False):
-            tables = self._liif_tables(decoder, tile) if decoder.family == 'liif' else self._lte_tables(decoder, tile)
+            tables = self._lte_tables(decoder, tile) if decoder.family == 'lte' else self._tables(decoder, tile)
+        if all(table is None for table in tables):  # every pixel takes an expert without layers
+            return out.zero_()
         cpu.decode(self.packed, tables, tile.rows, tile.cols, expert_map, out)
         return out
 
-    def _liif_tables(self, decoder: MoEDecoder, tile: Tile) -> list[Tensor | None]:
-        """First-layer pre-activations (h, w, D) of the experts that the tile uses; bias and cell term included."""
-        pool = decoder.pool
-        assert isinstance(pool, LIIFExperts)
+    def _tables(self, decoder: MoEDecoder, tile: Tile) -> list[Tensor | None]:
+        """LIIF's and lm's tables (h, w, D) of the experts that the tile uses; bias and cell term included."""
         window = tile.window.contiguous(memory_format=torch.channels_last)[0]
 
         def table(j: int, needed: Tensor | None) -> Tensor:
-            bias = pool.linears(j)[0].bias + self.w_local[j][:, 2:] @ tile.cell_lr
-            return self.convs[j](window, bias, needed)
+            return self.convs[j](window, self.latents[j].biases_at(tile.cell_lr), needed)
 
-        if pool.num_tables == 1:
-            return [table(0, None)] * decoder.num_experts
-        assert tile.expert_map is not None  # several experts are routed
+        if tile.expert_map is None:
+            return [table(0, None)]
+        if len(decoder.pool.shared):  # one table for all with layers
+            shared = table(next(iter(self.convs)), None)
+            return [shared if width else None for width in self.packed.widths]
         size = tile.window.shape[-2] - 2, tile.window.shape[-1] - 2
         cells = cpu.needed_cells(tile.rows, tile.cols, tile.expert_map, size, decoder.num_experts)
-        return [table(j, needed) if needed.numel() else None for j, needed in enumerate(cells)]
+        return [table(j, needed) if j in self.convs and needed.numel() else None for j, needed in enumerate(cells)]
 
     def _lte_tables(self, decoder: MoEDecoder, tile: Tile) -> cpu.LteTables:
         """Coefficient and frequency (h, w, 2 K), the latter with its row parts first, and the phase."""
@@ -116,3 +116,14 @@ class FusedCPUBackend:
             logits=logits,
         )
         return experts
+
+
+def _pack_expert(pool: ExpertPool, j: int) -> dict:
+    """Expert j as `PackedExperts` takes it."""
+    first, *rest = pool.linears(j)
+    if isinstance(pool, LTEExperts):
+        w_rel, rest = None, [first, *rest]
+    else:  # relative coordinate and cell are the last inputs
+        w_rel = first.weight[:, -4:-2].t()
+    layers = [(layer.weight, layer.bias) for layer in rest]
+    return {'w_rel': w_rel, 'hidden': layers[:-1], 'last': layers[-1]}

@@ -43,7 +43,7 @@ class Table(Structure):
 
 class Decode(Structure):
     _fields_ = [(name, c_int64) for name in ('num_experts', 'channels')]
-    _fields_ += [('experts', POINTER(Expert)), ('tables', POINTER(Table))]
+    _fields_ += [('experts', POINTER(Expert)), ('modulated', c_int64), ('tables', POINTER(Table))]
     _fields_ += [(name, c_void_p) for name in ('coef', 'freq', 'phase')]
     _fields_ += [(name, c_int64) for name in ('coef_stride', 'freq_stride', 'basis', 'table_width', 'height', 'width')]
     _fields_ += [(name, c_void_p) for name in ('row_index', 'col_index', 'row_rel', 'col_rel', 'expert_map')]
@@ -69,7 +69,8 @@ class Route(Structure):
 
 class TableJob(Structure):
     _fields_ = [
-        ('layer', Layer),
+        ('layers', POINTER(Layer)),
+        ('num_layers', c_int64),
         ('window', c_void_p),
         ('channels', c_int64),
         ('height', c_int64),

@@ -11,7 +11,7 @@ from moeisr_basicsr.core.render import Backend, FeatureWindow, Renderer, Tile, c
 
 from .native import switched_off
 
-FAMILIES = ('liif', 'lte')  # that the kernels are written for
+FAMILIES = ('liif', 'lte', 'lm')  # that the kernels are written for
 _RUNS: dict[tuple, bool] = {}  # what determines the compiled code -> whether its trial succeeded in this process
 
 
@@ -32,7 +32,7 @@ def fused_backend(decoder: MoEDecoder, device: torch.device | str, precision: st
     if switched_off():
         _say(logging.INFO, 'Decode runs on torch code: MOEISR_KERNELS=off.')
         return None
-    if decoder.family not in FAMILIES or 0 in decoder.depths:  # nor for experts without layers
+    if decoder.family not in FAMILIES or not any(decoder.depths):  # nothing to compute
         return None
     device = torch.device(device)
     if device.type == 'cpu' and precision != 'fp16':  # no processor's kernel is written for fp16

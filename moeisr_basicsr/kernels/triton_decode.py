@@ -13,26 +13,35 @@ layer (LIIF) or of the Fourier basis (LTE), D hidden width, D_OUT output channel
 powers of two.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from moeisr_basicsr.core.coords import EPS_AREA, Near
+from moeisr_basicsr.core.coords import EPS_AREA, Near, grid_corners
 from moeisr_basicsr.core.decoder import MoEDecoder, group_by_expert
 from moeisr_basicsr.core.liif import LIIFExperts
+from moeisr_basicsr.core.lm import LMExperts
 from moeisr_basicsr.core.lte import LTEExperts
 from moeisr_basicsr.core.mapper import Mapper
-from moeisr_basicsr.core.precision import full_fp32
 from moeisr_basicsr.core.render import Tile, TorchBackend
-from moeisr_basicsr.kernels.triton_kernel import decode_kernel, interpreted, route_kernel
+from moeisr_basicsr.kernels.triton_kernel import decode_kernel, interpreted, render_kernel, route_kernel
+from moeisr_basicsr.kernels.triton_pack import (
+    PackedExpert,
+    liif_conv,
+    lm_table,
+    lte_conv,
+    pack_liif,
+    pack_lm,
+    pack_lte,
+    padded,
+)
 
-MIN_WIDTH = 16  # the least inner size of a tensor core product
 MAX_WIDTH = 512  # wider activations do not fit the registers of one program
+MAX_RENDER_WIDTH = 64  # of lm, whose layers are in registers whole
 MAX_ROUTED = 16  # experts; the routing kernel is unrolled over them
 PRECISIONS = {  # operand type, and how tl.dot multiplies fp32 operands
     'fp32': (torch.float32, 'ieee'),
@@ -82,111 +91,6 @@ def available(device: torch.device | str = 'cuda') -> bool:
     return not reason(device)
 
 
-def _padded(width: int) -> int:
-    return max(MIN_WIDTH, triton.next_power_of_2(width))
-
-
-def _pad(x: Tensor, *sizes: int) -> Tensor:
-    """Zeros behind each of the first dimensions of `x` up to `sizes`."""
-    pads = [pad for have, size in zip(x.shape, sizes) for pad in (size - have, 0)]
-    return F.pad(x, [0, 0] * (x.dim() - len(sizes)) + pads[::-1])
-
-
-def _pad_halves(x: Tensor, half: int) -> Tensor:
-    """Zeros behind each half of the first dimension of `x`: (2 K, ...) -> (2 * half, ...)."""
-    return torch.cat([_pad(part, half) for part in x.chunk(2)])
-
-
-class PackedExpert(NamedTuple):
-    """One expert in the kernel's layout."""
-
-    weights: Tensor  # flat: each layer behind the table or basis as (inputs, outputs)
-    biases: Tensor  # flat fp32
-    w_rel: Tensor | None  # LIIF: (2, D_IN) fp32, relative row and column in the first layer; None for LTE
-    w_cell: Tensor  # LIIF: (D_IN, 2) fp32; LTE: (D_IN / 2, 2) fp32, the phase
-    bias: Tensor | None  # LIIF: (D_IN,) fp32, first layer
-    d_in: int
-    d: int
-    layers: int
-    relu_first: bool
-
-    def coordinate_part(self, cell_lr: Tensor) -> Tensor:
-        """What the kernel reads as `w_coord`, for the cell (2,) in units of LR pixels."""
-        constant = (self.w_cell * cell_lr).sum(dim=1)
-        if self.w_rel is None or self.bias is None:  # LTE
-            return constant
-        return torch.cat([self.w_rel, (constant + self.bias)[None]])
-
-
-def _pack_layers(
-    linears: list[tuple[Tensor, Tensor]], d_in: int, d_out: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, int]:
-    """Weights (out, in) and biases, padded with zeros, transposed and laid end to end; and D."""
-    d = max([_padded(weight.shape[0]) for weight, _ in linears[:-1]], default=MIN_WIDTH)
-    widths = [d_in, *[d] * (len(linears) - 1), d_out]
-    weights = [
-        _pad(weight, fan_out, fan_in).t().flatten()
-        for (weight, _), fan_in, fan_out in zip(linears, widths[:-1], widths[1:])
-    ]
-    biases = [_pad(bias, fan_out) for (_, bias), fan_out in zip(linears, widths[1:])]
-    return torch.cat(weights).to(dtype), torch.cat(biases), d
-
-
-def _pack_liif(pool: LIIFExperts, j: int, d_out: int, dtype: torch.dtype) -> PackedExpert:
-    (_, bias), *linears = [(layer.weight.float(), layer.bias.float()) for layer in pool.linears(j)]
-    d_in = _padded(bias.shape[0])
-    w_rel, w_cell = _pad(pool.split_first(j)[1].float(), d_in).split(2, dim=1)  # (D_IN, 2) each
-    relu_first = bool(linears)
-    if not linears:  # one linear layer in all: the table holds the answers, and an identity passes them on
-        linears = [(torch.eye(bias.shape[0], device=bias.device), torch.zeros_like(bias))]
-    weights, biases, d = _pack_layers(linears, d_in, d_out, dtype)
-    return PackedExpert(
-        weights, biases, w_rel.t().contiguous(), w_cell, _pad(bias, d_in), d_in, d, len(linears), relu_first
-    )
-
-
-def _pack_lte(pool: LTEExperts, j: int, d_out: int, dtype: torch.dtype) -> PackedExpert:
-    linears = [(layer.weight.float(), layer.bias.float()) for layer in pool.linears(j)]
-    half = _padded(pool.hidden_dim // 2)
-    linears[0] = _pad_halves(linears[0][0].t(), half).t(), linears[0][1]
-    weights, biases, d = _pack_layers(linears, 2 * half, d_out, dtype)
-    phase = _pad(pool.phase.weight.float(), half)
-    return PackedExpert(weights, biases, None, phase, None, 2 * half, d, len(linears), False)
-
-
-class TableConv(NamedTuple):
-    """The 3x3 convolution that makes the LR tables of all experts."""
-
-    weight: Tensor  # LIIF: (sum of D_IN, C, 3, 3), or (D_IN, C, 3, 3) where the experts share their first layer;
-    # LTE: (2 D_IN, C, 3, 3) fp32, coefficients before frequencies
-    bias: Tensor | None  # LTE only; LIIF's goes into `PackedExpert.coordinate_part`, in fp32
-    exact: bool  # without rounding fp32 operands to tf32
-
-    def __call__(self, window: Tensor) -> Tensor:
-        """(1, C, h + 2, w + 2) -> (T, channels): one row per latent code."""
-        window = window.to(self.weight.dtype).contiguous(memory_format=torch.channels_last)
-        with full_fp32(window.device) if self.exact else nullcontext():
-            table = F.conv2d(window, self.weight, self.bias)  # (1, channels, h, w)
-        return table[0].permute(1, 2, 0).flatten(0, 1).contiguous()  # no copy where the convolution is channels-last
-
-
-def _liif_conv(pool: LIIFExperts, experts: list[PackedExpert], dtype: torch.dtype, exact: bool) -> TableConv:
-    weight = torch.cat([_pad(pool.split_first(j)[0].float(), experts[j].d_in) for j in range(pool.num_tables)])
-    return TableConv(weight.to(dtype).contiguous(memory_format=torch.channels_last), None, exact)
-
-
-def _lte_conv(pool: LTEExperts, experts: list[PackedExpert]) -> TableConv:
-    half = experts[0].d_in // 2
-    assert pool.coef.bias is not None and pool.freq.bias is not None  # the default of nn.Conv2d
-    # Official frequency channels alternate between row and column. Rounded frequencies would be off by whole turns.
-    pairs = [
-        (coef.float(), torch.cat([freq[0::2], freq[1::2]]).float())
-        for coef, freq in ((pool.coef.weight, pool.freq.weight), (pool.coef.bias, pool.freq.bias))
-    ]
-    weight, bias = (torch.cat([_pad_halves(part, half) for part in pair]) for pair in pairs)
-    return TableConv(weight.contiguous(memory_format=torch.channels_last), bias, True)
-
-
 class TritonBackend(TorchBackend):
     """Routes and decodes the tiles of one decoder with fused kernels.
 
@@ -212,24 +116,26 @@ class TritonBackend(TorchBackend):
             raise ValueError(f'{reason(device)}.')
         dtype, self.dot = PRECISIONS[precision]
         self.decoder = decoder
-        self.lte = decoder.family == 'lte'
-        self.one_table = not isinstance(pool, LIIFExperts) or pool.num_tables == 1  # for all experts
         self.configs = CONFIGS[precision]
         self.emulate_bf16 = interpreted() and precision == 'bf16'
-        self.d_out = _padded(decoder.out_channels)
+        self.d_out = padded(decoder.out_channels)
+        layered, exact = [j for j in range(num_experts) if pool.linears(j)], precision == 'fp32'
+        widest = MAX_WIDTH
         with torch.no_grad():
-            if isinstance(pool, LTEExperts):
-                self.experts = [_pack_lte(pool, j, self.d_out, dtype) for j in range(num_experts)]
-                self.conv = _lte_conv(pool, self.experts)
+            if isinstance(pool, LMExperts):
+                self.experts = {j: pack_lm(pool, j, self.d_out, dtype) for j in layered}
+                self.latents = {j: lm_table(pool, j, dtype, exact) for j in layered}
+                widest = MAX_RENDER_WIDTH
+            elif isinstance(pool, LTEExperts):
+                self.experts = {j: pack_lte(pool, j, self.d_out, dtype) for j in layered}
+                self.conv = lte_conv(pool)
             else:
                 assert isinstance(pool, LIIFExperts)
-                self.experts = [_pack_liif(pool, j, self.d_out, dtype) for j in range(num_experts)]
-                self.conv = _liif_conv(pool, self.experts, dtype, precision == 'fp32')
-            widest = max(self.d_out, *(width for expert in self.experts for width in (expert.d_in, expert.d)))
-            if widest > MAX_WIDTH:
-                raise ValueError(
-                    f'the Triton kernel takes layers of at most {MAX_WIDTH}; the widest, padded, has {widest}.'
-                )
+                self.experts = {j: pack_liif(pool, j, self.d_out, dtype) for j in layered}
+                self.conv = liif_conv(pool, dtype, exact)
+        width = max(self.d_out, *(width for expert in self.experts.values() for width in (expert.d_in, expert.d)))
+        if width > widest:
+            raise ValueError(f'the Triton kernel takes layers of at most {widest}; the widest, padded, has {width}.')
         self._accepted = [0] * num_experts  # position in `configs` of the first that the device took
 
     @torch.no_grad()
@@ -237,64 +143,70 @@ class TritonBackend(TorchBackend):
         """The tile's pixels, each from its expert: (C_out, R, S) fp32."""
         assert decoder is self.decoder, 'a TritonBackend holds the packed weights of one decoder'
         size = tile.rows.rel.shape[1], tile.cols.rel.shape[1]
-        out = torch.empty(decoder.out_channels, *size, device=tile.window.device)
+        out = torch.zeros(decoder.out_channels, *size, device=tile.window.device)  # what experts without layers predict
         if tile.expert_map is None:
             order, counts = torch.arange(size[0] * size[1], device=out.device), [size[0] * size[1]]
         else:
             order, counts = group_by_expert(tile.expert_map.flatten(), decoder.num_experts)
         with torch.autocast(out.device.type, enabled=False), torch.cuda.device_of(out):
-            table = self.conv(tile.window)
-            first = 0  # channel at which an expert's table starts
+            table_of = self._tables(tile)
             for j, which in enumerate(order.split(counts)):
-                if which.numel() > 0:
-                    self._launch(j, tile, table, first, which, out)
-                first += 0 if self.one_table else self.experts[j].d_in
+                if which.numel() > 0 and j in self.experts:
+                    self._launch(j, tile, table_of(j, which), which, out)
         return out
 
-    def _launch(self, j: int, tile: Tile, table: Tensor, first: int, which: Tensor, out: Tensor) -> None:
+    def _tables(self, tile: Tile) -> Callable[[int, Tensor], Tensor]:
+        """A function of an expert and its queries, which gives the LR table that it reads: (T, channels)."""
+        pool, cell_lr = self.decoder.pool, tile.cell_lr.float()
+        if not isinstance(pool, LMExperts):
+            table = self.conv(tile.window)
+            if not isinstance(pool, LIIFExperts) or len(pool.owners) == 1:
+                return lambda j, which: table
+            parts = dict(zip(pool.owners, table.split([expert.d_in for expert in self.experts.values()], dim=1)))
+            return lambda j, which: parts[j]
+        height, width = tile.window.shape[-2] - 2, tile.window.shape[-1] - 2
+        index = grid_corners(tile.rows, tile.cols, width).index[:, 0]  # (4, N)
+
+        def latent_table(j: int, which: Tensor) -> Tensor:
+            reads = None
+            if tile.expert_map is not None:
+                reads = torch.zeros(height * width, dtype=torch.bool, device=which.device)
+                reads[index[:, which]] = True
+            return self.latents[j](tile.window, cell_lr, reads)
+
+        return latent_table
+
+    def _launch(self, j: int, tile: Tile, table: Tensor, which: Tensor, out: Tensor) -> None:
         """Expert j on the queries `which`, into `out`."""
-        expert = self.experts[j]
+        expert, family = self.experts[j], self.decoder.family
         axes = [part.contiguous() for axis in (tile.rows, tile.cols) for part in axis]
-        arguments = (
-            out,
-            which,
-            *axes,
-            table[:, first:],
-            table[:, expert.d_in :] if self.lte else table,
-            expert.coordinate_part(tile.cell_lr.float()),
-            expert.weights,
-            expert.biases,
-            which.numel(),
-            *out.shape[1:],
-            tile.window.shape[-1] - 2,
-            table.shape[1],
-        )
-        # Fused products and sums would round LTE's angles otherwise than the official code, by more than 1e-5 of a
-        # cosine at high frequencies.
+        w_coord = expert.coordinate_part(tile.cell_lr.float())
+        sizes = which.numel(), *out.shape[1:], tile.window.shape[-1] - 2, table.stride(0)
         options = dict(
-            LTE=self.lte,
-            RELU_FIRST=expert.relu_first,
             LAYERS=expert.layers,
             CHANNELS=out.shape[0],
-            D_IN=expert.d_in,
             D=expert.d,
             D_OUT=self.d_out,
             DOT=self.dot,
             EMULATE_BF16=self.emulate_bf16,
             EPS=EPS_AREA,
-            enable_fp_fusion=not self.lte,
+            # Fused products and sums would round LTE's angles otherwise than the official code, by more than 1e-5 of a
+            # cosine at high frequencies.
+            enable_fp_fusion=family != 'lte',
         )
         for position in range(self._accepted[j], len(self.configs)):
             config = fit_config(self.configs[position], expert)
+            options |= dict(BLOCK=config.block, num_warps=config.num_warps, num_stages=config.num_stages)
+            programs = (triton.cdiv(which.numel(), config.block),)
             try:
-                decode_kernel[(triton.cdiv(which.numel(), config.block),)](
-                    *arguments,
-                    **options,
-                    BLOCK=config.block,
-                    CHUNK=config.chunk,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                )
+                if family == 'lm':
+                    arguments = out, which, *axes, table, w_coord, expert.weights, expert.biases, *sizes
+                    render_kernel[programs](*arguments, **options)
+                else:
+                    freq = table[:, expert.d_in :] if family == 'lte' else table
+                    arguments = out, which, *axes, table, freq, w_coord, expert.weights, expert.biases, *sizes
+                    shape = dict(LTE=family == 'lte', D_IN=expert.d_in, CHUNK=config.chunk)
+                    decode_kernel[programs](*arguments, **options, **shape)
             except (OutOfResources, PTXASError):  # too much shared memory, too many registers
                 if position + 1 == len(self.configs):
                     raise

@@ -1,4 +1,5 @@
-"""The device code of `triton_decode`: `decode_kernel` answers queries, `route_kernel` chooses their experts.
+"""The device code of `triton_decode`: `decode_kernel` answers LIIF's and LTE's queries, `render_kernel` those of lm,
+`route_kernel` chooses their experts.
 
 A program of `decode_kernel` takes a block of queries of one expert, with all four corners of each. Its activations
 are one matrix of 4 * BLOCK rows that never leaves the chip; weights are read from L2 in chunks. Triton cannot slice a
@@ -21,11 +22,28 @@ import triton.language as tl
 
 
 @triton.jit
-def _corners(row, col, corner, row_index, row_rel, col_index, col_rel, n_rows, n_cols, table_width, EPS: tl.constexpr):
-    """Latent code, relative coordinate and ensemble weight of one corner of each query, all (M,).
+def _corners(
+    order,
+    count,
+    row_index,
+    row_rel,
+    col_index,
+    col_rel,
+    n_rows,
+    n_cols,
+    table_width,
+    BLOCK: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """Latent code, relative coordinate and ensemble weight of each corner of this program's queries, all (M,).
 
-    The arithmetic of `core.coords.ensemble_weight`, in its order.
+    The arithmetic of `core.coords.ensemble_weight`, in its order. Codes are int64, as `GridAxis` has them.
     """
+    lane = tl.arange(0, 4 * BLOCK)
+    corner = lane % 4
+    number = tl.minimum(tl.program_id(0) * BLOCK + lane // 4, count - 1)  # tables have rows of this expert's codes only
+    query = tl.load(order + number).to(tl.int32)  # (M,)
+    row, col = query // n_cols, query % n_cols
     up, down = tl.load(row_rel + row), tl.load(row_rel + n_rows + row)
     left, right = tl.load(col_rel + col), tl.load(col_rel + n_cols + col)
     is_up, is_left = corner < 2, corner % 2 == 0
@@ -57,7 +75,6 @@ def _liif_layer(
     D_IN: tl.constexpr,
     N: tl.constexpr,
     CHUNK: tl.constexpr,
-    RELU: tl.constexpr,
     DOT: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
@@ -69,8 +86,7 @@ def _liif_layer(
         w_row, w_col = tl.load(w_coord + at), tl.load(w_coord + D_IN + at)
         part = tl.load(table[:, None] + at[None, :]).to(tl.float32) + tl.load(w_coord + 2 * D_IN + at)[None, :]
         part += rel_row[:, None] * w_row[None, :] + rel_col[:, None] * w_col[None, :]  # (M, CHUNK)
-        if RELU:
-            part = tl.maximum(part, 0.0)
+        part = tl.maximum(part, 0.0)
         weight = tl.load(weights + at[:, None] * N + outer[None, :])  # (CHUNK, N)
         x = _dot(part, weight, x, DOT, EMULATE_BF16)
     return x
@@ -134,6 +150,20 @@ def _layer_pair(
     return y
 
 
+@triton.jit
+def _answer(
+    out, order, count, x, blend, bias, n_queries, CHANNELS: tl.constexpr, D_OUT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Blends the corners' outputs (M, D_OUT) and writes them."""
+    channel = tl.arange(0, D_OUT)
+    answer = tl.sum(tl.reshape(x * blend[:, None], (BLOCK, 4, D_OUT)), axis=1)  # (BLOCK, D_OUT)
+    answer += tl.load(bias + channel)[None, :]
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    query = tl.load(order + number, mask=number < count, other=0).to(tl.int64)
+    place = channel[None, :].to(tl.int64) * n_queries + query[:, None]
+    tl.store(out + place, answer, mask=(number < count)[:, None] & (channel < CHANNELS)[None, :])
+
+
 # Unspecialised: these change from tile to tile, and each special case would be another compilation.
 @triton.jit(do_not_specialize=['order', 'count', 'n_rows', 'n_cols', 'table_width'])
 def decode_kernel(
@@ -154,7 +184,6 @@ def decode_kernel(
     table_width,
     table_stride,
     LTE: tl.constexpr,
-    RELU_FIRST: tl.constexpr,
     LAYERS: tl.constexpr,
     CHANNELS: tl.constexpr,
     D_IN: tl.constexpr,
@@ -178,24 +207,10 @@ def decode_kernel(
         weights: All layers, each (inputs, outputs), one after the other.
         biases: (LAYERS - 1) * D values, then D_OUT.
     """
-    lane = tl.arange(0, 4 * BLOCK)
-    corner = lane % 4
-    number = tl.program_id(0) * BLOCK + lane // 4
-    query = tl.load(order + number, mask=number < count, other=0).to(tl.int32)  # (M,)
     code, rel_row, rel_col, blend = _corners(
-        query // n_cols,
-        query % n_cols,
-        corner,
-        row_index,
-        row_rel,
-        col_index,
-        col_rel,
-        n_rows,
-        n_cols,
-        table_width,
-        EPS,
+        order, count, row_index, row_rel, col_index, col_rel, n_rows, n_cols, table_width, BLOCK, EPS
     )
-    code = code * table_stride  # int64, as `GridAxis` has it: tables may be large
+    code = code * table_stride  # int64: tables may be large
 
     hidden = tl.arange(0, D)
     channel = tl.arange(0, D_OUT)
@@ -205,9 +220,7 @@ def decode_kernel(
             table + code, freq + code, w_coord, weights, rel_row, rel_col, D_IN // 2, N0, CHUNK, DOT, EMULATE_BF16
         )
     else:
-        x = _liif_layer(
-            table + code, w_coord, weights, rel_row, rel_col, D_IN, N0, CHUNK, RELU_FIRST, DOT, EMULATE_BF16
-        )
+        x = _liif_layer(table + code, w_coord, weights, rel_row, rel_col, D_IN, N0, CHUNK, DOT, EMULATE_BF16)
     rest = weights + D_IN * N0  # of layer 1 and on
     for layer in tl.static_range(1, LAYERS - 1, 2):  # this layer and the next one
         x += tl.load(biases + (layer - 1) * D + hidden)[None, :]
@@ -227,12 +240,64 @@ def decode_kernel(
         weight = tl.load(rest + (LAYERS - 2) * D * D + hidden[:, None] * D_OUT + channel[None, :])  # (D, D_OUT)
         x = _dot(x, weight, tl.zeros((4 * BLOCK, D_OUT), dtype=tl.float32), DOT, EMULATE_BF16)
 
-    answer = tl.sum(tl.reshape(x * blend[:, None], (BLOCK, 4, D_OUT)), axis=1)  # (BLOCK, D_OUT)
-    answer += tl.load(biases + (LAYERS - 1) * D + channel)[None, :]
-    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    query = tl.load(order + number, mask=number < count, other=0).to(tl.int64)
-    place = channel[None, :].to(tl.int64) * (n_rows * n_cols) + query[:, None]
-    tl.store(out + place, answer, mask=(number < count)[:, None] & (channel < CHANNELS)[None, :])
+    _answer(out, order, count, x, blend, biases + (LAYERS - 1) * D, n_rows * n_cols, CHANNELS, D_OUT, BLOCK)
+
+
+@triton.jit
+def _modulate(x, scale, to_shift):
+    """relu(x * scale + shift), (M, D); `scale` points to the scales of each row's latent code."""
+    return tl.maximum(x * tl.load(scale).to(tl.float32) + tl.load(scale + to_shift).to(tl.float32), 0.0)
+
+
+@triton.jit(do_not_specialize=['order', 'count', 'n_rows', 'n_cols', 'table_width', 'table_stride'])
+def render_kernel(
+    out,
+    order,
+    row_index,
+    row_rel,
+    col_index,
+    col_rel,
+    table,
+    w_rel,
+    weights,
+    biases,
+    count,
+    n_rows,
+    n_cols,
+    table_width,
+    table_stride,
+    LAYERS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    D: tl.constexpr,
+    D_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """One block of queries of one expert of lm, LAYERS hidden layers; arguments as for `decode_kernel`, but:
+
+    Args:
+        table: (T, (2 * LAYERS + 1) * D), as `latent.latent_of` has it.
+        w_rel: (2, D) fp32.
+        weights: Of layers 2 to LAYERS and the last one.
+    """
+    code, rel_row, rel_col, blend = _corners(
+        order, count, row_index, row_rel, col_index, col_rel, n_rows, n_cols, table_width, BLOCK, EPS
+    )
+    hidden = tl.arange(0, D)
+    channel = tl.arange(0, D_OUT)
+    scale = table + (code * table_stride)[:, None] + hidden[None, :]  # (M, D)
+    x = tl.load(scale + 2 * LAYERS * D).to(tl.float32)
+    x += rel_row[:, None] * tl.load(w_rel + hidden)[None, :] + rel_col[:, None] * tl.load(w_rel + D + hidden)[None, :]
+    x = _modulate(x, scale, LAYERS * D)
+    for layer in tl.static_range(1, LAYERS):
+        weight = tl.load(weights + (layer - 1) * D * D + hidden[:, None] * D + hidden[None, :])
+        bias = tl.zeros((4 * BLOCK, D), dtype=tl.float32) + tl.load(biases + (layer - 1) * D + hidden)[None, :]
+        x = _modulate(_dot(x, weight, bias, DOT, EMULATE_BF16), scale + layer * D, LAYERS * D)
+    weight = tl.load(weights + (LAYERS - 1) * D * D + hidden[:, None] * D_OUT + channel[None, :])  # (D, D_OUT)
+    x = _dot(x, weight, tl.zeros((4 * BLOCK, D_OUT), dtype=tl.float32), DOT, EMULATE_BF16)
+    _answer(out, order, count, x, blend, biases + (LAYERS - 1) * D, n_rows * n_cols, CHANNELS, D_OUT, BLOCK)
 
 
 @triton.jit(do_not_specialize=['count', 'n_cols', 'table_width'])

@@ -169,13 +169,15 @@ MOEISR_API int64_t moeisr_table(const TableJob *job, int64_t isa) {
     const TableJob &t = *job;
     const Kernel kernel = kernel_of(isa);
     const int64_t cells = t.cells ? t.num_cells : t.height * t.width;
+    int64_t width = 0;
+    for (int64_t n = 0; n < t.num_layers; ++n) width = std::max(width, t.layers[n].in);
     int64_t step = kernel.table_cells;
     while (step > 48 && cells < step * t.num_threads) step /= 2;
     std::atomic<int> failed{kOk};
 #pragma omp parallel num_threads(t.num_threads)
     {
         Scratch scratch;
-        if (!make_scratch(t.layer.in, step, kernel, &scratch)) failed = kNoMemory;
+        if (!make_scratch(width, step, kernel, &scratch)) failed = kNoMemory;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t first = 0; first < cells; first += step)
             if (!failed) kernel.table(t, first, std::min(step, cells - first), scratch);

@@ -11,6 +11,7 @@
 namespace moeisr {
 
 constexpr int kPad = 32;         // every width is padded to this: one AMX k-step, two AVX-512 vectors
+constexpr int kRenderPad = 16;   // widths of lm's render MLP are padded to this
 constexpr int kBlockPixels = 32;  // most pixels per activation block; each kernel picks its own number
 constexpr int kBlockRows = 4 * kBlockPixels;
 constexpr int kColBits = 6, kMaxTileCols = 1 << kColBits, kMaxTileRows = 64;
@@ -23,24 +24,25 @@ struct Layer {
 };
 
 struct Expert {
-    int64_t width;        // padded width of what the LR tables give: hidden layer 1 (LIIF) or the basis product (LTE)
+    int64_t width;        // padded width of hidden layer 1 (LIIF, lm) or of the basis product (LTE)
     int64_t num_layers;   // hidden layers still to do
     int64_t last_width;   // padded input width of the last layer
-    const float *w_rel;   // (2, width), LIIF only
+    const float *w_rel;   // (2, width), LIIF and lm
     const Layer *layers;
-    const float *w_last;  // (C, last_width)
+    const float *w_last;  // (C, last_width); null: the expert without layers, which predicts 0
     const float *b_last;  // (C)
 };
 
 struct Table {
-    const float *data;  // (Ht * Wt, width); null where no pixel of this strip takes the expert
+    const float *data;  // (Ht * Wt, width), lm: see render.h; null where no pixel of this strip takes the expert
     int64_t stride;     // elements from one LR pixel to the next
 };
 
 struct Decode {
     int64_t num_experts, channels;
     const Expert *experts;
-    const Table *tables;      // (J), LIIF; null for LTE
+    int64_t modulated;        // lm
+    const Table *tables;      // (J), LIIF and lm; null for LTE
     const float *coef;        // (Ht * Wt, 2 * basis): cosine part, then sine part; LTE
     const float *freq;        // (Ht * Wt, 2 * basis): row part, then column part; LTE
     const float *phase;       // (basis); LTE
@@ -73,12 +75,13 @@ struct Route {
     int64_t num_threads;
 };
 
-// LR tables: (Ht * Wt, out) = 3x3 convolution of a window of features, without activation.
+// LR tables: (Ht * Wt, out) of the last layer. The first is a 3x3 convolution of a window of features, ReLU between.
 struct TableJob {
-    Layer layer;          // in = 9 * channels: row, column, channel of the window
+    const Layer *layers;  // the first has in = 9 * channels: row, column, channel of the window
+    int64_t num_layers;
     const float *window;  // (Ht + 2, Wt + 2, channels), channels a multiple of kPad
     int64_t channels, height, width;  // Ht, Wt
-    float *out;           // (Ht * Wt, layer.out)
+    float *out;           // (Ht * Wt, out)
     const int64_t *cells;  // LR pixels to compute; null for all of them. Not on AMX
     int64_t num_cells;
     int64_t num_threads;

@@ -194,7 +194,7 @@ struct GemmAmx {
 
     // Without activation, fp32 out; only the first `cells` rows are written.
     static void linear(const TableJob &t, int64_t first, int cells, const uint16_t *in, const Scratch &scratch) {
-        const Layer &layer = t.layer;
+        const Layer &layer = t.layers[t.num_layers - 1];
         float *out = t.out + first * layer.out;
         const int64_t out_stride = layer.out;
         const float *biases = layer.bias;

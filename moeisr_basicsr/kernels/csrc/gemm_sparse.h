@@ -97,10 +97,11 @@ struct GemmSparse {
     // LR tables: without activation, each row to its cell.
     static void linear(const TableJob &t, int64_t first, int cells, float *in, const Scratch &scratch) {
         const int rows = (cells + kMicroRows - 1) / kMicroRows * kMicroRows;
-        multiply(t.layer, in, rows, scratch, [&](int row, int64_t n, Vec sums) {
+        const Layer &layer = t.layers[t.num_layers - 1];
+        multiply(layer, in, rows, scratch, [&](int row, int64_t n, Vec sums) {
             if (row >= cells) return;
             const int64_t cell = t.cells ? t.cells[first + row] : first + row;
-            store(t.out + cell * t.layer.out + n, sums);
+            store(t.out + cell * layer.out + n, sums);
         });
     }
 };

@@ -2,6 +2,7 @@
 // every x86-64 machine. Standard headers come first, so that no shared inline function is compiled for this target.
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "decode.h"
 
@@ -21,6 +22,7 @@ namespace moeisr {
 namespace amx {
 #include "vec_avx512.h"
 #include "tile.h"
+#include "render.h"
 #include "bf16.h"
 #include "gemm_amx.h"
 #include "table.h"

@@ -2,6 +2,7 @@
 // every x86-64 machine. Standard headers come first, so that no shared inline function is compiled for this target.
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "decode.h"
 
@@ -20,6 +21,7 @@ namespace moeisr {
 namespace avx512 {
 #include "vec_avx512.h"
 #include "tile.h"
+#include "render.h"
 #include "gemm_sparse.h"
 #include "gemm_fp32.h"
 #include "table.h"

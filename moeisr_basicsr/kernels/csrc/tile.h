@@ -169,10 +169,19 @@ struct FloatRows {  // for what is blended without another hidden layer
     }
 };
 
+static void predict_zero(const Decode &d, const Block &block) {
+    for (int64_t c = 0; c < d.channels; ++c)
+        for (int i = 0; i < block.pixels; ++i) block.target[i][c * d.out_plane_stride] = 0;
+}
+
+static void render(const Decode &, const Table &, const Expert &, const Block &, const Scratch &);  // render.h
+
 template <class Gemm>
 static inline void run_block(const Decode &d, int64_t j, const Block &block, const Scratch &scratch) {
     using Act = typename Gemm::Act;
     const Expert &e = d.experts[j];
+    if (!e.w_last) return predict_zero(d, block);
+    if (d.modulated) return render(d, d.tables[j], e, block, scratch);
     Act *in = static_cast<Act *>(scratch.block[0]), *out = static_cast<Act *>(scratch.block[1]);
     if (d.tables) {
         const Table &table = d.tables[j];
@@ -226,12 +235,12 @@ static void decode_tile(const Decode &d, const Tile &tile, const Scratch &scratc
         for (int64_t c = 0; c < tile.cols; ++c) ++start[map[r * d.map_stride + c] + 1];
     for (int64_t j = 0; j < 256; ++j) {
         if (start[j + 1] && j >= d.num_experts) { *error = kBadExpert; return; }
-        if (start[j + 1] && d.tables && !d.tables[j].data) { *error = kMissingTable; return; }
+        if (start[j + 1] && d.tables && d.experts[j].w_last && !d.tables[j].data) { *error = kMissingTable; return; }
         start[j + 1] += start[j];
     }
     int next[256];
     std::memcpy(next, start, sizeof(next));
-    each_pixel(d, tile, Gemm::kCellOrder, [&](int64_t r, int64_t c) {
+    each_pixel(d, tile, Gemm::kCellOrder || d.modulated, [&](int64_t r, int64_t c) {
         order[next[map[r * d.map_stride + c]]++] = static_cast<uint16_t>(r << kColBits | c);
     });
 
