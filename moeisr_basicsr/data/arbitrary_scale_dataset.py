@@ -1,6 +1,6 @@
 """Datasets for any scale: HR images alone, or own pairs of LR and HR images.
 
-Items, both datasets (RGB, fp32, [0, 1]; row before column):
+Items, both datasets (RGB, with `grey` one channel; fp32, [0, 1]; row before column):
     training    lq (3, h, w), gt (Q, 3), coord (Q, 2), cell (Q, 2), scale (2,), lq_path, gt_path
     validation  lq (3, h, w), gt (3, H, W), scale (2,), lq_path, gt_path
 """
@@ -72,7 +72,7 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         path = self.names[self.position(index, len(self.names))]
-        image = self.images.rgb(path)
+        image = self.pixels(self.images, path)
         self.lap('read')
         item = self.train_item(image, path, index) if self.training else self.val_item(image, path)
         return {**item, 'lq_path': path, 'gt_path': path}
@@ -195,7 +195,7 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         lq_name, gt_name = self.pairs[self.position(index, len(self.pairs))]
         paths = {'lq_path': lq_name, 'gt_path': gt_name}
-        lq, gt = self.lq_images.rgb(lq_name), self.gt_images.rgb(gt_name)
+        lq, gt = self.pixels(self.lq_images, lq_name), self.pixels(self.gt_images, gt_name)
         self.lap('read')
         rows, cols = self.check_pair(Pair(lq.shape[:2], gt.shape[:2], **paths))
         gt = gt[:rows, :cols]

@@ -63,7 +63,7 @@ def evaluate(
         except ImageError as error:
             if not opt['is_train']:
                 raise
-            get_root_logger().error(f'{loader.dataset.opt["name"]} could not be validated: {error}')
+            get_root_logger().error(f'A dataset could not be validated: {error}')
     return []
 
 

@@ -22,8 +22,8 @@ from .distributed import Ranks
 
 FILES = 'progress_{}.jsonl'
 # No result depends on these options.
-OF_THE_RUN = ('root_path', 'opt_file', 'launcher', 'dist', 'dist_params', 'auto_resume', 'debug', 'rank', 'world_size')
-OF_THE_RUN += ('logger', 'path')
+OF_THE_RUN: tuple[str, ...] = ('root_path', 'opt_file', 'launcher', 'dist', 'dist_params', 'auto_resume', 'debug')
+OF_THE_RUN += ('rank', 'world_size', 'logger', 'path')
 OF_THE_LOADER = ('num_worker_per_gpu', 'pin_memory', 'persistent_workers', 'prefetch_mode', 'num_prefetch_queue')
 Stamp = list[list[int] | None]
 
