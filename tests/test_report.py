@@ -359,6 +359,7 @@ def tested(tmp_path_factory):
         metrics = {'psnr': {'type': 'calculate_psnr_sr', 'protocol': 'div2k', 'crop_border': 1}}
         val = {
             'save_img': True,
+            'needs_weights': False,
             'save_expert_map': True,
             'save_references': True,
             'bicubic_baseline': True,

@@ -62,7 +62,9 @@ def testing(data: dict) -> Problems:
     """A network without weights would be measured as it was drawn at random."""
     path, val = section(data, 'path'), section(data, 'val')
     if path.get('pretrain_network_g') is None and val.get('needs_weights') is not False:
-        message = "the key 'pretrain_network_g' is missing: a network without weights would be tested. One that needs no "
+        message = (
+            "the key 'pretrain_network_g' is missing: a network without weights would be tested. One that needs no "
+        )
         yield ('path',), f'{message}file is tested with val: needs_weights: false.'
 
 
@@ -83,7 +85,7 @@ def channels(data: dict) -> Problems:
     """The network takes as many channels as each dataset gives, as far as both are known."""
     network = section(data, 'network_g')
     wanted = network.get('in_channels', 3)
-    for name in section(data, 'datasets') if network.get('type') in OURS else ():
+    for name in section(data, 'datasets') if network.get('type') in ('MoEISR', 'LIIF', 'LTE', 'LMLIIF', 'FixedScale') else ():
         dataset = section(data, 'datasets', name)
         if str(dataset.get('type')).startswith('ArbitraryScale'):
             given, advice = 1 if dataset.get('grey') else 3, 'grey: true of a dataset gives 1, without it there are 3'
