@@ -338,7 +338,7 @@ def test_only_a_lack_of_memory_is_called_so(model, monkeypatch, capsys):
 
 
 def test_a_full_disk_is_one_line(model, monkeypatch, capsys):
-    from moeisr_basicsr.data import image_writer
+    from moeisr_basicsr import atomic_file
 
     os.mkdir('in')
     for name in 'abc':
@@ -347,7 +347,7 @@ def test_a_full_disk_is_one_line(model, monkeypatch, capsys):
     def full(handle):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(image_writer.os, 'fsync', full)
+    monkeypatch.setattr(atomic_file.os, 'fsync', full)
     assert run(model, 'in', '-o', 'out', '--scale', '2') == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all('No space left on device' in line for line in lines)

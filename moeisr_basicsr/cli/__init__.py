@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, 'w')
         return 1
     except Exception as error:
-        lines = _mistakes(error)
+        lines = mistakes(error)
         if not lines:
             traceback.print_exc()
             advice = 'please report it with the lines above'
@@ -112,7 +112,7 @@ def _end_orderly() -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
-def _mistakes(error: Exception) -> list[str]:
+def mistakes(error: Exception) -> list[str]:
     """What the user can fix, one line each; none where the error is a bug."""
     if isinstance(error, UserError):
         return [printable(' '.join(line.split())) for line in getattr(error, 'problems', [str(error)])]

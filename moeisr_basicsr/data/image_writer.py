@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moeisr_basicsr.atomic_file import temporary_path
+from moeisr_basicsr.atomic_file import open_atomic
 from moeisr_basicsr.errors import UserError, did_you_mean
 
 from .image_reader import to_float
@@ -123,13 +123,14 @@ def strip_writer(
         exif: As `ImageData` has it; BMP and TIFF files are written without.
 
     Raises:
-        UserError: As `check_writable`, or the disk is full or fails.
+        UserError: As `check_writable`.
+        SaveError: The disk is full or fails.
     """
     check_writable(path, (height, width), bit_depth, channels in (2, 4))
     if icc_profile is not None and (icc_profile[16:20] == b'GRAY') != (channels < 3):
         icc_profile = None
     shape, dtype = (height, width, channels), np.dtype(f'uint{bit_depth}')
-    temporary, row = temporary_path(Path(path)), 0
+    kind, row = FORMATS[Path(path).suffix.lower()][0], 0
 
     def write(rows: np.ndarray) -> None:
         nonlocal row
@@ -137,16 +138,7 @@ def strip_writer(
         row += len(rows)
         encode(np.ascontiguousarray(rows))
 
-    try:
-        with open(temporary, 'wb') as file:
-            kind = FORMATS[Path(path).suffix.lower()][0]
-            with ENCODERS.get(kind, pillow_encoder)(file, kind, shape, dtype, icc_profile, exif) as encode:
-                yield write
-                assert row == height, (row, height)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be written ({error.strerror or error}).') from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    encoder = ENCODERS.get(kind, pillow_encoder)
+    with open_atomic(path) as file, encoder(file, kind, shape, dtype, icc_profile, exif) as encode:
+        yield write
+        assert row == height, (row, height)
