@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
+from helpers import write_image
 from PIL import Image, ImageCms
 
 from moeisr_basicsr.checkpoint import load_model, save_model
 from moeisr_basicsr.cli import main, upscale_run
 from moeisr_basicsr.cli.expert_map import ExpertMapPicture
 from moeisr_basicsr.data.image_reader import read_image
-from moeisr_basicsr.data.image_writer import write_image
 from moeisr_basicsr.data.resize import resize
 from moeisr_basicsr.inference import upscale
 

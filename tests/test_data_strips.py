@@ -7,12 +7,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers import shared_data
+from helpers import shared_data, write_image
 from PIL import Image
 
 from moeisr_basicsr.atomic_file import SaveError
 from moeisr_basicsr.data.image_reader import read_image
-from moeisr_basicsr.data.image_writer import strip_writer, write_image
+from moeisr_basicsr.data.image_writer import strip_writer
 from moeisr_basicsr.errors import UserError
 
 

@@ -13,11 +13,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from basicsr.models import build_model
 from PIL import Image
 from tiny_runs import DENSE, parse, run_yaml
 
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.cli import main
+from moeisr_basicsr.engine.data_loading import evaluation_loaders
 from moeisr_basicsr.engine.test_loop import test as run_test
 from moeisr_basicsr.tools.report.charts import Axis, series_of
 from moeisr_basicsr.tools.report.collect import collect, read_sources
@@ -123,7 +125,7 @@ def test_means_differences_best_and_bicubic(page_of):
 
 def test_seeds_are_one_row_with_half_the_range(page_of):
     values = {1: 30.0, 2: 30.1, 7: 30.5}
-    seeds = [results(f'moe_seed{seed}', image_row(psnr=value), file=f'{seed}.pth') for seed, value in values.items()]
+    seeds = [results(f'moe_seed{seed}', image_row(psnr=value)) for seed, value in values.items()]
     rows = page_of(*seeds, results('moe_seeded', image_row(psnr=29.0))).table('Set: psnr')
     assert rows[3] == ['moe', '30.20 ± 0.25 (3)', 'base', '[1] [2] [3]']
     assert rows[4][0] == 'moe_seeded'
@@ -184,18 +186,13 @@ def test_bicubic_tells_that_images_differ(page_of):
 
 
 def test_costs_and_routing(page_of):
-    measured = ('a', 300.0, 10.0, 5.0, 0.5, 0.2), ('b', 500.0, 30.0, 4.0, 1.0, None)
-    routed = [
-        image_row(
-            image=name,
-            macs={**MACS, 'experts': experts, 'total': 1300 + experts},
-            time_ms={'total': time},
-            peak_mib={'total': peak},
-            routing={'shares': [1 - share, share], 'texture_correlation': value},
-        )
-        for name, experts, time, peak, share, value in measured
-    ]
-    page = page_of(results('moe', *routed), results('foreign', image_row(), image_row(image='b')))
+    def routed(name, experts, time, peak, share, value):
+        routing = {'shares': [1 - share, share], 'texture_correlation': value}
+        more = {'time_ms': {'total': time}, 'peak_mib': {'total': peak}, 'routing': routing}
+        return image_row(image=name, macs={**MACS, 'experts': experts, 'total': 1300 + experts}, **more)
+
+    rows = routed('a', 300.0, 10.0, 5.0, 0.5, 0.2), routed('b', 500.0, 30.0, 4.0, 1.0, None)
+    page = page_of(results('moe', *rows), results('foreign', image_row(), image_row(image='b')))
     row = page.table('Set: thousand multiply-adds')[2]
     # decoder 100 + 200 + 400; of plain 2400: 29.2 %; of folded 1200: 58.3 %; median of two times; largest memory
     assert row == ['moe', '1.0', '0.1', '0.2', '0.4', '0.7', '1.7', '29.2', '58.3', '20.0', '5.0', 'E1']
@@ -327,10 +324,9 @@ def test_from_test_to_report(tested, tmp_path, capsys, monkeypatch):
 
 def test_pictures_that_do_not_fit_are_left_out(tested, tmp_path):
     document = json.loads((tested / 'dense' / 'results.json').read_text())
-    assert document['rows'][0]['pictures'] == {
-        kind: f'visualization/tiny_x2/0_x2{suffix}.png'
-        for kind, suffix in (('result', ''), ('truth', '_truth'), ('bicubic', '_bicubic'))
-    }
+    saved = {'result': '', 'truth': '_truth', 'bicubic': '_bicubic'}
+    names = {kind: f'visualization/tiny_x2/0_x2{suffix}.png' for kind, suffix in saved.items()}
+    assert document['rows'][0]['pictures'] == names
     folder = tmp_path / 'copy'
     folder.mkdir()
     moved = copy.deepcopy(document)
@@ -382,9 +378,8 @@ def test_mistakes_are_one_line(arguments, part, tmp_path, monkeypatch, capsys):
     (tmp_path / 'empty').mkdir()
     good = results('dense', image_row())
     documents = {'good': good, 'version': {**good, 'version': 2}, 'loader': results('dense', {'case': 'data-stages'})}
-    routing, experts = {'shares': [0.5, 0.3, 0.2]}, {'type': 'MoEISR', 'experts': [[8], 8]}
-    documents['shares'] = results('dense', image_row(macs=MACS, routing=routing))
-    documents['experts'] = results('dense', image_row(), network=experts)
+    documents['shares'] = results('dense', image_row(macs=MACS, routing={'shares': [0.5, 0.3, 0.2]}))
+    documents['experts'] = results('dense', image_row(), network={'type': 'MoEISR', 'experts': [[8], 8]})
     documents['huge'] = results('dense', image_row(psnr=10**400))
     for name, document in documents.items():
         (tmp_path / f'{name}.json').write_text(json.dumps(document))
@@ -396,10 +391,6 @@ def test_mistakes_are_one_line(arguments, part, tmp_path, monkeypatch, capsys):
 
 
 def test_references_in_training_are_not_written(tmp_path):
-    from basicsr.models import build_model
-
-    from moeisr_basicsr.engine.data_loading import evaluation_loaders
-
     opt = parse(tmp_path, run_yaml(tmp_path, **{'val:save_references': True}))
     opt |= {'dist': False, 'rank': 0, 'world_size': 1}
     build_model(opt).validate(evaluation_loaders(opt, ('val',)), 1, None, save_img=True)

@@ -59,30 +59,15 @@ def check_writable(path: str | os.PathLike, size: tuple[int, int], bit_depth: in
             raise UserError(f'{path}: {name} cannot hold {what}; write .png or .tif.')
 
 
-def write_image(
-    path: str | os.PathLike,
-    rgb: np.ndarray,
-    alpha: np.ndarray | None = None,
-    bit_depth: int = 8,
-    grey: bool = False,
-    icc_profile: bytes | None = None,
-    exif: bytes | None = None,
-) -> None:
-    """Write a whole image; an existing file is replaced. Other arguments and errors are those of `strip_writer`.
+def join_channels(rgb: np.ndarray, alpha: np.ndarray | None, bit_depth: int, grey: bool) -> np.ndarray:
+    """(H, W, C) uint8 or uint16 as it is stored.
 
     Args:
         rgb: (H, W, 3) float in [0, 1], uint8 or uint16.
         alpha: (H, W), of the same kinds.
-        grey: Write one channel, the luma of `rgb`.
+        bit_depth: 8 or 16.
+        grey: Store one channel, the luma of `rgb`.
     """
-    pixels = join_channels(rgb, alpha, bit_depth, grey)
-    height, width, channels = pixels.shape
-    with strip_writer(path, height, width, channels, bit_depth, icc_profile, exif) as write:
-        write(pixels)
-
-
-def join_channels(rgb: np.ndarray, alpha: np.ndarray | None, bit_depth: int, grey: bool) -> np.ndarray:
-    """(H, W, C) uint8 or uint16 as it is stored; arguments as `write_image`."""
     if grey:
         floats = rgb if rgb.dtype.kind == 'f' else to_float(rgb)
         rgb = (floats @ np.array(LUMA_WEIGHTS, floats.dtype))[..., None]  # (H, W, 1)
