@@ -5,7 +5,8 @@ import io
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,12 +19,10 @@ class SaveError(OSError):
     """A file could not be written. The files that were there before are untouched."""
 
 
-def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> Path:
-    """Create or replace `path` with what `write` writes; readers see the old file or the whole new one.
-
-    Args:
-        path: The file; its folder must exist.
-        write: Gets a binary file object.
+@contextmanager
+def open_atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write, which takes the place of `path` at the end of the `with` block: readers see the old file
+    or the whole new one, after an error the old one. The folder must exist.
 
     Raises:
         SaveError: The disk is full, read-only or failing; the message names the file and the system's reason.
@@ -32,7 +31,7 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -
     temporary = temporary_path(path)
     try:
         with open(temporary, 'wb') as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -44,7 +43,13 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    return path
+
+
+def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> Path:
+    """`open_atomic`, with what `write` writes to the file object that it gets."""
+    with open_atomic(path) as file:
+        write(file)
+    return Path(path)
 
 
 def save_atomic(data: object, path: str | os.PathLike) -> Path:

@@ -38,7 +38,7 @@ from moeisr_basicsr.analysis import schema  # noqa: E402
 from moeisr_basicsr.analysis.complexity import decoder_macs, dense_folded_macs  # noqa: E402
 from moeisr_basicsr.analysis.environment import environment, kernel_name  # noqa: E402
 from moeisr_basicsr.archs.moeisr_arch import MoEISR  # noqa: E402
-from moeisr_basicsr.cli.outputs import check_output, is_results_of  # noqa: E402
+from moeisr_basicsr.cli.outputs import add_overwrite, check_output  # noqa: E402
 from moeisr_basicsr.core import MoEDecoder, make_cell, make_coord, output_size, reference  # noqa: E402
 from moeisr_basicsr.core.render import TORCH, Backend  # noqa: E402
 from moeisr_basicsr.errors import UserError  # noqa: E402
@@ -285,11 +285,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--train', action='store_true', help='training steps too')
     add('--device', default='cpu', help='default cpu')
     add('--threads', type=int, metavar='N', help='default: as many as PyTorch takes')
-    add('--json', metavar='FILE', help='keep all results; replaces an earlier benchmark only')
+    add('--json', metavar='FILE', help='keep all results')
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.json:
         try:
-            check_output('--json', args.json, '.json', partial(is_results_of, 'benchmark'))
+            check_output('--json', args.json, '.json', args.overwrite)
         except (UserError, OSError) as error:
             parser.error(str(error))
     args.scales = args.scales or ([4.0, 8.0] if args.quick else [2.0, 3.0, 4.0, 6.0, 8.0, 12.0])

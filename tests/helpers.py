@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from moeisr_basicsr.data.image_writer import join_channels, strip_writer
+
 DATA_VARIABLE = 'MOEISR_TEST_DATA'
 WEIGHTS_VARIABLE = 'MOEISR_TEST_WEIGHTS'
 
@@ -30,3 +32,10 @@ def pretrained(name: str) -> Path:
     if not path.exists():
         pytest.skip(f'public weights are not at hand: {path} is missing; {WEIGHTS_VARIABLE} names another folder')
     return path
+
+
+def write_image(path, rgb, alpha=None, bit_depth=8, grey=False, icc_profile=None, exif=None):
+    """A whole image, by the package's writer of strips."""
+    pixels = join_channels(rgb, alpha, bit_depth, grey)
+    with strip_writer(path, *pixels.shape, bit_depth, icc_profile, exif) as write:
+        write(pixels)

@@ -174,22 +174,10 @@ def test_peer_that_is_no_checkout(script, tmp_path):
         script.main([*TINY, '--quick', '--peer', str(tmp_path)])
 
 
-@pytest.mark.parametrize(
-    'name, content, message',
-    [
-        ('mine.json', '{"precious": 1}', 'not an earlier output of this option'),
-        (
-            'test.json',
-            '{"format": "moeisr_basicsr.results", "command": "test"}',
-            'not an earlier output of this option',
-        ),
-        ('mine.txt', '', "must end in '.json'"),
-    ],
-)
-def test_json_replaces_a_benchmark_only(script, tmp_path, capsys, name, content, message):
-    target = tmp_path / name
-    target.write_text(content)
+def test_an_existing_file_is_kept(script, tmp_path, capsys):
+    target = tmp_path / 'mine.json'
+    target.write_text('mine')
     with pytest.raises(SystemExit) as stopped:
         script.main([*TINY, '--json', str(target)])
-    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
-    assert target.read_text() == content
+    assert stopped.value.code == 2 and 'give --overwrite' in capsys.readouterr().err.splitlines()[-1]
+    assert target.read_text() == 'mine'

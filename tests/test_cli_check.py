@@ -6,12 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 from data_cases import make_lmdb, noise
+from helpers import write_image
 from PIL import Image
 from tiny_runs import run_yaml, write_images
 
 from moeisr_basicsr.cli import main
 from moeisr_basicsr.data import image_source
-from moeisr_basicsr.data.image_writer import write_image
 from moeisr_basicsr.engine import data_check
 
 

@@ -57,7 +57,10 @@ def profile(tmp_path):
     def run(*words, size='6x9'):
         target = tmp_path / 'out.json'
         size = () if {'--image', '--train'} & set(words) else ('--lq-size', size)
-        assert main(['profile', *words, *size, '--repeats', '1', '--device', 'cpu', '--json', str(target)]) == 0
+        assert (
+            main(['profile', *words, *size, '--repeats', '1', '--device', 'cpu', '--json', str(target), '--overwrite'])
+            == 0
+        )
         results = schema.load(target)
         return results['rows'], results
 

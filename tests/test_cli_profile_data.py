@@ -59,7 +59,7 @@ def profile(tmp_path):
 @pytest.fixture
 def rows(profile, tmp_path):
     def run(*more, **changes):
-        assert profile('--json', str(tmp_path / 'out.json'), *more, **changes) == 0
+        assert profile('--json', str(tmp_path / 'out.json'), '--overwrite', *more, **changes) == 0
         results = schema.load(tmp_path / 'out.json')
         assert results['command'] == 'profile' and results['model'] is None
         return results['rows']

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from basicsr.archs import build_network
+from helpers import write_image
 from PIL import Image, ImageCms
 
 from moeisr_basicsr.checkpoint import load_model, save_model
 from moeisr_basicsr.cli import main, upscale_run
 from moeisr_basicsr.cli.expert_map import ExpertMapPicture
 from moeisr_basicsr.data.image_reader import read_image
-from moeisr_basicsr.data.image_writer import write_image
 from moeisr_basicsr.data.resize import resize
 from moeisr_basicsr.inference import upscale
 
@@ -355,7 +355,7 @@ def test_only_a_lack_of_memory_is_called_so(model, monkeypatch, capsys):
 
 
 def test_a_full_disk_is_one_line(model, monkeypatch, capsys):
-    from moeisr_basicsr.data import image_writer
+    from moeisr_basicsr import atomic_file
 
     os.mkdir('in')
     for name in 'abc':
@@ -364,7 +364,7 @@ def test_a_full_disk_is_one_line(model, monkeypatch, capsys):
     def full(handle):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(image_writer.os, 'fsync', full)
+    monkeypatch.setattr(atomic_file.os, 'fsync', full)
     assert run(model, 'in', '-o', 'out', '--scale', '2') == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all('No space left on device' in line for line in lines)

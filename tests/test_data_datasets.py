@@ -10,13 +10,12 @@ import pytest
 import torch
 from basicsr.data import build_dataloader, build_dataset
 from data_cases import SIZES, differs, locate, make_lmdb, noise, options, same
-from helpers import shared_data
+from helpers import shared_data, write_image
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from moeisr_basicsr.core.coords import make_coord
 from moeisr_basicsr.data import cache as cache_module
-from moeisr_basicsr.data.image_writer import write_image
 from moeisr_basicsr.data.resize import imresize, pil_resize
 from moeisr_basicsr.errors import UserError
 

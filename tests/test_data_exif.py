@@ -5,12 +5,12 @@ import random
 
 import numpy as np
 import pytest
+from helpers import write_image
 from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 
 from moeisr_basicsr.data.exif import LONGEST, PREFIX, kept_exif
 from moeisr_basicsr.data.image_reader import read_image
-from moeisr_basicsr.data.image_writer import write_image
 
 MAKE, ORIENTATION, DATE, ARTIST, WIDTH = 271, 274, 306, 315, 256
 EXIF, EXPOSURE, TAKEN, PIXEL_X, CAMERA_NOTES = 0x8769, 33434, 36867, 40962, 37500

@@ -8,11 +8,11 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from helpers import shared_data
+from helpers import shared_data, write_image
 from PIL import Image, ImageCms
 
 from moeisr_basicsr.data.image_reader import read_header, read_image, to_float
-from moeisr_basicsr.data.image_writer import check_writable, to_unsigned, write_image
+from moeisr_basicsr.data.image_writer import check_writable, to_unsigned
 from moeisr_basicsr.errors import UserError
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()

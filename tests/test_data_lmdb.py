@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from basicsr.data.data_util import paths_from_lmdb
 from basicsr.utils import FileClient, imfrombytes
+from helpers import write_image
 from PIL import Image
 
-from moeisr_basicsr.data.image_writer import write_image
 from moeisr_basicsr.data.resize import imresize
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'scripts' / 'create_lmdb.py'

@@ -8,11 +8,10 @@ import pytest
 import torch
 from basicsr.data import build_dataset
 from data_cases import locate, make_lmdb, noise, options, paired, same
-from helpers import shared_data
+from helpers import shared_data, write_image
 from PIL import Image
 
 from moeisr_basicsr.core.coords import make_coord
-from moeisr_basicsr.data.image_writer import write_image
 from moeisr_basicsr.data.pairs import patch_axis
 from moeisr_basicsr.errors import ImageError, UserError
 from moeisr_basicsr.models.evaluation import image_names

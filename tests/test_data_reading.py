@@ -9,10 +9,10 @@ import pytest
 import torch
 from basicsr.data import build_dataset
 from data_cases import make_lmdb, noise, options, same
+from helpers import write_image
 from tiny_runs import run_options, run_yaml, write_images
 
 from moeisr_basicsr.data import reading
-from moeisr_basicsr.data.image_writer import write_image
 from moeisr_basicsr.data.reading import REPLACEMENTS, ReplaceDamaged
 from moeisr_basicsr.engine.data_loading import Place, TrainData, open_dataset
 from moeisr_basicsr.engine.distributed import Ranks

@@ -15,6 +15,8 @@ from basicsr.archs import build_network
 from basicsr.losses import build_loss
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY
 
+from moeisr_basicsr.core import decoder, render_image
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob('*.md')), *sorted((ROOT / 'docs').glob('*.md'))]
 FOLDERS = 'assets|docs|examples|moeisr_basicsr|options|scripts|tests'
@@ -128,12 +130,16 @@ def test_python_of_the_first_pages_runs(page, capsys):
 def test_own_parts_work_as_shown(monkeypatch):
     for registry in (ARCH_REGISTRY, LOSS_REGISTRY):
         monkeypatch.setattr(registry, '_obj_map', dict(registry._obj_map))
+    monkeypatch.setattr(decoder, 'FAMILIES', dict(decoder.FAMILIES))
     page = ROOT / 'docs/encoders.md'
     for code in blocks(page, 'python'):
         exec(compile(code, str(page), 'exec'), {'__name__': 'parts_of_mine'})
     (network,) = blocks(page, 'yaml')
     net = build_network({**yaml.safe_load(network)['network_g'], 'scale': 1.5}).eval()
     assert net(torch.rand(1, 3, 8, 6)).shape == (1, 3, 12, 9)
+    point = decoder.MoEDecoder(4, family='point', experts=[[8], [8, 8]], gain=2.0)
+    assert point.expert_macs == [4 * 6 * 8 + 8 * 3, 4 * (6 * 8 + 8 * 8) + 8 * 3]
+    assert render_image(point.eval(), torch.rand(1, 4, 5, 6), (9, 11)).output.shape == (1, 3, 9, 11)
     loss = build_loss({'type': 'SquareRootLoss', 'loss_weight': 2.0})(torch.full((2, 3), 0.2499), torch.zeros(2, 3))
     torch.testing.assert_close(loss, torch.tensor(1.0))
 

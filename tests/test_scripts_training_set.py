@@ -8,10 +8,9 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from helpers import shared_data
+from helpers import shared_data, write_image
 
 from moeisr_basicsr.data.image_reader import read_image
-from moeisr_basicsr.data.image_writer import write_image
 
 SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
 sys.path.insert(0, str(SCRIPTS))

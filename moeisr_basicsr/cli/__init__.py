@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from moeisr_basicsr.errors import ExitCode, UserError, did_you_mean, printable
@@ -50,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')  # file names may be no UTF-8, a terminal may know less
     try:
-        _end_orderly()
-        args = _parse(sys.argv[1:] if argv is None else argv)
-        return args.run(args)
+        with _orderly_end():
+            args = _parse(sys.argv[1:] if argv is None else argv)
+            return args.run(args)
     except KeyboardInterrupt:
         print('basicsr: interrupted.', file=sys.stderr)
         return ExitCode.INTERRUPTED
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, 'w')
         return 1
     except Exception as error:
-        lines = _mistakes(error)
+        lines = mistakes(error)
         if not lines:
             traceback.print_exc()
             advice = 'please report it with the lines above'
@@ -107,13 +109,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _end_orderly() -> None:
+@contextmanager
+def _orderly_end() -> Iterator[None]:
     """Let SIGTERM end a command by an exception, so that it leaves no temporary files; `engine.signals` does more."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _mistakes(error: Exception) -> list[str]:
+def mistakes(error: Exception) -> list[str]:
     """What the user can fix, one line each; none where the error is a bug."""
     if isinstance(error, UserError):
         return [printable(' '.join(line.split())) for line in getattr(error, 'problems', [str(error)])]

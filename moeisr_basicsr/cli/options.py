@@ -1,7 +1,9 @@
 """Arguments that several subcommands share."""
 
 import argparse
+import contextlib
 import importlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -50,6 +52,30 @@ def add_model(parser: argparse._ActionsContainer, help_end: str = '') -> None:
         metavar='NAME_OR_FILE',
         help=f'a model that comes with the package, or a model file as `basicsr convert` writes it{help_end}',
     )
+
+
+def add_routing(parser: argparse._ActionsContainer) -> None:
+    """How an image is routed and computed, as `upscale` and `profile` take it."""
+    routing = parser.add_mutually_exclusive_group()
+    weight = 'above 0 cheaper, below 0 more expensive than the trained routing (default 0)'
+    routing.add_argument('--cost-weight', type=parse_number, default=0.0, metavar='K', help=weight)
+    budget = 'decoder cost, as a fraction of the most expensive expert everywhere, in (0, 1]'
+    routing.add_argument('--budget', type=parse_number, metavar='F', help=budget)
+    number_format = 'number format of encoder and experts (default fp32)'
+    parser.add_argument('--precision', choices=('fp32', 'bf16', 'fp16'), default='fp32', help=number_format)
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """`--device`."""
+    parser.add_argument('--device', metavar='D', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
+
+
+def parse_number(text: str) -> float:
+    """A finite number."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number")
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.analysis.complexity import parameters
 from moeisr_basicsr.analysis.environment import environment, kernel_name
+from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.kernels import fused_backend
 from moeisr_basicsr.options import parse_options
@@ -21,9 +22,9 @@ from moeisr_basicsr.shipped import find_model
 from moeisr_basicsr.tools.profile import loader, network, training, upscaling
 from moeisr_basicsr.tools.profile.chart import draw_chart, panels_of
 
-from .options import add_import, add_model, import_modules
-from .outputs import check_output, is_picture, is_results_of, save_picture
-from .upscale import parse_number, parse_scale
+from .options import add_device, add_import, add_model, add_routing, import_modules
+from .outputs import add_overwrite, check_output
+from .upscale import parse_scale
 from .upscale_run import choose_device
 
 EPILOG = """\
@@ -62,9 +63,10 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     kind.add_argument('--train', action='store_true', help='profile a training step by part instead')
     kind.add_argument('--data', action='store_true', help="measure the training loader of -opt's file instead")
     add = parser.add_argument
-    add('--json', metavar='FILE.json', help='write the results; an earlier profile is replaced')
-    add('--plot', metavar='FILE.png', help='draw the results; an earlier such picture is replaced')
-    add('--device', metavar='D', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
+    add('--json', metavar='FILE.json', help='write the results')
+    add('--plot', metavar='FILE.png', help='draw the results')
+    add_overwrite(parser)
+    add_device(parser)
     add('--repeats', type=whole(1), metavar='N', help='timed runs behind each median (default 5, with --train 3)')
     add_import(parser)
 
@@ -75,12 +77,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     source.add_argument('--image', metavar='FILE', help='an input image in place of noise')
     add, scales = group.add_argument, [(2.0, 2.0), (4.0, 4.0)]
     add('--scale', type=parse_scale, nargs='+', default=scales, metavar='S', help='such as 2 3.3 2x4 (default 2 4)')
-    weight = 'above 0 cheaper, below 0 more expensive than the trained routing (default 0)'
-    add('--cost-weight', type=parse_number, default=0.0, metavar='K', help=weight)
-    budget = 'decoder cost, as a fraction of the most expensive expert everywhere, in (0, 1]'
-    add('--budget', type=parse_number, metavar='F', help=budget)
-    formats = ('fp32', 'bf16', 'fp16')
-    add('--precision', choices=formats, default='fp32', help='of encoder and experts (default fp32)')
+    add_routing(group)
     widths = "hidden widths of the dense decoder to compare with (default: the most expensive expert's)"
     add('--dense-hidden', type=whole(1), nargs='+', metavar='N', help=widths)
     add('--no-plain', action='store_true', help='do not time the plain dense decoder')
@@ -121,9 +118,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure, then show and write."""
     import_modules(args.modules)
     if args.json:
-        check_output('--json', args.json, '.json', partial(is_results_of, 'profile'))
+        check_output('--json', args.json, '.json', args.overwrite)
     if args.plot:
-        check_output('--plot', args.plot, '.png', is_picture)
+        check_output('--plot', args.plot, '.png', args.overwrite)
     if args.data and args.model:
         raise UserError('--data measures the training data of an options file: -opt instead of --model.')
     if args.train and args.dense_hidden:
@@ -138,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         schema.save(args.json, schema.document('profile', where, rows, model))
     if args.plot:
-        save_picture(args.plot, draw_chart(panels_of(rows)))
+        write_atomic(args.plot, partial(draw_chart(panels_of(rows)).save, format='PNG'))
     return 0
 
 

@@ -5,6 +5,8 @@ from operator import methodcaller
 
 from moeisr_basicsr.errors import UserError
 
+from .outputs import add_overwrite, check_output
+
 EPILOG = """\
 examples:
   basicsr report results/test_liif_edsr results/test_moeisr_edsr -o report.html
@@ -19,12 +21,13 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     add = parser.add_argument
     add('results', nargs='+', metavar='RESULTS', help='results files, or folders that hold a results.json')
-    add('-o', '--output', metavar='OUT.html', help='page to write; an earlier page is replaced')
-    add('--csv', metavar='FILE.csv', help='also write every row of the files; an earlier such table is replaced')
+    add('-o', '--output', metavar='OUT.html', help='page to write')
+    add('--csv', metavar='FILE.csv', help='also write every row of the files')
     add(
         '--baseline', metavar='NAME', help='row that differences and shares of the dense cost refer to (default: first)'
     )
     add('--images', type=int, default=6, metavar='N', help='images to show crops of; 0 for none (default 6)')
+    add_overwrite(parser)
     parser.epilog = EPILOG
 
 
@@ -33,16 +36,14 @@ def run(args: argparse.Namespace) -> int:
     from moeisr_basicsr.atomic_file import write_atomic
     from moeisr_basicsr.tools.report import collect, page, rows_csv
 
-    from .outputs import check_output
-
     if not args.output and not args.csv:
         raise UserError('nothing to write: give -o OUT.html, --csv FILE.csv, or both.')
     if args.images < 0:
         raise UserError(f'--images must be 0 or more; got {args.images}.')
     if args.output:
-        check_output('-o', args.output, '.html', page.is_page)
+        check_output('-o', args.output, '.html', args.overwrite)
     if args.csv:
-        check_output('--csv', args.csv, '.csv', rows_csv.is_rows_csv)
+        check_output('--csv', args.csv, '.csv', args.overwrite)
     sources, contents = collect.read_sources(args.results), {}
     if args.output:
         contents[args.output] = page.render(collect.collect(sources), args.baseline, args.images)

@@ -1,12 +1,10 @@
 """`basicsr upscale`: its arguments. `upscale_jobs` says which image goes to which file, `upscale_run` does it."""
 
 import argparse
-import contextlib
-import math
 import os
 import re
 
-from .options import add_import, add_model, import_modules
+from .options import add_device, add_import, add_model, add_routing, import_modules
 
 EPILOG = """\
 examples:
@@ -35,11 +33,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     target.add_argument('--scale', type=parse_scale, metavar='S', help=scale_help)
     size_help = 'output size, width first, for example 3840x2160'
     target.add_argument('--size', type=parse_size, metavar='WxH', help=size_help)
-    routing = parser.add_mutually_exclusive_group()
-    weight_help = 'above 0 cheaper, below 0 more expensive than the trained routing (default 0)'
-    routing.add_argument('--cost-weight', type=parse_number, default=0.0, metavar='K', help=weight_help)
-    budget_help = 'decoder cost, as a fraction of the most expensive expert everywhere, in (0, 1]'
-    routing.add_argument('--budget', type=parse_number, metavar='F', help=budget_help)
+    add_routing(parser)
     add('-r', '--recursive', action='store_true', help='also the images in subfolders, in subfolders of OUT')
     add('--expert-map', action='store_true', help='also write OUT_experts.png, the map of the experts')
     ext_help = 'format of the output files (default: that of OUT, png in a folder)'
@@ -47,21 +41,11 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument('--overwrite', action='store_true', help='replace output files that exist')
     existing.add_argument('--resume', action='store_true', help='leave out images whose output file exists')
-    add('--device', metavar='D', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
-    precision_help = 'number format of encoder and experts (default fp32)'
-    add('--precision', choices=('fp32', 'bf16', 'fp16'), default='fp32', help=precision_help)
+    add_device(parser)
     tile_help = 'input pixels per side that the encoder sees at once; 0 is the whole image (default: by its size)'
     add('--tile', type=int, metavar='N', help=tile_help)
     add_import(parser)
     parser.epilog = EPILOG
-
-
-def parse_number(text: str) -> float:
-    """A finite number."""
-    with contextlib.suppress(ValueError):
-        if math.isfinite(value := float(text)):
-            return value
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number")
 
 
 def parse_scale(text: str) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections import Counter
+from os.path import realpath  # unlike `Path.resolve`, not lost in a loop of links
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Job(NamedTuple):
 def plan(args: argparse.Namespace) -> list[Job]:
     """The jobs of this process, without those already done under --resume. Every mistake is a UserError."""
     output = Path(args.output)
-    sources = find_sources(args.inputs, args.recursive, real(output))
+    sources = find_sources(args.inputs, args.recursive, realpath(output))
     suffix = output.suffix.lower()
     is_file = suffix in FORMATS and not os.path.isdir(output)
     if is_file and (len(sources) > 1 or any(os.path.isdir(name) for name in args.inputs)):
@@ -46,8 +47,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
         target = output if is_file else output / below / f'{source.stem}_{factor_label(args)}.{args.ext or "png"}'
         jobs.append(Job(source, target, target.with_name(f'{target.stem}_experts.png') if args.expert_map else None))
     if args.resume:  # a folder may hold its own results by now
-        results = {real(path) for job in jobs for path in job.outputs}
-        jobs = [job for job in jobs if real(job.source) not in results]
+        results = {realpath(path) for job in jobs for path in job.outputs}
+        jobs = [job for job in jobs if realpath(job.source) not in results]
     check_collisions(jobs)
     # Shared before a look at what exists: by then another process may have written its first files.
     jobs = jobs[int(os.environ.get('RANK', 0)) :: int(os.environ.get('WORLD_SIZE', 1))]
@@ -99,7 +100,7 @@ def images_below(folder: Path, recursive: bool, output: str, left_out: Counter[s
         if recursive:
             links = [name for name in folders if os.path.islink(os.path.join(place, name))]  # `walk` leaves them
             left_out.update({'linked folders': len(links)} if links else {})
-            folders[:] = [name for name in folders if real(os.path.join(place, name)) != output]
+            folders[:] = [name for name in folders if realpath(os.path.join(place, name)) != output]
         else:
             left_out.update({'subfolders (taken with --recursive)': len(folders)} if folders else {})
             folders.clear()
@@ -109,11 +110,6 @@ def images_below(folder: Path, recursive: bool, output: str, left_out: Counter[s
             else:
                 left_out[Path(name).suffix.lower() or 'without a suffix'] += 1
     return images
-
-
-def real(path: str | os.PathLike) -> str:
-    """Where a path leads; a loop of links, which `Path.resolve` fails on, leads to itself."""
-    return os.path.realpath(path)
 
 
 def factor_label(args: argparse.Namespace) -> str:
@@ -126,13 +122,13 @@ def factor_label(args: argparse.Namespace) -> str:
 
 def check_collisions(jobs: list[Job]) -> None:
     """Whether every file that is written is a file of its own, and none of the inputs."""
-    inputs = {real(job.source) for job in jobs}
+    inputs = {realpath(job.source) for job in jobs}
     owners: dict[str, Path] = {}
     for job in jobs:
         for path in job.outputs:
-            if real(path) in inputs:
+            if realpath(path) in inputs:
                 raise UserError(f'{path} is an input: it would be overwritten. Choose another name after -o.')
-            other = owners.setdefault(real(path), job.source)
+            other = owners.setdefault(realpath(path), job.source)
             if other != job.source:
                 both = f'{other} and {job.source} would both become {path}'
                 raise UserError(f'{both}; upscale them into different folders.')

@@ -23,6 +23,7 @@ from moeisr_basicsr.data.resize import resize
 from moeisr_basicsr.errors import ExitCode, UserError, printable
 from moeisr_basicsr.inference import make_control, target_size, upscale_strips
 
+from . import mistakes
 from .expert_map import ExpertMapPicture
 from .upscale_jobs import Job
 
@@ -42,7 +43,7 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> int:
             job.target.parent.mkdir(parents=True, exist_ok=True)
             shares = upscale_file(net, job, args, f'{number}/{len(jobs)}')
         except (UserError, OSError, MemoryError, RuntimeError) as error:
-            print(printable(f'basicsr: error: {reason(error, job)}'), file=sys.stderr)
+            print(f'basicsr: error: {reason(error, job)}', file=sys.stderr)
             code = ExitCode.USER_ERROR
         else:
             experts = f', experts {" ".join(f"{share:.1%}" for share in shares)}' if shares else ''
@@ -52,12 +53,10 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> int:
 
 def reason(error: Exception, job: Job) -> str:
     """Why an image could not be done; a bug is raised again."""
-    if isinstance(error, UserError):
-        return str(error)
+    if lines := mistakes(error):
+        return lines[0]
     if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
         return f'{job.source}: there is not enough memory; try --tile, or a smaller output.'
-    if isinstance(error, OSError):
-        return f'{job.target}: cannot be written ({error.strerror or error}).'
     raise error
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moeisr_basicsr.atomic_file import temporary_path
+from moeisr_basicsr.atomic_file import open_atomic
 from moeisr_basicsr.errors import UserError, did_you_mean
 
 from .image_reader import to_float
@@ -59,30 +59,15 @@ def check_writable(path: str | os.PathLike, size: tuple[int, int], bit_depth: in
             raise UserError(f'{path}: {name} cannot hold {what}; write .png or .tif.')
 
 
-def write_image(
-    path: str | os.PathLike,
-    rgb: np.ndarray,
-    alpha: np.ndarray | None = None,
-    bit_depth: int = 8,
-    grey: bool = False,
-    icc_profile: bytes | None = None,
-    exif: bytes | None = None,
-) -> None:
-    """Write a whole image; an existing file is replaced. Other arguments and errors are those of `strip_writer`.
+def join_channels(rgb: np.ndarray, alpha: np.ndarray | None, bit_depth: int, grey: bool) -> np.ndarray:
+    """(H, W, C) uint8 or uint16 as it is stored.
 
     Args:
         rgb: (H, W, 3) float in [0, 1], uint8 or uint16.
         alpha: (H, W), of the same kinds.
-        grey: Write one channel, the luma of `rgb`.
+        bit_depth: 8 or 16.
+        grey: Store one channel, the luma of `rgb`.
     """
-    pixels = join_channels(rgb, alpha, bit_depth, grey)
-    height, width, channels = pixels.shape
-    with strip_writer(path, height, width, channels, bit_depth, icc_profile, exif) as write:
-        write(pixels)
-
-
-def join_channels(rgb: np.ndarray, alpha: np.ndarray | None, bit_depth: int, grey: bool) -> np.ndarray:
-    """(H, W, C) uint8 or uint16 as it is stored; arguments as `write_image`."""
     if grey:
         floats = rgb if rgb.dtype.kind == 'f' else to_float(rgb)
         rgb = (floats @ np.array(LUMA_WEIGHTS, floats.dtype))[..., None]  # (H, W, 1)
@@ -123,13 +108,14 @@ def strip_writer(
         exif: As `ImageData` has it; BMP and TIFF files are written without.
 
     Raises:
-        UserError: As `check_writable`, or the disk is full or fails.
+        UserError: As `check_writable`.
+        SaveError: The disk is full or fails.
     """
     check_writable(path, (height, width), bit_depth, channels in (2, 4))
     if icc_profile is not None and (icc_profile[16:20] == b'GRAY') != (channels < 3):
         icc_profile = None
     shape, dtype = (height, width, channels), np.dtype(f'uint{bit_depth}')
-    temporary, row = temporary_path(Path(path)), 0
+    kind, row = FORMATS[Path(path).suffix.lower()][0], 0
 
     def write(rows: np.ndarray) -> None:
         nonlocal row
@@ -137,16 +123,7 @@ def strip_writer(
         row += len(rows)
         encode(np.ascontiguousarray(rows))
 
-    try:
-        with open(temporary, 'wb') as file:
-            kind = FORMATS[Path(path).suffix.lower()][0]
-            with ENCODERS.get(kind, pillow_encoder)(file, kind, shape, dtype, icc_profile, exif) as encode:
-                yield write
-                assert row == height, (row, height)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be written ({error.strerror or error}).') from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    encoder = ENCODERS.get(kind, pillow_encoder)
+    with open_atomic(path) as file, encoder(file, kind, shape, dtype, icc_profile, exif) as encode:
+        yield write
+        assert row == height, (row, height)

@@ -112,7 +112,7 @@ def chart_of(cost: str, metric: Metric, points: list[Point], series: dict[Entry,
     """Axes that hold the points."""
     points = sorted(points, key=lambda point: point.cost)
     values = [point.quality for point in points]
-    room = max((max(values) - min(values)) * 0.12, 0.02)
+    room = max((max(values) - min(values)) * 0.12, abs(values[0]) * 1e-6, 0.02)
     return Chart(
         cost,
         f'{metric.name}, dB',

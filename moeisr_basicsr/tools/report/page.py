@@ -7,9 +7,6 @@ from moeisr_basicsr.errors import UserError, did_you_mean
 from . import charts, crops, experts, quality
 from .runs import BICUBIC, Report, with_decoder
 
-GENERATOR = '<meta name="generator" content="moeisr_basicsr report">'
-HEAD_BYTES = 2048  # hold it
-
 
 def render(report: Report, baseline: str | None = None, max_images: int = 6) -> str:
     """The page as text; the same report gives the same text.
@@ -40,7 +37,6 @@ def render(report: Report, baseline: str | None = None, max_images: int = 6) -> 
     environment.filters |= {'number': number, 'shape': experts.shape, 'with_decoder': with_decoder}
     return environment.get_template('page.html.j2').render(
         report=report,
-        generator=GENERATOR,
         baseline=baseline,
         notes=list(dict.fromkeys(notes)),
         environments={source.environment: source.results['environment'] for source in report.sources},
@@ -51,12 +47,6 @@ def render(report: Report, baseline: str | None = None, max_images: int = 6) -> 
         crop_rule=crops.RULE,
         pictures=pictures,
     )
-
-
-def is_page(content: bytes) -> bool:
-    """Whether a file's content is a page of `render`."""
-    head = content[:HEAD_BYTES].decode(errors='replace')
-    return head.startswith('<!DOCTYPE html>') and GENERATOR in head
 
 
 def number(value: float | None, decimals: int = 1, factor: float = 1.0) -> str:

@@ -22,11 +22,6 @@ def rows_csv(sources: list[Source]) -> str:
     return text.getvalue()
 
 
-def is_rows_csv(content: bytes) -> bool:
-    """Whether a file's content is a table of `rows_csv`."""
-    return content.startswith(','.join(FIRST).encode())
-
-
 def flat(value: Any, name: str = '') -> dict[str, Any]:
     """{'macs.total': 3.2, 'scale.0': 2.0} of nested dictionaries and lists."""
     if not isinstance(value, dict | list):
