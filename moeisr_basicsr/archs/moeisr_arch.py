@@ -138,6 +138,13 @@ def resolve_network(network_opt: Mapping[str, Any], net: nn.Module | None = None
     return {**network_opt, 'encoder': built.options}
 
 
+class Encoded(NamedTuple):
+    """What an encoder makes of an image, or of a part of one."""
+
+    feat: Tensor  # (B, C, H, W), the implicit representation
+    image: Tensor | None  # (B, C_out, s H, s W), the base image; None without a skip
+
+
 @ARCH_REGISTRY.register()
 class MoEISR(nn.Module):
     """Any encoder x decoder family x experts x mapper. Images go in and out as RGB in [0, 1].
