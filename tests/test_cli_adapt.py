@@ -10,11 +10,11 @@ import torch
 import yaml
 from basicsr.archs.edsr_arch import EDSR
 
+from moeisr_basicsr.checkpoint import load_model as load
 from moeisr_basicsr.checkpoint import read_model
 from moeisr_basicsr.cli import main
 from moeisr_basicsr.engine import adapt as adaptation
 from moeisr_basicsr.inference import upscale
-from moeisr_basicsr.shipped import load_network as load
 
 ARCH = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2}
 
@@ -104,8 +104,6 @@ def test_the_schedule_fits_the_minutes(workplace, monkeypatch):
     train = yaml.safe_load(path.read_text())['train']
     assert not resumes and train['total_iter'] == pytest.approx(108, abs=2)
     assert train['fix_encoder'] == 27 and train['scheduler']['periods'] == [train['total_iter']]
-
-
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ image, the output file is the network with that image, and a line says so."""
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
-    parser.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT', help='weights of the network (.pth, .safetensors)')
+    parser.add_argument(
+        'checkpoint', nargs='?', metavar='CHECKPOINT', help='weights of the network (.pth, .safetensors)'
+    )
     parser.add_argument('--data', metavar='FOLDER', help='folder or LMDB of HR images to train on')
     parser.add_argument('-o', '--output', metavar='OUT.safetensors', help='model file to write')
     parser.add_argument('--overwrite', action='store_true', help='replace the output file if it exists')
@@ -35,7 +37,10 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         '--val', metavar='FOLDER', help='HR images for the comparison (default: some of --data, which are held back)'
     )
     parser.add_argument(
-        '--minutes', type=float, metavar='N', help='fit the training to this time; default: the iterations of the recipe'
+        '--minutes',
+        type=float,
+        metavar='N',
+        help='fit the training to this time; default: the iterations of the recipe',
     )
     parser.add_argument('--decoder', choices=('lm', 'liif', 'lte'), default='lm', help='decoder family (default: lm)')
     parser.add_argument(
@@ -64,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
         print_comparison(rows)
         if not improved:
             print('Training has not improved on the resampled image: the file holds the network with that image.')
-        print(f'{job.out}: {job.out.stat().st_size / 2**20:.1f} MiB; basicsr upscale PHOTO --model {job.out} --scale 3.3')
+        print(
+            f'{job.out}: {job.out.stat().st_size / 2**20:.1f} MiB; basicsr upscale PHOTO --model {job.out} --scale 3.3'
+        )
     return code
 
 
@@ -99,7 +106,9 @@ def job_of(args: argparse.Namespace) -> 'Job':
     if args.arch is not None:
         arch = parse_value(args.arch)
         if not isinstance(arch, dict) or 'type' not in arch:
-            raise UserError(f'--arch must be a section with a type, such as "{{type: EDSR, upscale: 4}}"; got {args.arch}.')
+            raise UserError(
+                f'--arch must be a section with a type, such as "{{type: EDSR, upscale: 4}}"; got {args.arch}.'
+            )
         encoder = {'type': 'NetworkEncoder', 'arch': arch, 'weights': checkpoint}
     validation = None if args.val is None else str(Path(args.val).resolve())
     return Job(encoder, str(Path(args.data).resolve()), out, args.decoder, validation, args.minutes)
@@ -112,7 +121,9 @@ def print_comparison(rows: 'list[Compared]') -> None:
 
     factors = list(rows[0].psnr)
     table = Table('network', *factors, *(f'K MACs {factor}' for factor in factors))
-    table.title = 'PSNR of luma in dB on images that were not trained on; multiply-adds per output pixel, encoder included'
+    table.title = (
+        'PSNR of luma in dB on images that were not trained on; multiply-adds per output pixel, encoder included'
+    )
     for row in rows:
         costs = [f'{row.macs[factor]:.1f}' if row.macs else '-' for factor in factors]
         table.add_row(row.network, *(f'{row.psnr[factor]:.2f}' for factor in factors), *costs)

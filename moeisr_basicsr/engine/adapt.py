@@ -6,7 +6,6 @@ compares the result with the network's own image, resampled, and writes the bett
 
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from statistics import fmean
@@ -17,8 +16,8 @@ from basicsr.archs import build_network
 from basicsr.models import build_model
 
 from moeisr_basicsr.analysis import schema
-from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.archs.moeisr_arch import resolve_network
+from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.checkpoint import convert, save_model
 from moeisr_basicsr.data.image_source import ImageSource
 from moeisr_basicsr.errors import UserError
@@ -166,14 +165,14 @@ def set_iterations(opt: dict[str, Any], total: int) -> None:
 def split_images(job: Job, least: int) -> tuple[list[str], list[str]]:
     """The names of the images to train on, and of those that are held back for validation.
 
-    Images with a side below `least` are left out. Those held back are spread over the folder, of a megapixel at most
+    Folders below are searched too; images with a side below `least` are left out. Those held back are spread over the folder, of a megapixel at most
     where there are such ones.
 
     Raises:
         UserError: There are too few.
     """
-    source = ImageSource(job.data, '--data', is_lmdb(job.data))
-    sizes = {name: source.header(name)[:2] for name in source.names}
+    source = ImageSource([job.data], '--data', is_lmdb(job.data), recursive=True)
+    sizes = {Path(name).relative_to(job.data).as_posix(): source.header(name)[:2] for name in source.names}
     usable = [name for name, size in sizes.items() if min(size) >= least]
     if len(usable) < 2:
         raise UserError(f'--data {job.data}: {len(usable)} images of at least {least} x {least} pixels; 2 are needed.')
@@ -219,10 +218,11 @@ def measure(opt: dict[str, Any], network_g: dict, weights: Path | None, name: st
         'num_gpu': opt['num_gpu'],
         'network_g': network_g,
         'datasets': {
-            f'test_{number}': {**own, 'name': f'val_x{factor}', 'scale': factor} for number, factor in enumerate(FACTORS)
+            f'test_{number}': {**own, 'name': f'val_x{factor}', 'scale': factor}
+            for number, factor in enumerate(FACTORS)
         },
         'path': {'pretrain_network_g': str(weights), 'param_key_g': 'params_ema'} if weights else {},
-        'val': {key: value for key, value in opt['val'].items() if key != 'val_freq'},
+        'val': {'needs_weights': weights is not None, **{k: v for k, v in opt['val'].items() if k != 'val_freq'}},
     }
     path = Path('experiments', f'test_{name}.yml')
     write_text(path, yaml.safe_dump(data, sort_keys=False))

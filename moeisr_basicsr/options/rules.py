@@ -85,7 +85,9 @@ def channels(data: dict) -> Problems:
     """The network takes as many channels as each dataset gives, as far as both are known."""
     network = section(data, 'network_g')
     wanted = network.get('in_channels', 3)
-    for name in section(data, 'datasets') if network.get('type') in ('MoEISR', 'LIIF', 'LTE', 'LMLIIF', 'FixedScale') else ():
+    for name in (
+        section(data, 'datasets') if network.get('type') in ('MoEISR', 'LIIF', 'LTE', 'LMLIIF', 'FixedScale') else ()
+    ):
         dataset = section(data, 'datasets', name)
         if str(dataset.get('type')).startswith('ArbitraryScale'):
             given, advice = 1 if dataset.get('grey') else 3, 'grey: true of a dataset gives 1, without it there are 3'
