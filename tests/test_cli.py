@@ -109,7 +109,7 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
         ((*UPSCALE, '--scale', '2', '--overwrite', '--resume'), 'not allowed with argument'),
         ((*UPSCALE[:-1], 'gone.safetensors', '--scale', '2'), 'there is no model file gone.safetensors'),
         ((*UPSCALE[:-1], 'cut.safetensors', '--scale', '2'), 'cut.safetensors is no whole safetensors file'),
-        ((*UPSCALE[:-1], 'hostile.pth', '--scale', '2'), 'hostile.pth is no model file'),
+        ((*UPSCALE[:-1], 'hostile.pth', '--scale', '2'), 'hostile.pth is no checkpoint that can be read'),
         (
             (*UPSCALE[:-1], 'dense.safetensors', '--scale', '2', '--expert-map'),
             'has one expert: there is no map to draw',
