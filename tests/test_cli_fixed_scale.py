@@ -39,6 +39,45 @@ def test_upscale(model):
     assert np.abs(cv2.imread('large.png')[..., ::-1] - expected).max() < 0.501
 
 
+@pytest.mark.parametrize('kind', ['spandrel', 'basicsr', 'smfanet', 'own'])
+def test_a_checkpoint_upscales_by_any_factor(kind, tmp_path, monkeypatch, capsys):
+    """As it comes, without a model file: the picture is its network's own output, resized."""
+    monkeypatch.chdir(tmp_path)
+    rrdb = {'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'scale': 4}
+    edsr = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 4}
+    name, network = 'x4.pth', build_network({**edsr} if kind == 'basicsr' else {'type': 'RRDBNet', **rrdb}).eval()
+    if kind == 'basicsr':  # a model file that `basicsr convert` made
+        name = 'x4.safetensors'
+        save_model(name, network, edsr)
+    elif kind == 'spandrel':
+        torch.save({'params_ema': network.state_dict()}, name)
+    elif kind == 'smfanet':
+        encoder = build_network({'type': 'SMFANetEncoder', 'num_feat': 8, 'num_block': 1, 'tail': True}).eval()
+        torch.save({'params': encoder.state_dict()}, name)
+        network = lambda lq: encoder.with_image(lq * 2 - 1)[1]  # noqa: E731
+    else:
+        network = build_network(FIXED).eval()
+        torch.save({'params': network.state_dict(), 'network_g': FIXED}, name)
+        network = lambda lq, net=network: net.encode(lq).image  # noqa: E731
+    pixels = cv2.resize(np.random.default_rng(0).integers(0, 255, (5, 4, 3), np.uint8), (34, 40))
+    cv2.imwrite('photo.png', pixels)
+    assert main(['upscale', 'photo.png', '--model', name, '--scale', '2.5', '-o', 'large.png', '--device', 'cpu']) == 0
+    with torch.no_grad():
+        image = network(torch.from_numpy(pixels[..., ::-1].copy()).permute(2, 0, 1)[None].float() / 255)
+    expected = imresize(image[0].permute(1, 2, 0).numpy(), (100, 85)).clip(0, 1) * 255
+    assert np.abs(cv2.imread('large.png')[..., ::-1] - expected).max() < 0.51
+    assert f'{name}, made for x{3 if kind == "own" else 4}: its image is resampled' in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_options_of_our_own_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    liif = {'type': 'LIIF', 'encoder': {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 1}, 'hidden_list': [8]}
+    torch.save({'params': build_network(liif).state_dict()}, 'liif.pth')
+    cv2.imwrite('photo.png', np.zeros((9, 9, 3), np.uint8))
+    assert main(['upscale', 'photo.png', '--model', 'liif.pth', '--scale', '2', '-o', 'x.png']) == 2
+    assert 'liif.pth does not say its options: `basicsr convert liif.pth -opt' in capsys.readouterr().err
+
+
 def test_upscale_has_no_map_and_no_budget(model, capsys):
     cv2.imwrite('photo.png', np.zeros((9, 9, 3), np.uint8))
     for option, words in ((['--expert-map'], 'has one expert'), (['--budget', '0.5'], 'one expert: there is no')):

@@ -30,6 +30,7 @@ from moeisr_basicsr.options.values import Count, Factors, Key, OneOf, Positive, 
 
 Skip = Literal['none', 'bilinear', 'bicubic', 'network']
 Widths = Sequence[Positive]
+Pair = tuple[int, int]
 Family = Annotated[str, OneOf(FAMILIES)]
 PROBE = (8, 12)  # size of the image on which an encoder is tried
 CELL_SCALE_MAX = {'lte': 4, 'lm': 4}  # trained up to x4, their test codes show them no smaller cell than x4's
@@ -201,7 +202,7 @@ class MoEISR(nn.Module):
                 if decoder != owner:
                     raise UserError(f'{name} belongs to the decoder {owner!r}; the decoder is {decoder!r}.')
         self.skip = skip
-        self.scale = scale
+        self.in_channels, self.scale = in_channels, scale
         self.cell_scale_max = CELL_SCALE_MAX.get(decoder, 0) if cell_scale_max is None else cell_scale_max
         self.encoder, num_feat = build_encoder(encoder, in_channels, tail=skip == 'network')
         try:
@@ -291,14 +292,7 @@ class MoEISR(nn.Module):
         base = None if image is None else ImageWindow.whole(image)
         return rendered._replace(output=self.add_skip(rendered.output, base, size, (0, size[0]), (0, size[1])))
 
-    def add_skip(
-        self,
-        output: Tensor,
-        base: ImageWindow | None,
-        size: tuple[int, int],
-        rows: tuple[int, int],
-        cols: tuple[int, int],
-    ) -> Tensor:
+    def add_skip(self, output: Tensor, base: ImageWindow | None, size: Pair, rows: Pair, cols: Pair) -> Tensor:
         """Decoder output to image: `output` (B, C_out, r, s) holds the region `rows`, `cols` of a whole of `size`."""
         return output * 0.5 + (0.5 if base is None else skip_grid(base, size, rows, cols, self.skip))
 
