@@ -56,7 +56,11 @@ def test_a_fixed_scale_network_gets_every_factor(workplace, monkeypatch, capsys)
     small_recipe(monkeypatch, workplace / 'recipe.yml')
     assert run() == 0
     out = capsys.readouterr().out
-    assert re.search(r'adapt_out_resampled', out) and 'x3.3' in out
+    values = {}
+    for name in ('bicubic', 'resampled', 'out'):
+        line = next(line for line in out.splitlines() if re.search(rf'{name} +│', line))
+        values[name] = [float(value) for value in re.findall(r'(\d\d\.\d\d)(?= |$)', line)]
+    assert [len(of) for of in values.values()] == [4, 4, 4]  # x2, x3, x3.3, x4
     net = load('out.safetensors')
     assert type(net).__name__ in ('MoEISR', 'FixedScale')
     (workplace / 'net.pth').unlink()  # the file needs nothing else

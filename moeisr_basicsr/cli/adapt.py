@@ -120,11 +120,9 @@ def print_comparison(rows: 'list[Compared]') -> None:
     from rich.table import Table
 
     factors = list(rows[0].psnr)
-    table = Table('network', *factors, *(f'K MACs {factor}' for factor in factors))
-    table.title = (
-        'PSNR of luma in dB on images that were not trained on; multiply-adds per output pixel, encoder included'
-    )
+    table = Table('', *factors, title='PSNR of luma in dB (thousand multiply-adds per output pixel, encoder included)')
     for row in rows:
-        costs = [f'{row.macs[factor]:.1f}' if row.macs else '-' for factor in factors]
-        table.add_row(row.network, *(f'{row.psnr[factor]:.2f}' for factor in factors), *costs)
+        costs = {factor: f' ({macs:.1f})' for factor, macs in row.macs.items()}
+        table.add_row(row.network, *(f'{row.psnr[factor]:.2f}{costs.get(factor, "")}' for factor in factors))
     Console().print(table)
+    print('On images that were not trained on.')

@@ -86,7 +86,9 @@ def adapt(job: Job, started: float) -> tuple[int, list[Compared], bool]:
     experiment = Path('experiments', job.name)
     latest = experiment / 'models' / 'net_g_latest.pth'
     baseline = {'type': 'FixedScale', 'encoder': opt['network_g']['encoder']}
-    rows = measure(opt, baseline, None, f'{job.name}_resampled') + measure(opt, opt['network_g'], latest, job.name)[1:]
+    bicubic, resampled = measure(opt, baseline, None, f'{job.name}_resampled')
+    rows = [bicubic, resampled._replace(network='its own image, resampled')]
+    rows.append(measure(opt, opt['network_g'], latest, job.name)[1]._replace(network=job.out.stem))
     gain = fmean(rows[2].psnr.values()) - fmean(rows[1].psnr.values())
     if gain > 0:
         convert(latest, job.out)
