@@ -58,7 +58,7 @@ def test_a_fixed_scale_network_gets_every_factor(workplace, monkeypatch, capsys)
     out = capsys.readouterr().out
     values = {}
     for name in ('bicubic', 'resampled', 'out'):
-        line = next(line for line in out.splitlines() if re.search(rf'{name} +│', line))
+        line = next(line for line in out.splitlines() if re.search(rf'{name} *│', line))
         values[name] = [float(value) for value in re.findall(r'(\d\d\.\d\d)(?= |$)', line)]
     assert [len(of) for of in values.values()] == [4, 4, 4]  # x2, x3, x3.3, x4
     net = load('out.safetensors')
@@ -120,10 +120,12 @@ def test_the_schedule_fits_the_minutes(workplace, monkeypatch):
         (['net.pth', '--data', 'data', '-o', 'none/out.safetensors'], 'the folder none does not exist'),
         (['net.pth', '--data', 'data', '-o', 'out.safetensors', '--minutes', '0'], '--minutes must be above 0; got 0'),
         (['net.pth', '--data', 'data', '-o', 'out.safetensors', '--arch', 'EDSR'], '--arch must be a section'),
-        (['net.pth', '--data', '.', '-o', 'out.safetensors'], 'has no image'),
+        (['net.pth', '--data', 'empty', '-o', 'out.safetensors', '--arch', str(ARCH)], 'has no image'),
+        (['net.pth', '--data', 'data', '-o', 'out.safetensors'], 'recognise'),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(workplace, capsys, words, message):
+    (workplace / 'empty').mkdir()
     before = sorted(workplace.rglob('*'))
     assert main(['adapt', *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

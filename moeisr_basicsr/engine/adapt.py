@@ -87,7 +87,7 @@ def adapt(job: Job, started: float) -> tuple[int, list[Compared], bool]:
     latest = experiment / 'models' / 'net_g_latest.pth'
     baseline = {'type': 'FixedScale', 'encoder': opt['network_g']['encoder']}
     bicubic, resampled = measure(opt, baseline, None, f'{job.name}_resampled')
-    rows = [bicubic, resampled._replace(network='its own image, resampled')]
+    rows = [bicubic, resampled._replace(network='its image, resampled')]
     rows.append(measure(opt, opt['network_g'], latest, job.name)[1]._replace(network=job.out.stem))
     gain = fmean(rows[2].psnr.values()) - fmean(rows[1].psnr.values())
     if gain > 0:
@@ -167,8 +167,8 @@ def set_iterations(opt: dict[str, Any], total: int) -> None:
 def split_images(job: Job, least: int) -> tuple[list[str], list[str]]:
     """The names of the images to train on, and of those that are held back for validation.
 
-    Folders below are searched too; images with a side below `least` are left out. Those held back are spread over the folder, of a megapixel at most
-    where there are such ones.
+    Folders below are searched too; images with a side below `least` are left out. Those held back are spread over the
+    folder, of a megapixel at most where there are such ones.
 
     Raises:
         UserError: There are too few.
