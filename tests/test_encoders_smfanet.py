@@ -88,7 +88,9 @@ def modulated(x, apply, weights, cells, radius):
     for i, (top, bottom) in enumerate(cells[0]):
         for j, (left, right) in enumerate(cells[1]):
             gains[..., top:bottom, left:right] = gain[..., i : i + 1, j : j + 1]
-    return apply('linear_2', x * gains + apply('lde.conv_1', F.gelu(apply('lde.conv_0.1', apply('lde.conv_0.0', detail)))))
+    return apply(
+        'linear_2', x * gains + apply('lde.conv_1', F.gelu(apply('lde.conv_0.1', apply('lde.conv_0.0', detail))))
+    )
 
 
 @pytest.mark.parametrize('local', [True, False])

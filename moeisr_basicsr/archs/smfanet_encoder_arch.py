@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from moeisr_basicsr.options.values import Positive, PositiveNumber
 
 CELL = 8  # LR pixels per side of a cell, over which self-modulation takes the maximum
-RADIUS = 3  # of the local variance, in cells: 7 x 7 cells are nearest to the 64 x 64 patches that its authors trained on
+RADIUS = (
+    3  # of the local variance, in cells: 7 x 7 cells are nearest to the 64 x 64 patches that its authors trained on
+)
 
 
 class LocalDetail(nn.Module):
@@ -150,9 +152,7 @@ class SMFANetEncoder(nn.Module):
         self.to_feat = nn.Conv2d(num_in_ch, num_feat, 3, padding=1)
         self.feats = nn.Sequential(*(ModulationBlock(num_feat, ffn_scale, local) for _ in range(num_block)))
         if tail:
-            self.to_img = nn.Sequential(
-                nn.Conv2d(num_feat, num_in_ch * scale**2, 3, padding=1), nn.PixelShuffle(scale)
-            )
+            self.to_img = nn.Sequential(nn.Conv2d(num_feat, num_in_ch * scale**2, 3, padding=1), nn.PixelShuffle(scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C, H, W)."""

@@ -29,13 +29,17 @@ def read_weights(path: str) -> dict[str, Tensor]:
     file = Path(path)
     if not file.is_file():
         what = 'is a folder' if file.is_dir() else 'is no file' if file.exists() else 'does not exist'
-        raise UserError(f'the checkpoint {path} {what}; a .pth or .safetensors file is needed.{did_you_mean_file(file)}')
+        raise UserError(
+            f'the checkpoint {path} {what}; a .pth or .safetensors file is needed.{did_you_mean_file(file)}'
+        )
     content: Any
     if file.suffix == '.safetensors':
         try:
             content = safetensors.torch.load_file(file, device='cpu')
         except (safetensors.SafetensorError, ValueError) as error:
-            raise UserError(f'{path} is no whole safetensors file: it is damaged or was cut short ({error}).') from error
+            raise UserError(
+                f'{path} is no whole safetensors file: it is damaged or was cut short ({error}).'
+            ) from error
     else:
         content = load_torch_file(file)
     for key in WRAPPERS:
@@ -137,7 +141,9 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
     found = {
         'missing': sorted(own.keys() - weights.keys()),
         'unknown': sorted(weights.keys() - own.keys()),
-        'of another shape': sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape),
+        'of another shape': sorted(
+            name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
+        ),
     }
     if any(found.values()):
         problems = [f'{len(names)} {what} (such as {names[0]})' for what, names in found.items() if names]
