@@ -47,10 +47,11 @@ class ResidualLocalBlock(nn.Module):
 
 @ARCH_REGISTRY.register()
 class RLFN(nn.Module):
-    """From an RGB image in [0, 1] to one `upscale` times as large."""
+    """From an RGB image in [0, 1] to one `upscale` times as large; its public weights work in [0, 255]."""
 
-    def __init__(self, num_feat: int = 52, num_block: int = 6, upscale: int = 4):
+    def __init__(self, num_feat: int = 52, num_block: int = 6, upscale: int = 4, img_range: float = 255.0):
         super().__init__()
+        self.img_range = img_range
         self.conv_1 = nn.Conv2d(3, num_feat, 3, padding=1)
         self.blocks = [f'block_{i + 1}' for i in range(num_block)]
         for name in self.blocks:
@@ -59,7 +60,7 @@ class RLFN(nn.Module):
         self.upsampler = nn.Sequential(nn.Conv2d(num_feat, 3 * upscale**2, 3, padding=1), nn.PixelShuffle(upscale))
 
     def forward(self, x):
-        shallow = deep = self.conv_1(x)
+        shallow = deep = self.conv_1(x * self.img_range)
         for name in self.blocks:
             deep = self.get_submodule(name)(deep)
-        return self.upsampler(self.conv_2(deep) + shallow)
+        return self.upsampler(self.conv_2(deep) + shallow) / self.img_range

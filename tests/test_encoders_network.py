@@ -6,7 +6,6 @@ import pickle
 import sys
 from pathlib import Path
 
-import moeisr_basicsr  # noqa: F401, I001  before BasicSR, which needs its shims
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from helpers import pretrained
 from tiny_runs import model_options
 from torch import nn
 
+import moeisr_basicsr  # noqa: F401  before BasicSR, which needs its shims
 from moeisr_basicsr.archs.moeisr_arch import build_encoder, resolve_network
 from moeisr_basicsr.archs.network_encoder_arch import NetworkEncoder
 from moeisr_basicsr.checkpoint import load_model, save_model
@@ -24,7 +24,7 @@ from moeisr_basicsr.inference import upscale
 from moeisr_basicsr.options import check_network
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'examples'))
-import rlfn  # noqa: E402, F401  registers RLFN
+import rlfn  # noqa: F401  registers RLFN
 
 SMALL = {'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8}
 EDSR = {'type': 'EDSR', **SMALL, 'num_block': 2, 'upscale': 2}

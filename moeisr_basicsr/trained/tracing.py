@@ -8,7 +8,7 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -183,11 +183,8 @@ def features_and_image(network: nn.Module, x: Tensor, cut: Cut, tail: bool) -> t
                 raise Reached
 
     image = None
-    with Watch(take).watch(network, [cut.module]):
-        try:
-            image = first_tensor(network(x))
-        except Reached:
-            pass
+    with Watch(take).watch(network, [cut.module]), suppress(Reached):
+        image = first_tensor(network(x))
     return taken[0], image
 
 
