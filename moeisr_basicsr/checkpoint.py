@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from moeisr_basicsr.archs.moeisr_arch import MoEISR
+from moeisr_basicsr.archs.moeisr_arch import MoEISR, resolve_network
 from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.official import official
@@ -254,6 +254,8 @@ def convert(
     model = read_checkpoint(checkpoint, PARAM_KEYS if param_key is None else (param_key,))
     if not network_opt and not model.network_opt:
         raise UserError(f'{checkpoint} does not say which network it belongs to: name its options file with -opt.')
+    if network_opt:
+        network_opt = resolve_network(network_opt)
     if network_opt and model.network_opt and (found := differences(model.network_opt, network_opt)):
         raise UserError(
             f'{checkpoint} holds the options of its network, and others were given: {found}. Leave -opt out.'

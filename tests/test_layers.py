@@ -26,7 +26,9 @@ ALLOWED = {
     'atomic_file': set(),
     'shipped': {'errors'},
     'options': {'errors', 'safe_reading', 'shipped'},
+    'trained': FOUNDATION,
     **{part: {'core', 'options'} | FOUNDATION for part in PARTS},
+    'archs': {'core', 'options', 'trained'} | FOUNDATION,
     **{tool: BELOW_MODELS | PARTS | {''} for tool in TOOLS},  # '' for its version only
     'models': BELOW_MODELS,  # archs, losses, data and metrics come from BasicSR's builders
     'engine': BELOW_MODELS | PARTS | {'models', ''},

@@ -8,10 +8,10 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from moeisr_basicsr.errors import UserError, did_you_mean, did_you_mean_file
+from moeisr_basicsr.options.registered import OWN_CLASS, registered
 from moeisr_basicsr.safe_reading import load_torch_file
 
 SPANDREL = 'spandrel.architectures.'
@@ -109,15 +109,10 @@ def build_arch(options: Mapping[str, Any]) -> nn.Module:
 
 
 def _registered(name: str) -> Any:
-    importlib.import_module('basicsr.archs')  # the registry fills up on import
-    try:
-        return ARCH_REGISTRY.get(name)
-    except KeyError:
-        known = [key.removesuffix('_basicsr') for key, _ in ARCH_REGISTRY]
-        hint = did_you_mean(name, known)
-        raise UserError(
-            f'arch {name} is no registered network.{hint} A class of your own is known with --import FILE.py.'
-        ) from None
+    known = registered('ARCH')
+    if name not in known:
+        raise UserError(f'arch {name} is no registered network.{did_you_mean(name, known)}{OWN_CLASS}')
+    return known[name]
 
 
 def _spandrel_class(name: str) -> Any:
