@@ -286,7 +286,9 @@ def tested(tmp_path_factory):
         sections = {key: base[key] for key in ('model_type', 'num_gpu', 'network_g', 'manual_seed')}
         metrics = {'psnr': {'type': 'calculate_psnr_sr', 'protocol': 'div2k', 'crop_border': 1}}
         val = dict.fromkeys(('save_img', 'save_expert_map', 'save_references', 'bicubic_baseline'), True)
-        val |= {'metrics': metrics} | {key: value for key, value in base['val'].items() if key == 'budget'}
+        val |= {'needs_weights': False, 'metrics': metrics} | {
+            key: value for key, value in base['val'].items() if key == 'budget'
+        }
         datasets = {'test_1': base['datasets']['val'], 'test_2': base['datasets']['val_2']}
         run_test(parse(root, {**sections, 'name': name, 'datasets': datasets, 'path': {}, 'val': val}, is_train=False))
     return root / 'results'
