@@ -40,10 +40,10 @@ def share_charts(report: Report) -> list[tuple[str, str, list[Bar]]]:
 def shares(measured: Measured) -> list[Share]:
     """Each expert's share, in the network's order."""
     loads = measured.loads
-    hidden = (json.loads(measured.entry.network) or {}).get('experts')
-    hidden = hidden if isinstance(hidden, list) else []  # people edit results
+    network = json.loads(measured.entry.network) or {}
+    hidden = expert_shapes(network) if network.get('experts') else []
     macs = measured.runs[0].expert_macs
-    names = [f'expert {j + 1}' + (f': {shape(hidden[j])}' if j < len(hidden) else '') for j in range(len(loads))]
+    names = [f'expert {j + 1}' + (f': {hidden[j]}' if j < len(hidden) else '') for j in range(len(loads))]
     colours = expert_colours(len(loads), macs if macs and len(macs) == len(loads) else None)
     colours = colours[:, ::-1].tolist()  # (J, 3) RGB
     return [
@@ -55,6 +55,12 @@ def shares(measured: Measured) -> list[Share]:
         )
         for name, load, (red, green, blue) in zip(names, loads, colours)
     ]
+
+
+def expert_shapes(network: dict[str, Any]) -> list[str]:
+    """The hidden layers of each expert, as the options say them, which in results that people edit may be anything."""
+    experts = network.get('experts') or [network.get('hidden_list')]
+    return [shape(one) for one in experts] if isinstance(experts, list) else [json.dumps(experts)]
 
 
 def shape(widths: Any) -> str:
