@@ -38,7 +38,7 @@ class Model(NamedTuple):
     """The content of a model file or of a checkpoint."""
 
     network_opt: dict[str, Any]  # the YAML's `network_g`; empty where a checkpoint does not say it
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     metadata: dict[str, str]  # what else the file says, such as `source` and `param_key`
 
 
@@ -230,10 +230,15 @@ def convert(
     if not network_opt and not model.network_opt:
         raise UserError(f'{checkpoint} does not say which network it belongs to: name its options file with -opt.')
     if network_opt and model.network_opt and (found := differences(model.network_opt, network_opt)):
-        raise UserError(f'{checkpoint} holds the options of its network, and others were given: {found}. Leave -opt out.')
+        raise UserError(
+            f'{checkpoint} holds the options of its network, and others were given: {found}. Leave -opt out.'
+        )
     data = {'network_g': copy.deepcopy(dict(network_opt or model.network_opt))}
     for entry in changes:
-        force(data, entry)
+        if force(data, entry)[0] != 'network_g':
+            raise UserError(
+                f'--force_yml {entry}: without -opt only network_g can be changed, as in network_g:scale=4.'
+            )
     network_opt = data['network_g']
     weights = build(network_opt, model.weights, str(checkpoint)).state_dict()
     stored = {name: value.to(STORES[store]) if value.is_floating_point() else value for name, value in weights.items()}

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from basicsr.archs import build_network
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,8 +25,8 @@ IMAGE_NETWORKS = ('ECBSR', 'EDSR', 'MSRResNet', 'RCAN', 'RIDNet', 'RRDBNet', 'SR
 FILE_KEYS = ('checkpoint', 'weights')  # by which an encoder of ours takes its weights from another file
 # Measured: SwinIR makes 2 elements per element of its weights (the rest are masks), other networks 1; ECBSR, whose
 # convolutions are many and tiny, takes 74 operations per tensor, others up to 8. An encoder may also run once.
-ELEMENTS = 1 << 26  # beyond those of the file
-OPERATIONS = (100, 20_000)  # per tensor of the file, and beyond
+ELEMENTS = 1 << 26  # beyond 4 per byte of the file
+OPERATIONS = (100, 2000)  # per tensor of the file, and beyond
 
 
 def build_bounded(network_opt: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> nn.Module:
@@ -54,7 +55,9 @@ def check_names(options: Any, source: str) -> None:
         return
     for key, value in options.items():
         if key in FILE_KEYS and value is not None:
-            raise UserError(f"{source}: '{key}' of its network names the file {value!r:.80}; a model file stands alone.")
+            raise UserError(
+                f"{source}: '{key}' of its network names the file {value!r:.80}; a model file stands alone."
+            )
         check_names(value, source)
     name = options.get('type')
     known = [name for name, entry in registered('ARCH').items() if not is_basicsr(entry) or name in IMAGE_NETWORKS]
@@ -86,12 +89,13 @@ class Bounded(TorchDispatchMode):
     def __init__(self, weights: Iterable[Tensor]):
         super().__init__()
         sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in weights}  # views share it
-        self.elements = sum(sizes.values()) + ELEMENTS  # of one byte at least
+        self.elements = 4 * sum(sizes.values()) + ELEMENTS
         self.operations = OPERATIONS[0] * len(sizes) + OPERATIONS[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        self.operations -= 1
+        # `for x in tensor` is one operation that makes as many tensors as there are x
+        self.operations -= args[0].shape[(*args, 0)[1]] if func is torch.ops.aten.unbind.int else 1
         if not func._schema.is_mutable and not any(result.alias_info for result in func._schema.returns):  # no view
             self.elements -= elements(func, args, kwargs)
         if self.elements < 0 or self.operations < 0:

@@ -80,11 +80,13 @@ def load_torch_file(path: str | os.PathLike) -> Any:
     """`torch.load` to the CPU, of tensors and plain containers; anything else in a file is rejected, never run.
 
     Raises:
-        UserError: The file is damaged, would unfold in memory, or holds objects other than tensors and plain containers.
+        UserError: The file is damaged, unfolds in memory, or holds objects other than tensors and plain containers.
         OSError: The file is missing or cannot be read.
     """
     if unfolds(path):
-        raise UserError(f'{path} is compressed or makes more of itself in memory: `torch.save` writes no such checkpoint.')
+        raise UserError(
+            f'{path} is compressed or makes more of itself in memory: `torch.save` writes no such checkpoint.'
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about pickle protocols; what cannot be read gets our own line

@@ -82,11 +82,18 @@ def test_foreign_files_say_what_they_lack():
     net = make_net()
     state = {name: value.contiguous() for name, value in net.state_dict().items()}
     save_file(state, 'plain.safetensors', metadata={'format': 'pt'})
-    with pytest.raises(UserError, match='does not say which network .*`basicsr convert` makes one'):
+    with pytest.raises(UserError, match='does not say which network .*`basicsr convert plain.safetensors -opt YAML'):
         load_model('plain.safetensors')
     for content, words in (
         ('{', 'not JSON'),
         ('[1]', 'must be a section'),
+        ('[' * 900 + ']' * 900, 'must be a section'),
+        ('{"a": ' * 900 + '1' + '}' * 900, 'nested too deeply'),
+        ('{"a": ' * 90_000, 'not JSON'),
+        (json.dumps({**NETWORK, 'scale': 10**400}), 'does not fit into 64 bits'),
+        (f'{{"type": "MoEISR", "scale": {"1" * 5000}}}', 'not JSON'),
+        (json.dumps({**NETWORK, 'cell_scale_max': float('nan')}), 'nan is no number'),
+        (json.dumps({**NETWORK, 'encoder': {**ENCODER, 'res_scale': 'x'}}), 'res_scale'),
         ('{"skip": "none"}', "the key 'type' is missing"),
         ('{}', 'does not say which network'),
         (json.dumps({**NETWORK, 'type': 'MoEIRS'}), "Did you mean 'MoEISR'"),
@@ -100,7 +107,7 @@ def test_foreign_files_say_what_they_lack():
     with pytest.raises(UserError, match='there is no model file'):
         load_model('nothing.safetensors')
     torch.save(net.state_dict(), 'net.pth')
-    with pytest.raises(UserError, match='`basicsr convert net.pth -o OUT.safetensors`'):
+    with pytest.raises(UserError, match='`basicsr convert net.pth -opt YAML -o OUT.safetensors`'):
         load_model('net.pth')
 
 
@@ -176,9 +183,108 @@ def test_convert_finds_the_options_by_itself():
     assert convert('m2.safetensors', 'm3.safetensors') == NETWORK
     assert torch.equal(predict(load_model('m3.safetensors')), predict(make_net()))
     other = {**NETWORK, 'experts': [[4]]}
-    with pytest.raises(UserError, match='embedded.pth: the weights do not fit'):
+    with pytest.raises(UserError, match=r'embedded.pth holds .* experts is \[\[4\]\], of the weights'):
         convert('embedded.pth', 'm.safetensors', other)
     assert sorted(os.listdir()) == ['embedded.pth', 'm2.safetensors', 'm3.safetensors', 'net_g_5.pth']
+
+
+def test_options_that_change_no_shape_are_never_guessed():
+    torch.save({'params': make_net().state_dict(), 'network_g': {**NETWORK, 'skip': 'bicubic'}}, 'net.pth')
+    with pytest.raises(
+        UserError, match="net.pth holds .* network_g: skip is 'none', of the weights 'bicubic'. Leave -opt"
+    ):
+        convert('net.pth', 'm.safetensors', NETWORK)
+    mapper = {**NETWORK['mapper'], 'granularity': 'lr_pixel'}
+    encoder = {**ENCODER, 'res_scale': 0.1}
+    with pytest.raises(UserError, match='network_g: mapper: granularity .*') as caught:
+        convert('net.pth', 'm.safetensors', {**NETWORK, 'mapper': mapper, 'encoder': encoder, 'skip': 'bicubic'})
+    assert 'network_g: encoder: res_scale is 0.1, of the weights 1' in str(caught.value)
+    spelled_out = {**NETWORK, 'skip': 'bicubic', 'experts': ((4,), (4, 4)), 'decoder': 'liif', 'scale': None}
+    convert('net.pth', 'm.safetensors', spelled_out)  # the same with a default and tuples
+    assert load_model('m.safetensors').skip == 'bicubic'
+    options = convert('net.pth', 'm.safetensors', changes=['network_g:skip=bilinear', 'network_g:scale=3'])
+    net = load_model('m.safetensors')
+    assert (options['skip'], net.skip, net.scale) == ('bilinear', 'bilinear', 3)
+    assert read_model('net.pth').network_opt['skip'] == 'bicubic'
+
+
+@pytest.mark.parametrize('form', ['bare', 'safetensors', 'params'])
+def test_prefixes_of_wrappers_are_left_out(form):
+    state = make_net().state_dict()
+    for before in ('module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'):
+        names = {f'{before}{name}': value for name, value in state.items()}
+        save = {
+            'bare': lambda: torch.save(names, 'net.pth'),
+            'params': lambda: torch.save({'params': names}, 'net.pth'),
+            'safetensors': lambda: save_file(names, 'net.safetensors'),
+        }[form]
+        save()
+        convert('net.safetensors' if form == 'safetensors' else 'net.pth', 'm.safetensors', NETWORK)
+        assert torch.equal(predict(load_model('m.safetensors')), predict(make_net()))
+    parts = {name.replace('encoder.', 'encoder._orig_mod.'): value for name, value in state.items()}  # one was compiled
+    torch.save(parts, 'net.pth')
+    convert('net.pth', 'm.safetensors', NETWORK)
+    torch.save({**state, 'module.encoder.conv_first.bias': torch.zeros(6)}, 'net.pth')
+    with pytest.raises(UserError, match='net.pth has the weights encoder.conv_first.bias twice'):
+        convert('net.pth', 'm.safetensors', NETWORK)
+
+
+def test_a_checkpoint_that_holds_its_network_is_a_model():
+    torch.save(
+        {'params': make_net(1).state_dict(), 'params_ema': make_net().state_dict(), 'network_g': NETWORK}, 'n.pth'
+    )
+    assert torch.equal(predict(load_model('n.pth')), predict(make_net()))
+    assert read_model('n.pth').metadata == {'source': 'n.pth', 'param_key': 'params_ema'}
+    torch.save(OfficialNet('liif', 'edsr-baseline', {'n_resblocks': 1, 'n_feats': 6}, [8]).checkpoint(), 'liif.pth')
+    assert load_model('liif.pth').num_experts == 1
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_weights_that_are_not_finite(value):
+    net = make_net()
+    net.decoder.pool.experts[1].layers[0].weight.data[2, 1] = value
+    torch.save({'params': net.state_dict(), 'network_g': NETWORK}, 'net.pth')
+    save_model('net.safetensors', net, NETWORK)
+    words = 'decoder.pool.experts.1.layers.0.weight has values that are NaN or infinite'
+    with pytest.raises(UserError, match=f'net.pth: {words}'):
+        convert('net.pth', 'm.safetensors')
+    with pytest.raises(UserError, match=f'net.safetensors: {words}'):
+        load_model('net.safetensors')
+    assert not os.path.exists('m.safetensors')
+
+
+@pytest.mark.parametrize(
+    'tensor',
+    [
+        torch.zeros(6, device='meta'),
+        torch.zeros(6).to_sparse(),
+        torch.zeros(6, dtype=torch.complex64),
+        torch.full((6,), 1e300, dtype=torch.float64),  # infinite as fp32
+    ],
+    ids=['meta', 'sparse', 'complex', 'large'],
+)
+def test_tensors_that_are_no_weights(tensor):
+    state = {**make_net().state_dict(), 'encoder.conv_first.bias': tensor}
+    torch.save({'params': state, 'network_g': NETWORK}, 'net.pth')
+    with pytest.raises(UserError, match='net.pth: encoder.conv_first.bias (is no tensor of real numbers|has values)'):
+        convert('net.pth', 'm.safetensors')
+
+
+def nested(depth):
+    return {'a': nested(depth - 1)} if depth else 1
+
+
+@pytest.mark.parametrize(
+    'network',
+    [nested(300), {**NETWORK, 'scale': 10**400}, [NETWORK], {**NETWORK, 'skip': torch.zeros(1)}, {1: {2, 3}}, 'EDSR'],
+    ids=['deep', 'long', 'list', 'tensor', 'set', 'text'],
+)
+def test_options_in_a_checkpoint_that_are_none(network):
+    torch.save({'params': make_net().state_dict(), 'network_g': network}, 'net.pth')
+    for read in (load_model, lambda path: convert(path, 'm.safetensors')):
+        with pytest.raises(UserError, match='net.pth: the options of its network cannot be read: .*') as caught:
+            read('net.pth')
+        assert '\n' not in str(caught.value) and len(str(caught.value)) < 200
 
 
 def official_model(**args):
@@ -206,6 +312,14 @@ def official_model(**args):
         ({'model': {**official_model(), 'name': 'lmliif'}}, "KeyError('hypernet_spec')"),
         ({'model': {**official_model(), 'name': 'lmlte'}}, "model 'lmlte' is not supported; liif, lte, lmliif are"),
         ({'model': {'conv.weight': torch.zeros(2)}}, "no official LIIF, LTE or LMF checkpoint: KeyError('name')"),
+        ({'model': {'name': ['liif'], 'args': {}, 'sd': {}}}, 'no official LIIF, LTE or LMF checkpoint'),
+        ({'model': official_model(encoder_spec={'name': 'rdn', 'args': [1]})}, 'no official LIIF, LTE or LMF checkpoint'),
+        ({'model': official_model(imnet_spec={'name': 'mlp', 'args': {'hidden_list': 7}})}, 'no official LIIF, LTE'),
+        ({'model': official_model(imnet_spec={'name': 'mlp', 'args': {'hidden_list': 'ab'}})}, 'hidden_list'),
+        ({'model': official_model(imnet_spec={'name': 'mlp', 'args': {'hidden_list': [10**30]}})}, '64 bits'),
+        ({'model': {**official_model(), 'sd': [1]}}, 'no official LIIF, LTE or LMF checkpoint'),
+        ({'model': {**official_model(), 'sd': {1: torch.zeros(1)}}}, 'no official LIIF, LTE or LMF checkpoint'),
+        ({'model': {**official_model(), 'sd': {'imnet.layers.0.weight': 3}}}, 'is no tensor of real numbers'),
     ],
 )
 def test_convert_says_what_it_cannot_read(content, words):
@@ -231,7 +345,7 @@ def test_hostile_and_damaged_checkpoints_run_nothing(folder):
             convert(name, 'm.safetensors', NETWORK)
         assert '\n' not in str(caught.value)
     assert not os.path.exists('ran') and not os.path.exists('m.safetensors')
-    with pytest.raises(UserError, match='there is no checkpoint'):
+    with pytest.raises(UserError, match='there is no model file or checkpoint'):
         convert('nothing.pth', 'm.safetensors')
 
 

@@ -14,7 +14,7 @@ from basicsr.archs import build_network
 
 from moeisr_basicsr import __version__
 from moeisr_basicsr.atomic_file import SaveError
-from moeisr_basicsr.checkpoint import save_model
+from moeisr_basicsr.checkpoint import read_model, save_model
 from moeisr_basicsr.cli import COMMANDS, main
 from moeisr_basicsr.cli import models as models_command
 from moeisr_basicsr.errors import UserError
@@ -109,7 +109,7 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
         ((*UPSCALE, '--scale', '2', '--overwrite', '--resume'), 'not allowed with argument'),
         ((*UPSCALE[:-1], 'gone.safetensors', '--scale', '2'), 'there is no model file gone.safetensors'),
         ((*UPSCALE[:-1], 'cut.safetensors', '--scale', '2'), 'cut.safetensors is no whole safetensors file'),
-        ((*UPSCALE[:-1], 'hostile.pth', '--scale', '2'), 'hostile.pth is no model file'),
+        ((*UPSCALE[:-1], 'hostile.pth', '--scale', '2'), 'hostile.pth is no checkpoint that can be read'),
         (
             (*UPSCALE[:-1], 'dense.safetensors', '--scale', '2', '--expert-map'),
             'has one expert: there is no map to draw',
@@ -133,12 +133,15 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
         ((*UPSCALE, '--scale', '2', '--ext', 'jpg'), 'out.png and --ext jpg contradict each other'),
         (('upscale', 'corrupt.png', *UPSCALE[2:], '--scale', '2'), 'corrupt.png'),
         (('upscale', 'nothing.png', *UPSCALE[2:], '--scale', '2'), 'nothing.png: the file is empty'),
-        (('convert', 'gone.pth', '-o', 'm.safetensors'), 'there is no checkpoint gone.pth'),
+        (('convert', 'gone.pth', '-o', 'm.safetensors'), 'there is no model file or checkpoint gone.pth'),
         (('convert', 'hostile.pth', '-o', 'm.safetensors'), 'Nothing in it was run'),
         (('convert', 'moe.safetensors', '-o', 'm.pth'), "must end in '.safetensors'"),
         (('convert', 'moe.safetensors', '-o', 'dense.safetensors'), 'already exists: give --overwrite'),
         (('convert', 'moe.safetensors', '-o', 'm.safetensors', '-opt', 'typo.yml'), "the key 'network_g' is missing"),
-        (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--force_yml', 'a=b'), 'give both'),
+        (
+            ('convert', 'moe.safetensors', '-o', 'm.safetensors', '--force_yml', 'a=b'),
+            'without -opt only network_g can be changed',
+        ),
         (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--metadata', 'license'), 'license: give KEY=VALUE'),
         (
             ('convert', 'moe.safetensors', '-o', 'm.safetensors', '--metadata', 'network_g={}'),
@@ -249,6 +252,9 @@ def test_modules_of_users(capsys, folder):
 def test_convert(capsys):
     code, output, error = run(capsys, 'convert', 'moe.safetensors', '-o', 'm.safetensors')
     assert (code, error) == (0, '') and output.startswith('m.safetensors: MoEISR with EDSREncoder')
+    assert output.endswith('; options of moe.safetensors\n')
+    change = ('convert', 'moe.safetensors', '-o', 'changed.safetensors', '--force_yml', 'network_g:scale=3')
+    assert run(capsys, *change)[0] == 0 and read_model('changed.safetensors').network_opt['scale'] == 3
 
 
 def test_as_a_module_in_a_process_of_its_own(folder):

@@ -43,6 +43,23 @@ def model(tmp_path_factory):
     return str(path)
 
 
+def test_a_checkpoint_upscales_without_conversion(model, capsys):
+    """As training writes it, with the network that it belongs to."""
+    write_image('in.png', noise((6, 5, 3)))
+    weights = load_model(model).state_dict()
+    torch.save({'params': weights, 'network_g': NETWORK}, 'net_g_latest.pth')
+    assert run(model, 'in.png', '-o', 'a.png', '--scale', 2) == 0
+    assert run('net_g_latest.pth', 'in.png', '-o', 'b.png', '--scale', 2) == 0
+    np.testing.assert_array_equal(read('a.png'), read('b.png'))
+    weights['encoder.conv_first.weight'][0, 0, 0, 0] = float('nan')
+    torch.save({'params': weights, 'network_g': NETWORK}, 'nan.pth')
+    capsys.readouterr()
+    assert run('nan.pth', 'in.png', '-o', 'c.png', '--scale', 2) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and 'nan.pth: encoder.conv_first.weight has values that are NaN' in error
+    assert not os.path.exists('c.png')
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -359,3 +359,15 @@ def test_other_formats(tmp_path, suffix, tolerance):
 def test_nothing_is_dropped_in_silence(tmp_path, name, options, words):
     with pytest.raises(UserError, match=words):
         check_writable(tmp_path / name, **{'size': (4, 4), **options})
+
+
+@pytest.mark.parametrize('suffix', ['.png', '.jpg', '.tif', '.bmp', '.webp'])
+def test_a_disguised_eps_is_not_handed_to_ghostscript(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f'photo{suffix}'
+    Image.fromarray(smooth()).save(path, 'EPS')
+    monkeypatch.setattr('subprocess.check_call', lambda *args, **kwargs: pytest.fail('a program was started'))
+    monkeypatch.setattr('PIL.EpsImagePlugin.has_ghostscript', lambda: True)
+    monkeypatch.setattr('PIL.EpsImagePlugin.gs_binary', 'gs')
+    for read in (read_image, read_header):
+        with pytest.raises(UserError, match=f'photo{suffix}: not an image that can be read'):
+            read(path)

@@ -1,5 +1,7 @@
 """Upscaling with a network in hand: sizes, errors, modes, cost control. Tiles are in test_tiles.py."""
 
+import copy
+
 import pytest
 import torch
 from reference import grid
@@ -21,6 +23,11 @@ def make_net(**options):
         net.decoder.mapper.query_out.weight.mul_(8)
         net.decoder.mapper.query_out.bias.zero_()
     return net
+
+
+def make_lte():
+    torch.manual_seed(0)
+    return LTE(ENCODER, hidden_list=[8], hidden_dim=8)
 
 
 @pytest.mark.parametrize(
@@ -159,3 +166,34 @@ def test_bf16_changes_the_experts_precision_not_the_routing():
     assert agree.float().mean() > 0.97
     difference = (mixed.image - plain.image).transpose(0, 1)[:, agree]
     assert float(difference.abs().max()) < 0.02
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('make', [make_net, make_lte])
+def test_networks_of_any_precision_compute_in_fp32(make, dtype):
+    net = make().to(dtype)
+    lq = torch.rand(1, 3, 9, 8)
+    result, expected = upscale(net, lq, 2.5), upscale(copy.deepcopy(net).float(), lq, 2.5)
+    assert result.image.dtype == torch.float32 and torch.equal(result.image, expected.image)
+    assert upscale(net, lq.to(dtype), 2.5).image.dtype == torch.float32
+    assert {value.dtype for value in net.parameters()} == {dtype}  # the caller's own is as it was
+
+
+@pytest.mark.parametrize('make', [make_net, make_lte])
+def test_the_callers_default_type_and_autocast_do_not_matter(make):
+    net, lq = make(), torch.rand(1, 3, 9, 8)
+    expected = upscale(net, lq, 2.5)
+    try:
+        torch.set_default_dtype(torch.float64)
+        under_double = upscale(net, lq, 2.5)
+        budgeted = upscale(net, lq, 2.5, budget=0.9) if net.num_experts > 1 else under_double
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast('cpu', torch.bfloat16):
+        under_autocast = upscale(net, lq, 2.5)
+        assert torch.is_autocast_enabled('cpu')
+    for result in (under_double, under_autocast):
+        assert torch.equal(result.image, expected.image)
+        assert result.expert_map is None or torch.equal(result.expert_map, expected.expert_map)
+    assert budgeted.image.dtype == torch.float32

@@ -11,8 +11,9 @@ from basicsr.test import test_pipeline as basicsr_test
 from basicsr.train import train_pipeline as basicsr_train
 from basicsr.utils.logger import initialized_logger
 from safetensors.torch import save_file
-from tiny_runs import DENSE, NETWORK, change, model_options, parse, run_yaml, weights_of, write_images
+from tiny_runs import DENSE, NETWORK, assert_same, change, model_options, parse, run_yaml, weights_of, write_images
 
+from moeisr_basicsr.checkpoint import convert, load_model
 from moeisr_basicsr.engine.test_loop import test as run_test
 from moeisr_basicsr.engine.train_loop import train
 from moeisr_basicsr.errors import ExitCode, UserError
@@ -129,14 +130,19 @@ def test_basicsrs_pipeline_runs_our_networks_and_models(root, monkeypatch, model
 def test_basicsrs_pipeline_runs_our_yaml_with_queries(root, monkeypatch):
     """ArbitraryScaleImageDataset, several scales, experts, all driven by BasicSR's train_pipeline."""
     options = run_yaml(
-        root, **{'train:total_iter': 9, 'path:resume_state': None, 'logger:use_tb_logger': False, 'val:save_img': True}
+        root,
+        **{'train:total_iter': 9, 'path:resume_state': None, 'logger:use_tb_logger': False, 'val:save_img': True},
+        **{'network_g:skip': 'bilinear'},
     )
     run_basicsr(monkeypatch, root, basicsr_train, options)
     log = next((root / 'experiments' / 'run').glob('*.log')).read_text()
     assert 'Validation tiny_x2 x2' in log and 'Validation tiny_x3.3 x3.3' in log and 'l_balance' in log
     assert (root / 'experiments/run/visualization/tiny_x3.3/2_x3.3_9.png').is_file()
-    weights = torch.load(root / 'experiments/run/models/net_g_latest.pth', weights_only=True)
-    assert set(weights) == {'params', 'params_ema'}
+    path = root / 'experiments/run/models/net_g_latest.pth'
+    weights = torch.load(path, weights_only=True)
+    assert set(weights) == {'params', 'params_ema', 'network_g'}
+    convert(path, root / 'm.safetensors')  # the file says what no shape tells
+    assert load_model(root / 'm.safetensors').skip == load_model(path).skip == 'bilinear'
 
 
 @pytest.mark.parametrize('dataset', ['PairedImageDataset', 'SingleImageDataset'])
@@ -201,3 +207,41 @@ def test_pretrained_weights_of_other_files(root):
         same = {name for name, value in weights_of(model).items() if torch.equal(value, source[name])}
         assert same >= {name for name in source if 'encoder' in name}
         assert file == 'part.pth' or same == set(source)
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.'])
+def test_a_bare_state_dict_is_loaded(root, prefix):
+    source = weights_of(build_model(model_options()))
+    torch.save({f'{prefix}{name}': value for name, value in source.items()}, root / 'bare.pth')
+    torch.manual_seed(1)
+    model = build_model(model_options(**{'path:pretrain_network_g': str(root / 'bare.pth')}))
+    assert_same(weights_of(model), source)
+
+
+@pytest.mark.parametrize('is_train', [False, True])
+def test_weights_of_which_nothing_fits(root, is_train):
+    torch.save(
+        {'params': {'body.weight': torch.zeros(3), 'encoder.conv_first.weight': torch.zeros(1)}}, root / 'net.pth'
+    )
+    start = {'path:pretrain_network_g': str(root / 'net.pth'), 'path:strict_load_g': False, 'is_train': is_train}
+    with pytest.raises(UserError, match='net.pth: nothing in it fits the network MoEISR: .* 1 unknown'):
+        build_model(model_options(**start))
+
+
+def test_weights_that_are_not_finite_are_not_loaded(root):
+    source = weights_of(build_model(model_options()))
+    source['encoder.conv_first.bias'][2] = float('nan')
+    torch.save({'params': source}, root / 'net.pth')
+    with pytest.raises(UserError, match='net.pth: encoder.conv_first.bias has values that are NaN'):
+        build_model(model_options(**{'path:pretrain_network_g': str(root / 'net.pth')}))
+
+
+def test_other_options_than_those_of_the_weights_are_named(root, caplog):
+    trained = {**NETWORK, 'skip': 'bicubic', 'decoder': 'liif'}
+    torch.save({'params': weights_of(build_model(model_options())), 'network_g': trained}, root / 'net.pth')
+    start = {'path:pretrain_network_g': str(root / 'net.pth'), 'is_train': False}
+    build_model(model_options(**start, **{'network_g:skip': 'bilinear'}))
+    assert "network_g: skip is 'bilinear', of the weights 'bicubic'." in caplog.text and 'decoder' not in caplog.text
+    caplog.clear()
+    build_model(model_options(**start, **{'network_g:skip': 'bicubic'}))
+    assert 'other options' not in caplog.text

@@ -118,7 +118,7 @@ def test_images_of_one_name_in_two_folders(root):
     sections = {
         **{key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path')},
         'datasets': {'test': base['datasets']['val']},
-        'val': {'save_img': True},
+        'val': {'save_img': True, 'needs_weights': False},
     }
     assert run_test(parse(root, sections, is_train=False)) == ExitCode.OK
     rows = schema.load(root / 'results/run/results.json')['rows']
@@ -206,7 +206,7 @@ def test_images_without_truth_use_the_networks_scale(root):
     options_of_test = {
         **{key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path')},
         'datasets': {'test': single},
-        'val': {'save_img': True},
+        'val': {'save_img': True, 'needs_weights': False},
     }
     assert run_test(parse(root, options_of_test, is_train=False)) == ExitCode.OK
     picture = cv2.imread(str(root / 'results/run/visualization/single/0_x2.5.png'))

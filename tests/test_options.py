@@ -119,6 +119,7 @@ def test_all_mistakes_at_once_with_their_lines():
         ('num_layers: 1', 'num_layers: 6', 'num_layers', 'must be a whole number of at least 1 and at most 5; got 6'),
         ('num_layers: 1', 'layers: 1', 'layers', "Did you mean 'num_layers'?"),
         ('pretrain_network_g: ~', 'pretrain_network_g: gone.pth', 'pretrain', 'there is no file gone.pth'),
+        ('num_feat: 8', f'num_feat: {10**400}', 'num_feat', 'is no int of 64 bits'),
         ('pretrain_network_g: ~', 'pretrained_network_g: ~', 'pretrain', "Did you mean 'pretrain_network_g'?"),
         ('lr: 1e-4', 'lr: fast', 'lr: fast', "must be a number above 0; got 'fast'"),
         ('lr: 1e-4', 'lr: -1', 'lr: -1', 'must be a number above 0; got -1'),
@@ -324,6 +325,9 @@ def test_one_missing_folder_is_one_line_however_many_datasets_name_it():
 
 def test_testing_needs_no_train_section_and_takes_test_datasets():
     text = GOOD.partition('train:\n  optim')[0].replace('  train:\n    name', '  test:\n    scale: 3\n    name')
-    opt = load_options(write(text), is_train=False)
+    found = problems(text, is_train=False)  # it would measure a network as it was drawn at random
+    assert len(found) == 1 and "path: the key 'pretrain_network_g' is missing" in found[0]
+    assert load_options(write(text), ['val:needs_weights=false'], is_train=False)['val']['needs_weights'] is False
+    opt = load_options(write(text), ['path:pretrain_network_g=images/a.png'], is_train=False)
     assert opt['val']['save_img'] is False and opt['logger']['print_freq'] == 100
     assert any('must be called test, test_2' in problem for problem in problems(GOOD, is_train=False))

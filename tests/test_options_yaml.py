@@ -65,6 +65,10 @@ def test_merge_keys_give_way_to_own_keys():
         ('a: !!binary aGk=\n', 1, 'not allowed'),
         ('a: &a [*a]\n', 1, 'too large or refers to itself'),
         ('a: 1\n---\nb: 2\n', 2, 'broken YAML'),
+        (f'a: 1\nb: {"1" * 400}\n', 2, 'is no int of 64 bits'),
+        (f'a: 1\nb: {"1" * 5000}\n', 2, 'is no int of 64 bits'),
+        ('a: 1\nb: {<<: {? [x] : 1}}\n', 2, 'a key must be plain text'),
+        ('a: 1\nb: {<<: 3}\n', 2, 'expected a mapping'),
     ],
 )
 def test_broken_and_hostile_yaml(images_here, text, line, words):
@@ -80,8 +84,11 @@ def test_aliases_of_aliases_do_not_fill_the_memory():
     lines += [f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 10)}]' for i in range(1, 12)]
     with pytest.raises(UserError, match='too large'):
         read_yaml(write('\n'.join(lines)))
-    with pytest.raises(UserError, match='nested too deeply|too large'):
-        read_yaml(write('a: ' + '[' * 3000 + ']' * 3000))
+    for depth in (60, 900, 3000):
+        with pytest.raises(UserError, match='nested too deeply|too large'):
+            read_yaml(write('a: ' + '[' * depth + ']' * depth))
+    with pytest.raises(UserError, match='nested too deeply'):
+        read_yaml(write('a: &a {<<: *a}'))
 
 
 def test_unreadable_files(images_here):

@@ -51,6 +51,21 @@ def test_yaml_keeps_order_and_merges():
     assert list(loaded) == ['z', 'y', 'x'] and list(loaded['z']) == ['b', 'a'] and loaded['y'] == {'b': 1, 'a': 3}
 
 
+def test_merges_of_merges_do_not_fill_the_memory():
+    """400 bytes that would be 100,000 entries."""
+    lines = ['a0: &a0 {' + ', '.join(f'k{i}: 1' for i in range(10)) + '}']
+    lines += [f'a{i}: &a{i} {{<<: [' + ', '.join([f'*a{i - 1}'] * 10) + ']}' for i in range(1, 5)]
+    with pytest.raises(yaml.YAMLError, match='too large'):
+        load_yaml('\n'.join(lines))
+    loaded = load_yaml('\n'.join(lines[:3]))
+    assert loaded['a2'] == loaded['a0'] == {f'k{i}': 1 for i in range(10)}
+
+
+def test_merges_keep_their_order():
+    loaded = load_yaml('a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2, z: 2}\nc: {z: 3, <<: [{x: 4}, *b]}')
+    assert loaded['c'] == {'x': 4, 'y': 2, 'z': 3}
+
+
 @pytest.mark.parametrize(
     ('text', 'value'),
     [
@@ -81,7 +96,21 @@ def test_override_values(text, value):
     assert parsed == value and type(parsed) is type(value)
 
 
-@pytest.mark.parametrize('text', ['[' * 100_000, '[1,', '{a', '!!float x', '[!!python/name:os.system 1]', '[1] 2'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '1' * 400,
+        '-' + '9' * 5000,
+        '0x_',
+        '9223372036854775808',
+        '[' * 100_000,
+        '[1,',
+        '{a',
+        '!!float x',
+        '[!!python/name:os.system 1]',
+        '[1] 2',
+    ],
+)
 def test_override_that_is_not_well_formed(text):
     with pytest.raises(UserError, match='--force_yml'):
         parse_value(text)

@@ -11,13 +11,16 @@ import pytest
 import torch
 import yaml
 from basicsr.archs import build_network
+from basicsr.models import build_model
 from shipped_cases import NETWORK, RESULTS, problems, stand_in
+from tiny_runs import parse, run_yaml
 
 from moeisr_basicsr import shipped
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.analysis.complexity import decoder_macs, parameters
 from moeisr_basicsr.checkpoint import load_model, read_model
 from moeisr_basicsr.cli import main
+from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.models.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -228,7 +231,7 @@ def test_a_checkpoint_becomes_a_shipped_model(script, weights, capsys):
         torch.testing.assert_close(loaded.state_dict()[name], value.half().float(), rtol=0, atol=0)
     assert run(capsys, 'models', 'general').startswith('# general\n')
     tuned = build_network(NETWORK)
-    load_weights(tuned, path)  # as `path: pretrain_network_g` does
+    load_weights(tuned, 'general')  # as `path: pretrain_network_g` does
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in tuned.state_dict().items())
 
 
@@ -248,3 +251,15 @@ def test_what_cannot_be_shipped_leaves_nothing(script, weights, capsys, change, 
     error = capsys.readouterr().err
     assert words in error and len(error.splitlines()) == 1
     assert list(weights.iterdir()) == []
+
+
+def test_training_starts_from_a_model_by_its_name(models, tmp_path):
+    named = {'path:pretrain_network_g': 'general', 'network_g': NETWORK}
+    model = build_model(parse(tmp_path, run_yaml(tmp_path, **named)))
+    expected = load_model(models / 'general.safetensors').state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.net_g.state_dict().items())
+    with pytest.raises(UserError, match='there is no file genral'):
+        parse(tmp_path, run_yaml(tmp_path, **{**named, 'path:pretrain_network_g': 'genral'}))
+    shutil.copy(models / 'general.safetensors', 'general')
+    with pytest.raises(UserError, match="'general' is a model that comes with the package and a file in the current"):
+        parse(tmp_path, run_yaml(tmp_path, **named))

@@ -42,7 +42,7 @@ def problem(value: Any, schema: dict = SCHEMA, where: str = 'results') -> str | 
     if error is None:
         return None
     words = error.message if len(error.message) < 200 else f'{error.message[:100]} ... {error.message[-60:]}'
-    return f'{error.json_path.replace("$", where, 1)}: {words}'
+    return ' '.join(f'{error.json_path.replace("$", where, 1)}: {words}'.split())
 
 
 def finite(value: Any) -> Any:
@@ -81,7 +81,10 @@ def load(path: str | PathLike) -> dict:
         UserError: There is no such file, it is no JSON, or it does not fit the schema.
     """
     try:
-        results = finite(json.loads(Path(path).read_text(encoding='utf-8')))
+        text = Path(path).read_text(encoding='utf-8')
+        # As a float, a whole number of hundreds of digits is infinite.
+        results = finite(json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 16 else float(digits)))
+        json.dumps(results, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
     except OSError as error:
         raise UserError(f'{path}: cannot read these results: {error.strerror}.') from error
     except (ValueError, RecursionError) as error:

@@ -28,7 +28,10 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         '-opt', metavar='YAML', help='options file that describes the network, where the checkpoint does not'
     )
     parser.add_argument(
-        '--force_yml', nargs='+', metavar='KEY:KEY=VALUE', help='changes of the options: those that the training had, or wanted ones of what the checkpoint says'
+        '--force_yml',
+        nargs='+',
+        metavar='KEY:KEY=VALUE',
+        help='changes of the options: those that the training had, or wanted ones of what the checkpoint says',
     )
     parser.add_argument(
         '--param-key',

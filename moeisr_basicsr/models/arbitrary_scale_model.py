@@ -287,7 +287,9 @@ class ArbitraryScaleModel(SRModel):
         label = 'latest' if current_iter == -1 else current_iter
         weights: dict = {key: bare_weights(self.get_bare_model(one)) for one, key in zip(nets, keys)}
         options = f'network_{net_label.removeprefix("net_")}'
-        save_atomic({**weights, options: self.opt.get(options)}, f'{self.opt["path"]["models"]}/{net_label}_{label}.pth')
+        save_atomic(
+            {**weights, options: self.opt.get(options)}, f'{self.opt["path"]["models"]}/{net_label}_{label}.pth'
+        )
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         """BasicSR's state file, for BasicSR's own loop; the plugin's loop keeps more."""

@@ -62,7 +62,9 @@ def testing(data: dict) -> Problems:
     """A network without weights would be measured as it was drawn at random."""
     path, val = section(data, 'path'), section(data, 'val')
     if path.get('pretrain_network_g') is None and val.get('needs_weights') is not False:
-        message = "the key 'pretrain_network_g' is missing: a network without weights would be tested. One that needs no "
+        message = (
+            "the key 'pretrain_network_g' is missing: a network without weights would be tested. One that needs no "
+        )
         yield ('path',), f'{message}file is tested with val: needs_weights: false.'
 
 

@@ -1,7 +1,7 @@
 """The experts: their sizes, their colours in the expert maps, their shares of the output pixels."""
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moeisr_basicsr.analysis.pictures import expert_colours
 
@@ -40,9 +40,12 @@ def share_charts(report: Report) -> list[tuple[str, str, list[Bar]]]:
 def shares(measured: Measured) -> list[Share]:
     """Each expert's share, in the network's order."""
     found = measured.shares
-    hidden = (json.loads(measured.entry.network) or {}).get('experts') or []
-    names = [f'expert {j + 1}' + (f': {shape(hidden[j])}' if j < len(hidden) else '') for j in range(len(found))]
-    colours = expert_colours(len(found), measured.runs[0].expert_macs)[:, ::-1].tolist()  # (J, 3) RGB
+    network = json.loads(measured.entry.network) or {}
+    hidden = expert_shapes(network) if network.get('experts') else []
+    macs = measured.runs[0].expert_macs
+    names = [f'expert {j + 1}' + (f': {hidden[j]}' if j < len(hidden) else '') for j in range(len(found))]
+    colours = expert_colours(len(found), macs if macs and len(macs) == len(found) else None)
+    colours = colours[:, ::-1].tolist()  # (J, 3) RGB
     return [
         Share(
             name,
@@ -54,12 +57,20 @@ def shares(measured: Measured) -> list[Share]:
     ]
 
 
-def shape(widths: list[int] | dict | None) -> str:
+def expert_shapes(network: dict[str, Any]) -> list[str]:
+    """The hidden layers of each expert, as the options say them, which in results that people edit may be anything."""
+    experts = network.get('experts') or [network.get('hidden_list')]
+    return [shape(one) for one in experts] if isinstance(experts, list) else [json.dumps(experts)]
+
+
+def shape(widths: Any) -> str:
     """'4 x 256', or the widths where they differ; of lm those of the latent MLP, and the depth."""
     if widths is None:
         return 'default'
-    if isinstance(widths, dict):
-        return f'{" ".join(map(str, widths["latent"]))} + {widths["depth"]}'.strip()
-    if not widths:
+    if isinstance(widths, dict) and isinstance(widths.get('latent'), list):
+        return f'{" ".join(map(str, widths["latent"]))} + {widths.get("depth")}'.strip()
+    if widths == []:
         return 'none'
+    if not isinstance(widths, list) or not all(isinstance(width, int) for width in widths):
+        return json.dumps(widths)
     return f'{len(widths)} x {widths[0]}' if len(set(widths)) == 1 else ' '.join(map(str, widths))
