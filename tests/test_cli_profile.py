@@ -15,7 +15,7 @@ from moeisr_basicsr.analysis.complexity import (
     encoder_macs,
     parameters,
 )
-from moeisr_basicsr.archs.moeisr_arch import LIIF, MoEISR
+from moeisr_basicsr.archs.moeisr_arch import LIIF, LMLIIF, MoEISR
 from moeisr_basicsr.checkpoint import save_model
 from moeisr_basicsr.cli import main
 from moeisr_basicsr.inference import upscale
@@ -124,6 +124,21 @@ def test_dense_decoder_of_other_widths(profile, options, capsys):
     assert row['time_ms']['dense_plain'] > 0 and row['time_ms']['dense_folded'] > 0
     assert main(['profile', '-opt', options(MOEISR), '--train', '--dense-hidden', '8']) == 2
     assert '--dense-hidden belongs to the profile of upscaling' in capsys.readouterr().err
+
+
+def test_lm_is_measured_where_its_experts_are_read(profile, options, capsys):
+    """The baseline is the most expensive expert; what is left out at LR is not counted; nothing plain is timed."""
+    experts = [[], {'latent': [8], 'depth': 1}, {'latent': [12], 'depth': 2}]
+    network = {**MOEISR, 'decoder': 'lm', 'experts': experts, 'render_width': 4}
+    (row,), _ = profile('-opt', options(network), '--scale', '2')
+    decoder, density = build(network).decoder, 1 / 4
+    dense = LMLIIF(MOEISR['encoder'], [12], 2, 4).decoder
+    assert row['macs']['dense_plain'] == dense_plain_macs(dense, (6, 9), (12, 18))
+    assert row['macs']['dense_folded'] == dense_folded_macs(dense, (6, 9), (12, 18))
+    assert row['macs']['tables'] == pytest.approx(decoder.pool.table_macs(row['routing']['lr_reads']) * density)
+    assert row['time_ms']['dense_folded'] > 0 and 'dense_plain' not in row['time_ms']
+    assert main(['profile', '-opt', options(network), '--dense-hidden', '8']) == 2
+    assert "--dense-hidden belongs to the decoders 'liif' and 'lte'" in capsys.readouterr().err
 
 
 def test_shares_that_say_nothing_of_pictures_are_said_to(options, tmp_path, capsys):

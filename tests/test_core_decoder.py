@@ -6,9 +6,11 @@ from reference import FAMILIES, grid, mixture
 
 from moeisr_basicsr.core import MoEDecoder, render_image
 from moeisr_basicsr.core import reference as method
+from moeisr_basicsr.core.coords import make_corners
 from moeisr_basicsr.core.decoder import FAMILIES as method_families
 from moeisr_basicsr.core.liif import apply_linear
 from moeisr_basicsr.core.mapper import Draw, Routing, gumbel_noise
+from moeisr_basicsr.tools.profile.rendering import render_fixed
 
 EXPERTS = {
     'liif': [[12], [8, 20], [16, 4, 8]],
@@ -216,6 +218,46 @@ def test_queries_are_independent_of_their_company():
     parts = [decoder(feat, coord[:, at : at + 7], cell[:, at : at + 7]) for at in range(0, 40, 7)]
     close(torch.cat([part.prediction for part in parts], dim=1), whole.prediction, 1e-6)
     assert torch.equal(torch.cat([part.routing.expert for part in parts], dim=1), whole.routing.expert)
+
+
+def test_latent_mlps_run_only_where_their_queries_read(monkeypatch):
+    """At test, on a whole image and on scattered queries; in training on every LR pixel."""
+    decoder = make_decoder('lm-and-none').eval()
+    feat, size = torch.randn(1, 6, 9, 7), (20, 30)
+    expert_map = torch.zeros(size, dtype=torch.uint8)
+    expert_map[3:9, 4:20], expert_map[12:, 22:] = 1, 2
+    coord, cell = grid(size)
+    corners = make_corners(coord, (9, 7)).index[:, 0]  # (4, Q)
+    gates = torch.nn.functional.one_hot(expert_map.long().flatten(), 3)[None].float()
+    expected = mixture(decoder, feat, coord, cell, gates)[0]
+    rows = {1: [], 2: []}  # LR pixels that each expert's latent MLP has seen, call by call
+    for j, seen in rows.items():
+        decoder.pool.latent_linears(j)[-1].register_forward_hook(
+            lambda layer, x, y, seen=seen: seen.append(x[0][..., 0].numel())
+        )
+    close(render_fixed(decoder, feat, size, expert_map).flatten(1).t(), expected)
+    for j, seen in rows.items():
+        assert seen == [corners[:, expert_map.flatten() == j].unique().numel()] and 0 < seen[0] < 63
+    few = torch.tensor([95, 130, 415, 599])
+    routing = Routing(expert_map.flatten()[few].long()[None], None)
+    assert routing.expert.tolist() == [[1, 1, 2, 2]]
+    monkeypatch.setattr(decoder, 'route', lambda *_: routing)
+    close(decoder(feat, coord[:, few], cell[:, few]).prediction[0], expected[few])
+    for j, seen in rows.items():
+        assert seen[-1] == corners[:, few[routing.expert[0] == j]].unique().numel()
+    monkeypatch.undo()
+    decoder.train()(feat, coord[:, few], cell[:, few])
+    assert rows[1][-1] == rows[2][-1] == 63
+
+
+def test_lm_needs_one_cell_for_all_queries_of_an_image():
+    decoder, feat = make_decoder('lm'), torch.randn(2, 6, 5, 7)
+    coord, cell = random_queries()
+    assert not torch.equal(cell[0], cell[1])
+    decoder(feat, coord, cell)
+    cell[1, 5, 0] *= 2
+    with pytest.raises(ValueError, match="'lm' needs one cell for all queries of an image"):
+        decoder(feat, coord, cell)
 
 
 def test_costs_and_macs_by_hand():

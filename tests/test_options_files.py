@@ -89,7 +89,9 @@ def test_train_then_test(name, workplace, capsys):
     kept = write_with_datasets(path, sets[:2])  # the sets differ in their folder only: two of them are enough
     code = main(['test', '-opt', str(kept), '--force_yml', *small_network(data), 'num_gpu=0'])
     assert code == 0, capsys.readouterr().err[-2000:]
-    assert list((workplace / f'results/test_{name}').rglob('*.json'))
+    (results,) = (workplace / f'results/test_{name}').rglob('*.json')
+    row = json.loads(results.read_text())['rows'][0]
+    assert ('lr_reads' in row.get('routing', {})) is (name == 'moeisr_lm_edsr') and row['macs']['total'] > 0
 
 
 def write_with_datasets(path, phases):
