@@ -39,7 +39,7 @@ class Model(NamedTuple):
     """The content of a model file or of a checkpoint."""
 
     network_opt: dict[str, Any]  # the YAML's `network_g`; empty where a checkpoint does not say it
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     metadata: dict[str, str]  # what else the file says, such as `source` and `param_key`
 
 

@@ -177,7 +177,7 @@ def evaluation(net: nn.Module, device_type: str, precision: str) -> Iterator[Non
             module.training = mode
 
 
-def in_single(net: nn.Module) -> nn.Module:
+def in_single(net: MoEISR) -> MoEISR:
     """`net`, or a copy of one in another precision: positions, tables and kernels are fp32."""
     values = (*net.parameters(), *net.buffers())
     is_single = all(value.dtype == torch.float32 for value in values if value.is_floating_point())

@@ -101,7 +101,12 @@ def test_names_that_are_no_text_in_tests_and_reports(folder, capsys, model_type)
     for number, stem in enumerate((NO_TEXT, 'tab\there')):
         os.rename(folder / 'val' / f'{number}.png', folder / 'val' / f'{stem}.png')
     dataset = {**options['datasets']['val'], 'dataroot_gt': str(folder / 'val')}
-    val = {'save_img': True, 'suffix': None, 'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 2}}}
+    val = {
+        'needs_weights': False,
+        'save_img': True,
+        'suffix': None,
+        'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 2}},
+    }
     network = {**DENSE, 'scale': 2}
     opt = {'name': 'odd', 'model_type': model_type, 'num_gpu': 0, 'network_g': network, 'datasets': {'test': dataset}}
     Path('odd.yml').write_text(yaml.safe_dump({**opt, 'path': {}, 'val': val}))
@@ -120,7 +125,7 @@ def test_numbers_as_people_write_them(capsys):
     Image.fromarray(smooth()).save('a.png')
     for wrong in ('1e23', '9' * 400, '1e-3'):
         assert run('a.png', '-o', 'b.png', '--scale', wrong) == 2
-        assert 'a factor must be 1 to 1,000,000' in capsys.readouterr().err
+        assert 'a factor must be at least 1, at most 1,000,000' in capsys.readouterr().err
     assert run('a.png', '-o', 'b.png', '--scale', '2', '--cost-weight', '-1e-3') == 2
     assert 'a dense decoder has one expert' in capsys.readouterr().err  # the number was understood
 

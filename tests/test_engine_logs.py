@@ -4,18 +4,23 @@ import errno
 import json
 import math
 import os
+import struct
+import sys
+import time
 from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
 import torch
-from tiny_runs import run_options
+from tiny_runs import log_text, metrics_lines, run_options
 
+from moeisr_basicsr import __version__
 from moeisr_basicsr.engine import logs
 from moeisr_basicsr.engine.experiment import archive, make_folders
 from moeisr_basicsr.engine.logs import MetricsFile
 from moeisr_basicsr.engine.resume import plain, rng_state, set_rng_state
 from moeisr_basicsr.engine.train_loop import train
+from moeisr_basicsr.errors import UserError
 
 
 def lines(folder):
@@ -138,8 +143,67 @@ def test_tensorboard_has_what_users_plot(tmp_path):
     } <= tags
     assert [event.step for event in events.Scalars('losses/l_pix')] == [1, 2, 3, 4]
     assert {'tiny_x2_x2/0', 'tiny_x2_x2/0_experts', 'tiny_x3.3_x3.3/0'} <= set(events.Tags()['images'])
-    logs = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
+    logs = log_text(tmp_path)
     assert '[eta: 0:00:0' in logs and 'queries_per_s' in logs
+    assert f'moeisr_basicsr: {__version__}' in logs.partition('Version Information')[2]
+
+
+def wandb_history(path):
+    """{step: {tag: value}} of an offline run's file: blocks of 32 KiB, records with checksum, length and kind."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record, history = path.read_bytes(), 7, b'', {}
+    while at + 7 <= len(data):
+        room = 32768 - at % 32768
+        if room < 7:
+            at += room
+            continue
+        length, kind = struct.unpack('<HB', data[at + 4 : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            parsed, record = Record.FromString(record), b''
+            values = {
+                entry.nested_key[0] if entry.nested_key else entry.key: entry.value_json
+                for entry in parsed.history.item
+            }
+            if values:
+                history[parsed.history.step.num] = {tag: json.loads(value) for tag, value in values.items()}
+    return history
+
+
+def test_weights_and_biases_goes_on_with_the_same_run(tmp_path, monkeypatch):
+    """The real package, offline and without TensorBoard."""
+    pytest.importorskip('wandb', reason='wandb is not installed; at 64 MB it is none of the test requirements')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    folder, found = tmp_path / 'experiments' / 'run' / 'wandb', []
+    for total in (3, 5):
+        changes = {'train:total_iter': total, 'val:val_freq': 3, 'logger:wandb': {'project': 'tests'}}
+        assert train(run_options(tmp_path, auto_resume=True, **changes)) == 0
+        (new,) = {path for path in folder.glob('offline-run-*') if path not in found}
+        found.append(new)
+        limit = time.monotonic() + 20  # wandb writes in a process of its own
+        while total not in wandb_history(next(new.glob('*.wandb'))) and time.monotonic() < limit:
+            time.sleep(0.1)
+    assert found[0].name[-16:] == found[1].name[-16:]  # one identity
+    histories = [wandb_history(next(path.glob('*.wandb'))) for path in found]
+    assert [sorted(history) for history in histories] == [[1, 2, 3], [4, 5]]
+    together = histories[0] | histories[1]
+    steps = [line for line in metrics_lines(tmp_path) if line['kind'] == 'train']
+    assert [together[line['iter']]['losses/l_pix'] for line in steps] == [line['l_pix'] for line in steps]
+    validations = [line for line in metrics_lines(tmp_path) if line['kind'] == 'validation']
+    assert {line['iter'] for line in validations} == {3, 5}
+    for line in validations:
+        assert together[line['iter']][f'metrics/{line["dataset"]}/psnr'] == line['metrics']['psnr']
+    assert list(found[1].rglob('*.png')) and not (tmp_path / 'tb_logger').exists()
+
+
+def test_without_the_package_of_weights_and_biases_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(UserError, match='logger: wandb: the package is not installed'):
+        train(run_options(tmp_path, **{'logger:wandb': {'project': 'tests'}}))
+    assert not list((tmp_path / 'experiments').iterdir())
 
 
 def test_plain_values():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from basicsr.models import build_model
-from tiny_runs import assert_same, metrics_lines, parse, run_options, run_yaml, saved
+from tiny_runs import assert_equal_runs, assert_same, log_text, parse, run_options, run_yaml, saved
 
 from moeisr_basicsr.engine import train_loop
 from moeisr_basicsr.engine.distributed import Ranks
@@ -57,14 +57,6 @@ def kill():
     raise Killed
 
 
-def assert_equal_runs(root, other):
-    for part, expected in zip(saved(root, TOTAL), saved(other, TOTAL)):
-        assert_same(*({key: value for key, value in one.items() if key != 'options'} for one in (part, expected)))
-    assert metrics_lines(root) == metrics_lines(other)
-    for name in ('net_g_latest', 'net_g_best_tiny_x2_psnr', 'net_g_best_tiny_x3.3_psnr'):
-        assert_same(*(torch.load(one / 'experiments' / 'run' / 'models' / f'{name}.pth') for one in (root, other)))
-
-
 @pytest.mark.parametrize('at', [10, 18])
 def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(tmp_path, monkeypatch, uninterrupted, at):
     """Iteration 10 is inside an epoch of 6; 18 ends an epoch and is due for validation, which the signal cuts off."""
@@ -74,7 +66,7 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(tmp_path, monk
     assert saved(tmp_path, at)[1]['iter'] == at
     # other workers, same draws: the number of workers is nothing that results depend on
     assert train(run_options(tmp_path, auto_resume=True, **{'datasets:train:num_worker_per_gpu': 1})) == ExitCode.OK
-    assert_equal_runs(tmp_path, uninterrupted)
+    assert_equal_runs(tmp_path, uninterrupted, TOTAL)
 
 
 def test_a_stop_before_the_first_iteration_leaves_no_checkpoint(tmp_path, monkeypatch, uninterrupted):
@@ -84,7 +76,7 @@ def test_a_stop_before_the_first_iteration_leaves_no_checkpoint(tmp_path, monkey
         assert train(run_options(tmp_path)) == 143
     assert not list((tmp_path / 'experiments').rglob('*.state'))
     assert train(run_options(tmp_path, auto_resume=True)) == ExitCode.OK
-    assert_equal_runs(uninterrupted, tmp_path)
+    assert_equal_runs(uninterrupted, tmp_path, TOTAL)
 
 
 def test_a_killed_run_goes_on_exactly_from_its_last_checkpoint(tmp_path, monkeypatch, uninterrupted):
@@ -99,9 +91,8 @@ def test_a_killed_run_goes_on_exactly_from_its_last_checkpoint(tmp_path, monkeyp
         if at == 16:
             state.write_bytes(state.read_bytes()[:3000])
     assert train(run_options(tmp_path, auto_resume=True)) == ExitCode.OK
-    assert_equal_runs(tmp_path, uninterrupted)
-    logs = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
-    assert 'Checkpoint of iteration 14 is not usable' in logs
+    assert_equal_runs(tmp_path, uninterrupted, TOTAL)
+    assert 'Checkpoint of iteration 14 is not usable' in log_text(tmp_path)
 
 
 def test_a_finished_run_changes_nothing(tmp_path, uninterrupted):
@@ -212,7 +203,7 @@ def test_another_number_of_ranks_continues_and_says_so(tmp_path):
     torch.save({**state, 'place': {'epoch': 0, 'samples': 8, 'world_size': 2}, 'rng': state['rng'] * 2}, path)
     train(run_options(tmp_path, auto_resume=True, **{'train:total_iter': 5}))
     assert saved(tmp_path, 5)[1]['place'] == {'epoch': 0, 'samples': 20, 'world_size': 1}
-    logs = ''.join(log.read_text() for log in (tmp_path / 'experiments' / 'run').glob('*.log'))
+    logs = log_text(tmp_path)
     assert 'of 2 ranks, this run has 1' in logs and 'equal in distribution only' in logs
 
 
@@ -233,7 +224,7 @@ def test_a_restart_by_the_same_torchrun_goes_on_and_another_torchrun_begins_anew
         with pytest.raises(Killed):
             train(run_options(tmp_path))
     assert train(run_options(tmp_path)) == ExitCode.OK
-    assert_equal_runs(tmp_path, uninterrupted)
+    assert_equal_runs(tmp_path, uninterrupted, TOTAL)
     assert [path.name for path in (tmp_path / 'experiments').iterdir()] == ['run']
     assert train(run_options(tmp_path, **{'train:total_iter': 1})) == ExitCode.OK
     assert len(list((tmp_path / 'experiments').iterdir())) == 2
@@ -295,7 +286,7 @@ def test_auto_resume_without_a_checkpoint_says_so_and_where_there_is_one(tmp_pat
     for state in (run / 'training_states').iterdir():
         state.unlink()
     assert train(run_options(tmp_path, auto_resume=True, **{'train:total_iter': 1})) == ExitCode.OK
-    log = ''.join(path.read_text() for path in run.glob('*.log'))
+    log = log_text(tmp_path)
     first = min(tmp_path.glob('experiments/run_archived_*'))
     assert 'has no checkpoint; starting from iteration 0.' in log
     assert f'The newest checkpoint of an earlier run of this name is in {first}.' in log
@@ -333,15 +324,16 @@ def test_a_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(CheckpointStore, 'save', full)
     assert train(run_options(tmp_path)) == ExitCode.SAVE_FAILED
     assert saved(tmp_path, 7)[1]['iter'] == 7
-    log = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
+    log = log_text(tmp_path)
     assert 'No space left on device' in log
 
 
 def test_a_non_finite_loss_ends_the_run_with_its_code(tmp_path):
     options = run_yaml(tmp_path, **{'train:optim_g:lr': 1e30, 'train:warmup_iter': -1, 'train:total_iter': 6})
     assert train(parse(tmp_path, options)) == ExitCode.NON_FINITE
-    log = ''.join(path.read_text() for path in (tmp_path / 'experiments' / 'run').glob('*.log'))
+    log = log_text(tmp_path)
     assert 'Not finite at iteration' in log and '.png at scale' in log
+    assert 'No state has been saved.' in log and not list((tmp_path / 'experiments').rglob('*.state'))
 
 
 def test_the_metrics_file_has_what_users_plot(uninterrupted):

@@ -97,7 +97,7 @@ class PointExperts(ExpertPool):
         super().__init__(in_channels + 2, out_channels, experts, shared_layers)
         self.in_channels, self.gain = in_channels, gain
 
-    def tables(self, feat, padding=1):
+    def tables(self, feat, padding=1, cell_lr=None, reads=None):
         return [(feat if padding else feat[..., 1:-1, 1:-1]).flatten(2).transpose(1, 2)]
 
     def enter(self, j, tables, queries):

@@ -208,3 +208,17 @@ def saved(root, iteration, name='run'):
         torch.load(folder / 'models' / f'net_g_{iteration}.pth', weights_only=True),
         torch.load(folder / 'training_states' / f'{iteration}.state', weights_only=True),
     )
+
+
+def assert_equal_runs(root, other, total):
+    """The last weights and states of two runs, their metrics and best weights; not where their files were."""
+    for part, expected in zip(saved(root, total), saved(other, total)):
+        assert_same(*({key: value for key, value in one.items() if key != 'options'} for one in (part, expected)))
+    assert metrics_lines(root) == metrics_lines(other)
+    for name in ('net_g_latest', 'net_g_best_tiny_x2_psnr', 'net_g_best_tiny_x3.3_psnr'):
+        assert_same(*(torch.load(one / 'experiments' / 'run' / 'models' / f'{name}.pth') for one in (root, other)))
+
+
+def log_text(root, name='run'):
+    """All logs of a run."""
+    return ''.join(path.read_text() for path in sorted((root / 'experiments' / name).glob('*.log')))

@@ -12,7 +12,7 @@ EPILOG = """\
 examples:
   basicsr models
   basicsr models NAME
-  basicsr train -opt mine.yml --force_yml path:pretrain_network_g="$(basicsr models NAME --path)"
+  basicsr train -opt mine.yml --force_yml path:pretrain_network_g=NAME
 
 NAME is one of the list, or a model file of yours. `basicsr upscale` and `basicsr profile` take it after --model.
 Multiply-adds are the decoder's per output pixel at x4, by the shares of the experts that were measured; dense is its

@@ -50,7 +50,7 @@ def add_model(parser: argparse._ActionsContainer, help_end: str = '') -> None:
     parser.add_argument(
         '--model',
         metavar='NAME_OR_FILE',
-        help=f'a model that comes with the package, or a model file as `basicsr convert` writes it{help_end}',
+        help=f'a model that comes with the package, a model file, or a checkpoint of training{help_end}',
     )
 
 

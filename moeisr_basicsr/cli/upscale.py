@@ -59,7 +59,7 @@ def parse_scale(text: str) -> tuple[float, float]:
         raise argparse.ArgumentTypeError(f"'{text}' is not a factor such as 3.3, or rows x columns such as 2.5x4")
     rows, cols = float(match[1]), float(match[2] or match[1])
     if not (1 <= rows <= MAX_FACTOR and 1 <= cols <= MAX_FACTOR):
-        raise argparse.ArgumentTypeError(f"a factor must be 1 to {MAX_FACTOR:,}; got '{text}'")
+        raise argparse.ArgumentTypeError(f"a factor must be at least 1, at most {MAX_FACTOR:,}; got '{text}'")
     return rows, cols
 
 

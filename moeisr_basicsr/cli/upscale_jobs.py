@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from moeisr_basicsr.data.image_reader import SUFFIXES, is_image_name
 from moeisr_basicsr.data.image_writer import FORMATS
-from moeisr_basicsr.errors import UserError, did_you_mean, did_you_mean_file
+from moeisr_basicsr.errors import UserError, did_you_mean, did_you_mean_file, printable
 
 
 class Job(NamedTuple):
@@ -84,7 +84,7 @@ def find_sources(names: list[str], recursive: bool, output: str) -> dict[Path, P
             sources.setdefault(os.path.abspath(entry), (entry, entry.parent.relative_to(folder)))
     if left_out and os.environ.get('RANK', '0') == '0':
         told = ', '.join(f'{kind} {count}' for kind, count in left_out.most_common())
-        print(f'basicsr: note: left out: {told}.', file=sys.stderr)
+        print(printable(f'basicsr: note: left out: {told}.'), file=sys.stderr)
     return dict(sources.values())
 
 
@@ -96,19 +96,15 @@ def images_below(folder: Path, recursive: bool, output: str, left_out: Counter[s
 
     images = []
     for place, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        if recursive:
-            links = [name for name in folders if os.path.islink(os.path.join(place, name))]  # `walk` leaves them
-            left_out.update({'linked folders': len(links)} if links else {})
-            folders[:] = [name for name in folders if realpath(os.path.join(place, name)) != output]
-        else:
-            left_out.update({'subfolders (taken with --recursive)': len(folders)} if folders else {})
-            folders.clear()
-        for name in sorted(name for name in files if not name.startswith('.')):
-            if is_image_name(name):
-                images.append(Path(place, name))
-            else:
-                left_out[Path(name).suffix.lower() or 'without a suffix'] += 1
+        inner = [Path(place, name) for name in sorted(folders) if not name.startswith('.')]
+        inner = [path for path in inner if realpath(path) != output]
+        kind = 'linked folders' if recursive else 'subfolders (taken with --recursive)'
+        left_out.update(kind for path in inner if path.is_symlink() or not recursive)
+        folders[:] = [path.name for path in inner] if recursive else []  # `walk` goes into these, but for links
+        entries = [Path(place, name) for name in sorted(files) if not name.startswith('.')]
+        found = {path: is_image_name(path) and path.is_file() for path in entries}
+        images += [path for path in entries if found[path]]
+        left_out.update(path.suffix.lower() or 'without a suffix' for path in entries if not found[path])
     return images
 
 

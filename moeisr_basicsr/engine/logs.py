@@ -27,7 +27,7 @@ from .distributed import Ranks
 from .experiment import root_of, tensorboard_folder
 
 METRICS_FILE = 'metrics.jsonl'
-WANDB_FILE = '.wandb'  # the identity of the run there
+WANDB_FILE = '.wandb_run'  # its identity there; wandb itself would take a folder called .wandb
 
 
 def start_logger(opt: dict, ranks: Ranks, notes: list[str]) -> logging.Logger:

@@ -15,7 +15,12 @@ from moeisr_basicsr.errors import UserError
 # Metadata that is JSON and what it holds: `scripts/ship_model.py` writes it beside plain text such as `recipe`.
 SCALE_RANGE, RESULTS = 'scale_range', 'results'
 STRUCTURES = {
-    SCALE_RANGE: {'type': 'array', 'items': {'type': 'number', 'minimum': 1}, 'minItems': 2, 'maxItems': 2},
+    SCALE_RANGE: {
+        'type': 'array',
+        'items': {'type': 'number', 'minimum': 1, 'maximum': 1e30},
+        'minItems': 2,
+        'maxItems': 2,
+    },
     RESULTS: {
         'type': 'array',
         'items': {**schema.SCHEMA['$defs']['row'], 'required': ['dataset', 'scale', 'count', 'metrics']},
@@ -92,7 +97,7 @@ def _from_json(metadata: dict[str, str], key: str, path: Path) -> Any:
         return None
     try:
         value = json.loads(metadata[key])
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: its metadata '{key}' is not JSON ({error}).") from error
     if found := schema.problem(value, STRUCTURES[key], key):
         raise UserError(f'{path}: its metadata is wrong: {found}.')

@@ -121,8 +121,6 @@ def run_of(source: Source, entry: Entry, rows: list[dict], notes: list[str]) -> 
     macs = [row['macs'] for row in rows if row.get('macs')]
     parts = [part for part in (macs[0] if macs else ()) if part != 'each_expert']
     routing = [row['routing'] for row in rows if row.get('routing', {}).get('shares')]
-    if any(len(one['each_expert']) != len(mine['shares']) for one, mine in zip(macs, routing) if 'each_expert' in one):
-        raise UserError(f'{source.path}, {first["dataset"]}: shares and multiply-adds are not of the same experts.')
     times, peaks = ([row.get(key, {}).get('total') for row in rows] for key in ('time_ms', 'peak_mib'))
     return Run(
         source=source,

@@ -39,10 +39,11 @@ def share_charts(report: Report) -> list[tuple[str, str, list[Bar]]]:
 
 def shares(measured: Measured) -> list[Share]:
     """Each expert's share, in the network's order."""
-    found, macs = measured.shares, measured.runs[0].expert_macs
-    hidden = (json.loads(measured.entry.network) or {}).get('experts')
-    hidden = hidden if isinstance(hidden, list) else []  # people edit results
-    names = [f'expert {j + 1}' + (f': {shape(hidden[j])}' if j < len(hidden) else '') for j in range(len(found))]
+    found = measured.shares
+    network = json.loads(measured.entry.network) or {}
+    hidden = expert_shapes(network) if network.get('experts') else []
+    macs = measured.runs[0].expert_macs
+    names = [f'expert {j + 1}' + (f': {hidden[j]}' if j < len(hidden) else '') for j in range(len(found))]
     colours = expert_colours(len(found), macs if macs and len(macs) == len(found) else None)
     colours = colours[:, ::-1].tolist()  # (J, 3) RGB
     return [
@@ -54,6 +55,12 @@ def shares(measured: Measured) -> list[Share]:
         )
         for name, share, (red, green, blue) in zip(names, found, colours)
     ]
+
+
+def expert_shapes(network: dict[str, Any]) -> list[str]:
+    """The hidden layers of each expert, as the options say them, which in results that people edit may be anything."""
+    experts = network.get('experts') or [network.get('hidden_list')]
+    return [shape(one) for one in experts] if isinstance(experts, list) else [json.dumps(experts)]
 
 
 def shape(widths: Any) -> str:

@@ -34,7 +34,7 @@ def render(report: Report, baseline: str | None = None, max_images: int = 6) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {'number': number, 'shape': experts.shape, 'with_decoder': with_decoder}
+    environment.filters |= {'number': number, 'expert_shapes': experts.expert_shapes, 'with_decoder': with_decoder}
     return environment.get_template('page.html.j2').render(
         report=report,
         baseline=baseline,
