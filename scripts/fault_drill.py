@@ -3,8 +3,8 @@
     python scripts/fault_drill.py
     python scripts/fault_drill.py --kills 20 --only kill ranks
 
-Trains a tiny network in processes of its own and kills them, cuts off checkpoints, fills the disk, damages images. Every row says what
-came of it; the exit code is 1 if one of them failed. About 10 minutes on 2 cores.
+Trains a tiny network in processes of its own and kills them, cuts off checkpoints, fills the disk, damages images.
+Every row says what came of it; the exit code is 1 if one of them failed. About 10 minutes on 2 cores.
 """
 
 import argparse

@@ -86,8 +86,7 @@ def crash():
     raise RuntimeError('the GPU fell off')
 
 
-@pytest.mark.parametrize(('at', 'datasets'), [(2, 0), (5, 1)])
-@pytest.mark.parametrize('how', [sigterm, crash])
+@pytest.mark.parametrize(('how', 'at', 'datasets'), [(sigterm, 2, 0), (sigterm, 5, 1), (crash, 5, 1)])
 def test_an_interrupted_test_goes_on_where_it_was(root, monkeypatch, how, at, datasets):
     """No image is measured twice; what is done is there before; the end is that of a test in one go."""
     assert evaluated(root) == ExitCode.OK

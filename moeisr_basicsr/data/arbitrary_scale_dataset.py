@@ -59,13 +59,8 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
         self.draws_scale = self.training and (options.scale_range is not None or options.scale is None)
         self.scale_range = options.scale_range or (1.0, 4.0)
         self.source = self.open_source('dataroot_gt', options.meta_info_file)
-        self.names = self.source.names
+        self.names = self.paths = self.source.names
         self.images = self.open_cache(self.source, self.names)
-
-    @property
-    def paths(self) -> list[dict[str, str]]:
-        """Of every image, as items name them."""
-        return [{'lq_path': name, 'gt_path': name} for name in self.names]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -176,18 +171,13 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
             counts = f'{len(self.lq_source.roots)} and {len(self.gt_source.roots)}'
             raise fail(opt, f'dataroot_lq and dataroot_gt must list as many folders; got {counts}.')
         try:
-            self.pairs = find_pairs(self.lq_source, self.gt_source, options.filename_tmpl)
+            self.pairs = self.paths = find_pairs(self.lq_source, self.gt_source, options.filename_tmpl)
         except PairsError as error:
             error.sources = self.lq_source, self.gt_source
             raise
         self.gt_images = self.open_cache(self.gt_source, [gt for _, gt in self.pairs])
         self.lq_images = self.open_cache(self.lq_source, [lq for lq, _ in self.pairs])
         self.rules = self.folder_rules(list(self.headers()))
-
-    @property
-    def paths(self) -> list[dict[str, str]]:
-        """Of every pair, as items name them."""
-        return [{'lq_path': lq, 'gt_path': gt} for lq, gt in self.pairs]
 
     def __len__(self) -> int:
         return len(self.pairs)
