@@ -121,7 +121,7 @@ def test_the_schedule_fits_the_minutes(workplace, monkeypatch):
         (['net.pth', '--data', 'data', '-o', 'out.safetensors', '--minutes', '0'], '--minutes must be above 0; got 0'),
         (['net.pth', '--data', 'data', '-o', 'out.safetensors', '--arch', 'EDSR'], '--arch must be a section'),
         (['net.pth', '--data', 'empty', '-o', 'out.safetensors', '--arch', str(ARCH)], 'has no image'),
-        (['net.pth', '--data', 'data', '-o', 'out.safetensors'], 'recognise'),
+        (['net.pth', '--data', 'data', '-o', 'out.safetensors'], 'Name a registered one by `arch`'),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(workplace, capsys, words, message):

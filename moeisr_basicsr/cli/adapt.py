@@ -125,4 +125,4 @@ def print_comparison(rows: 'list[Compared]') -> None:
         costs = {factor: f' ({macs:.1f})' for factor, macs in row.macs.items()}
         table.add_row(row.network, *(f'{row.psnr[factor]:.2f}{costs.get(factor, "")}' for factor in factors))
     Console().print(table)
-    print('On images that were not trained on.')
+    print('On images that were not trained on; "resampled" is the network\'s own image, by anti-aliased bicubic.')

@@ -87,7 +87,7 @@ def adapt(job: Job, started: float) -> tuple[int, list[Compared], bool]:
     latest = experiment / 'models' / 'net_g_latest.pth'
     baseline = {'type': 'FixedScale', 'encoder': opt['network_g']['encoder']}
     bicubic, resampled = measure(opt, baseline, None, f'{job.name}_resampled')
-    rows = [bicubic, resampled._replace(network='its image, resampled')]
+    rows = [bicubic, resampled._replace(network='resampled')]
     rows.append(measure(opt, opt['network_g'], latest, job.name)[1]._replace(network=job.out.stem))
     gain = fmean(rows[2].psnr.values()) - fmean(rows[1].psnr.values())
     if gain > 0:
