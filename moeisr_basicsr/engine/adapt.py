@@ -16,12 +16,12 @@ from basicsr.archs import build_network
 from basicsr.models import build_model
 
 from moeisr_basicsr.analysis import schema
-from moeisr_basicsr.archs.moeisr_arch import resolve_network
+from moeisr_basicsr.archs.moeisr_arch import build_encoder, resolve_network
 from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.checkpoint import convert, save_model
 from moeisr_basicsr.data.image_source import ImageSource
 from moeisr_basicsr.errors import UserError
-from moeisr_basicsr.options import check_network, parse_options, read_yaml
+from moeisr_basicsr.options import parse_options, read_yaml
 
 from .data_loading import Place, TrainData
 from .distributed import Ranks
@@ -130,7 +130,7 @@ def write_options(job: Job, started: float) -> tuple[Path, bool]:
     lists = [path.with_name(f'{job.name}_{part}.txt') for part in ('train', 'val')]
     opt = fill_recipe(job, *lists)
     train_names, val_names = split_images(job, opt['datasets']['train']['lq_size'])
-    check_network(opt['network_g'], 'adapt')  # before anything is written
+    build_encoder(job.encoder, 3, tail=True)  # says what is wrong with it before anything is written
     earlier = read_yaml(str(path)).data if path.is_file() else None
     resumes = earlier is not None and without_schedule(earlier) == without_schedule(opt)
     path.parent.mkdir(exist_ok=True)
