@@ -47,15 +47,11 @@ FEATURES = {
     ),
     'MSRResNet': lambda net, x: net.body(net.lrelu(net.conv_first(x))),
     'RLFN': lambda net, x: (
-        net.conv_2(nn.Sequential(*(net.get_submodule(name) for name in net.blocks))(shallow := net.conv_1(x))) + shallow
+        net.conv_2(nn.Sequential(*(net.get_submodule(name) for name in net.blocks))(shallow := net.conv_1(255 * x)))
+        + shallow
     ),
 }
 ALL = [EDSR, RRDB, SWINIR, RCAN, MSR, {'type': 'RLFN', 'num_feat': 8, 'num_block': 2, 'upscale': 3}]
-
-
-@pytest.fixture(autouse=True)
-def _silent(caplog):
-    caplog.set_level('ERROR', logger='matplotlib')
 
 
 @pytest.mark.parametrize('arch', ALL, ids=lambda arch: arch['type'])
@@ -209,7 +205,7 @@ def test_networks_that_do_not_fit(monkeypatch):
     from moeisr_basicsr.archs import network_encoder_arch
 
     for arch, message in [
-        ({'type': 'EDRS'}, "EDRS is no registered network. Did you mean 'EDSR'"),
+        ({'type': 'EDSRR'}, "EDSRR is no registered network. Did you mean 'EDSR'"),
         ({'type': 'EDSR', 'num_feats': 8}, "EDSR cannot be built: .*'num_feats'"),
         ({'type': 'RIDNet', 'in_channels': 3, 'mid_channels': 16, 'out_channels': 3}, 'no super-resolution network'),
         ({'type': 'VGGFeatureExtractor', 'layer_name_list': ['relu1_1']}, 'not allowed'),

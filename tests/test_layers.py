@@ -25,7 +25,7 @@ ALLOWED = {
     'compat': {'errors', 'safe_reading'},
     'atomic_file': set(),
     'options': {'errors', 'safe_reading'},
-    'trained': FOUNDATION,
+    'trained': {'options'} | FOUNDATION,
     **{part: {'core', 'options'} | FOUNDATION for part in PARTS},
     'archs': {'core', 'options', 'trained'} | FOUNDATION,
     **{tool: BELOW_MODELS | PARTS | {''} for tool in TOOLS},  # '' for its version only
