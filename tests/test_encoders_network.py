@@ -47,8 +47,7 @@ FEATURES = {
     ),
     'MSRResNet': lambda net, x: net.body(net.lrelu(net.conv_first(x))),
     'RLFN': lambda net, x: (
-        net.conv_2(nn.Sequential(*(net.get_submodule(name) for name in net.blocks))(shallow := net.conv_1(255 * x)))
-        + shallow
+        (shallow := net.conv_1(255 * x)) + net.conv_2(nn.Sequential(net.block_1, net.block_2)(shallow))
     ),
 }
 ALL = [EDSR, RRDB, SWINIR, RCAN, MSR, {'type': 'RLFN', 'num_feat': 8, 'num_block': 2, 'upscale': 3}]
