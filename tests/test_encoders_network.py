@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from basicsr.archs import build_network
 from basicsr.models import build_model
-from helpers import pretrained
+from helpers import pretrained, set5_psnr
 from tiny_runs import model_options
 from torch import nn
 
@@ -187,6 +187,13 @@ def test_smfanet_is_recognised():
     expected = {'num_in_ch': 3, 'num_feat': 48, 'num_block': 12, 'ffn_scale': 2, 'scale': 2}
     assert encoder.options == {'type': 'SMFANetEncoder', **expected}
     assert not hasattr(encoder, 'to_img')
+
+
+def test_public_weights_by_a_class_of_the_users():
+    """RLFN as published: 32.24 dB."""
+    arch = {'type': 'RLFN', 'upscale': 4}
+    encoder = NetworkEncoder(arch=arch, weights=str(pretrained('rlfn_x4.pth')), halo='whole', tail=True)
+    assert round(set5_psnr(encoder.eval(), 4), 2) == 32.24
 
 
 class Upsampled(nn.Module):

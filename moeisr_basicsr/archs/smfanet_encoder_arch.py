@@ -132,6 +132,8 @@ class SMFANetEncoder(nn.Module):
         tail: Keep the layers that make the image of `with_image`.
     """
 
+    options: dict[str, Any]  # what makes it anew, where `NetworkEncoder` read it from a file
+
     def __init__(
         self,
         num_in_ch: Positive = 3,
