@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+import torch
 
 from moeisr_basicsr.data.image_writer import join_channels, strip_writer
 
@@ -39,3 +42,23 @@ def write_image(path, rgb, alpha=None, bit_depth=8, grey=False, icc_profile=None
     pixels = join_channels(rgb, alpha, bit_depth, grey)
     with strip_writer(path, *pixels.shape, bit_depth, icc_profile, exif) as write:
         write(pixels)
+
+
+def set5_psnr(encoder, scale):
+    """Mean PSNR (dB) of an encoder's own images as published: luma, saved in 8 bits, shave = scale."""
+    import moeisr_basicsr  # noqa: F401  before BasicSR, which needs its shims
+    from moeisr_basicsr.data.resize import imresize
+    from moeisr_basicsr.metrics.psnr_ssim_sr_metric import calculate_psnr_sr
+
+    values = []
+    for path in sorted(shared_data('Set5').glob('*.png')):
+        image = cv2.imread(str(path))[..., ::-1]
+        rows, cols = (size // scale for size in image.shape[:2])
+        image = image[: rows * scale, : cols * scale]
+        gt, lq = (
+            torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+            for pixels in (image, imresize(image, (rows, cols)))
+        )
+        with torch.no_grad():
+            values.append(calculate_psnr_sr(encoder.with_image(lq * 2 - 1)[1], gt, scale, rounded=True))
+    return np.mean(values)

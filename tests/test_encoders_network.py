@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from basicsr.archs import build_network
 from basicsr.models import build_model
-from helpers import pretrained
+from helpers import pretrained, set5_psnr
 from tiny_runs import model_options
 from torch import nn
 
@@ -47,15 +47,10 @@ FEATURES = {
     ),
     'MSRResNet': lambda net, x: net.body(net.lrelu(net.conv_first(x))),
     'RLFN': lambda net, x: (
-        net.conv_2(nn.Sequential(*(net.get_submodule(name) for name in net.blocks))(shallow := net.conv_1(x))) + shallow
+        (shallow := net.conv_1(255 * x)) + net.conv_2(nn.Sequential(net.block_1, net.block_2)(shallow))
     ),
 }
 ALL = [EDSR, RRDB, SWINIR, RCAN, MSR, {'type': 'RLFN', 'num_feat': 8, 'num_block': 2, 'upscale': 3}]
-
-
-@pytest.fixture(autouse=True)
-def _silent(caplog):
-    caplog.set_level('ERROR', logger='matplotlib')
 
 
 @pytest.mark.parametrize('arch', ALL, ids=lambda arch: arch['type'])
@@ -194,6 +189,13 @@ def test_smfanet_is_recognised():
     assert not hasattr(encoder, 'to_img')
 
 
+def test_public_weights_by_a_class_of_the_users():
+    """RLFN as published: 32.24 dB."""
+    arch = {'type': 'RLFN', 'upscale': 4}
+    encoder = NetworkEncoder(arch=arch, weights=str(pretrained('rlfn_x4.pth')), halo='whole', tail=True)
+    assert round(set5_psnr(encoder.eval(), 4), 2) == 32.24
+
+
 class Upsampled(nn.Module):
     """Without features of LR size."""
 
@@ -209,7 +211,7 @@ def test_networks_that_do_not_fit(monkeypatch):
     from moeisr_basicsr.archs import network_encoder_arch
 
     for arch, message in [
-        ({'type': 'EDRS'}, "EDRS is no registered network. Did you mean 'EDSR'"),
+        ({'type': 'EDSRR'}, "EDSRR is no registered network. Did you mean 'EDSR'"),
         ({'type': 'EDSR', 'num_feats': 8}, "EDSR cannot be built: .*'num_feats'"),
         ({'type': 'RIDNet', 'in_channels': 3, 'mid_channels': 16, 'out_channels': 3}, 'no super-resolution network'),
         ({'type': 'VGGFeatureExtractor', 'layer_name_list': ['relu1_1']}, 'not allowed'),

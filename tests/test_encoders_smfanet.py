@@ -1,17 +1,13 @@
 """SMFANet: its published figures, both forms written out cell by cell, and the local form's receptive radius."""
 
 import moeisr_basicsr  # noqa: F401, I001  before BasicSR, which needs its shims
-import cv2
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import pretrained, shared_data
+from helpers import pretrained, set5_psnr
 
 from moeisr_basicsr.archs.smfanet_encoder_arch import SMFANetEncoder
-from moeisr_basicsr.data.resize import imresize
 from moeisr_basicsr.inference import aligned
-from moeisr_basicsr.metrics.psnr_ssim_sr_metric import calculate_psnr_sr
 
 PLUS = {'num_feat': 48, 'num_block': 12}
 
@@ -26,21 +22,6 @@ def small(**options):
     return encoder
 
 
-def set5_psnr(encoder, scale):
-    values = []
-    for path in sorted(shared_data('Set5').glob('*.png')):
-        image = cv2.imread(str(path))[..., ::-1]
-        rows, cols = (size // scale for size in image.shape[:2])
-        image = image[: rows * scale, : cols * scale]
-        gt, lq = (
-            torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
-            for pixels in (image, imresize(image, (rows, cols)))
-        )
-        with torch.no_grad():
-            values.append(calculate_psnr_sr(encoder.with_image(lq * 2 - 1)[1], gt, scale, rounded=True))
-    return np.mean(values)
-
-
 @pytest.mark.parametrize(
     ('name', 'options', 'scale', 'psnr'),
     [
@@ -51,7 +32,7 @@ def set5_psnr(encoder, scale):
     ],
 )
 def test_published_figures(name, options, scale, psnr):
-    """Luma of images saved in 8 bits, shave = scale; the local form costs less than 0.01 dB at x4."""
+    """Luma of images saved in 8 bits, shave = scale; the local form costs less than 0.01 dB at x4, of SMFANet+ 0.03."""
     weights = torch.load(pretrained(f'{name}_x{scale}SR.pth'), weights_only=True)['params']
     measured = []
     for local in (False, True) if scale == 4 else (False,):
@@ -59,7 +40,7 @@ def test_published_figures(name, options, scale, psnr):
         encoder.load_state_dict(weights)
         measured.append(set5_psnr(encoder, scale))
     assert round(measured[0], 2) == psnr
-    assert measured[-1] > measured[0] - 0.01
+    assert measured[-1] > measured[0] - (0.03 if options else 0.01)
 
 
 def test_number_of_parameters():
@@ -88,9 +69,8 @@ def modulated(x, apply, weights, cells, radius):
     for i, (top, bottom) in enumerate(cells[0]):
         for j, (left, right) in enumerate(cells[1]):
             gains[..., top:bottom, left:right] = gain[..., i : i + 1, j : j + 1]
-    return apply(
-        'linear_2', x * gains + apply('lde.conv_1', F.gelu(apply('lde.conv_0.1', apply('lde.conv_0.0', detail))))
-    )
+    detail = apply('lde.conv_1', F.gelu(apply('lde.conv_0.1', apply('lde.conv_0.0', detail))))
+    return apply('linear_2', x * gains + detail)
 
 
 @pytest.mark.parametrize('local', [True, False])
@@ -137,4 +117,4 @@ def test_halo():
         with torch.no_grad():
             moved = (encoder(changed) - whole).abs().amax(dim=(0, 1, 3)).nonzero().flatten() - pixel
         reach = max(reach, moved.max().item(), -moved.min().item())
-    assert reach == encoder.halo - 1  # the pixels of a cell agree but for the convolutions on its edge
+    assert reach == encoder.halo

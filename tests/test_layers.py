@@ -26,7 +26,7 @@ ALLOWED = {
     'atomic_file': set(),
     'shipped': {'errors'},
     'options': {'errors', 'safe_reading', 'shipped'},
-    'trained': FOUNDATION,
+    'trained': {'options'} | FOUNDATION,
     **{part: {'core', 'options'} | FOUNDATION for part in PARTS},
     'archs': {'core', 'options', 'trained'} | FOUNDATION,
     **{tool: BELOW_MODELS | PARTS | {''} for tool in TOOLS},  # '' for its version only

@@ -135,7 +135,8 @@ def resolve_network(network_opt: Mapping[str, Any], net: nn.Module | None = None
     encoder = network_opt.get('encoder')
     if not isinstance(encoder, Mapping) or encoder.get('type') != 'NetworkEncoder':
         return dict(network_opt)
-    built = build_encoder(dict(encoder), network_opt.get('in_channels', 3))[0] if net is None else net.encoder
+    in_channels = network_opt.get('in_channels', 3)
+    built: Any = build_encoder(dict(encoder), in_channels)[0] if net is None else net.encoder
     return {**network_opt, 'encoder': built.options}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moeisr_basicsr.options.values import Positive, PositiveNumber
 
 CELL = 8  # LR pixels per side of a cell, over which self-modulation takes the maximum
-# Of the local variance, in cells: windows of 56 x 56 are near to the patches of 64 x 64 that the weights were trained on.
+# Of the local variance, in cells: windows of 56 x 56 are near to the patches of 64 x 64 that its authors trained on.
 RADIUS = 3
 
 
@@ -118,8 +118,8 @@ class SMFANetEncoder(nn.Module):
     As published, self-modulation looks at the whole map: it adds the variance of each channel, and pools to
     (H // 8, W // 8) cells, irregular where 8 does not divide the size and impossible below 8 pixels. The local form
     (ours) has the same weights, cells of 8 x 8 LR pixels and the variance of the cells around, so that its receptive
-    field is bounded, tiles are exact and any size works. With the published weights its image has, on Set5 at x2 and x4,
-    38.06 and 32.25 dB (Y) where the published form has 38.06 and 32.26; a smaller window of 24 x 24 costs 0.06 dB.
+    field is bounded, tiles are exact and any size works. With the published weights its image has 38.06 and 32.25 dB on
+    Set5 at x2 and x4 (Y) where the published form has 38.06 and 32.26; a smaller window of 24 x 24 costs 0.06 dB.
     SMFANet+ at x4: 32.41 and 32.44.
 
     Args:
@@ -131,6 +131,8 @@ class SMFANetEncoder(nn.Module):
         local: The local form, or the published one, which encodes images whole.
         tail: Keep the layers that make the image of `with_image`.
     """
+
+    options: dict[str, Any]  # what makes it anew, where `NetworkEncoder` read it from a file
 
     def __init__(
         self,
