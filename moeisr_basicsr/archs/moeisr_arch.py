@@ -173,6 +173,8 @@ class MoEISR(nn.Module):
             network at different depths.
     """
 
+    encoder: Any  # any network with `num_feat`; with `skip: network` it has `with_image` and `scale`
+
     def __init__(
         self,
         encoder: dict,
