@@ -35,6 +35,7 @@ setup(
         'einops>=0.7',
         'filelock>=3.12',
         'safetensors>=0.4',
+        'spandrel>=0.4.2',  # knows networks by their weights, for encoders from checkpoints
         'PyYAML>=6.0',
         'pydantic>=2.6',
         'jsonschema>=4.18',

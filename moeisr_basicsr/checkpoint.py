@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from moeisr_basicsr.archs.moeisr_arch import MoEISR
+from moeisr_basicsr.archs.moeisr_arch import MoEISR, resolve_network
 from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.official import official
@@ -219,6 +219,7 @@ def convert(
     network_opt = network_opt or model.network_opt
     if not network_opt:
         raise UserError(f'{checkpoint} does not say which network it belongs to: name its options file with -opt.')
+    network_opt = resolve_network(network_opt)
     weights = build(network_opt, model.weights, str(checkpoint)).state_dict()
     stored = {name: value.to(STORES[store]) if value.is_floating_point() else value for name, value in weights.items()}
     for name, value in weights.items():

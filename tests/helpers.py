@@ -24,7 +24,7 @@ def shared_data(*parts: str) -> Path:
 
 
 def pretrained(name: str) -> Path:
-    """A file of public weights: in the folder MOEISR_TEST_WEIGHTS, or ../shared/pretrained; skips where it is missing."""
+    """A file of public weights, in MOEISR_TEST_WEIGHTS or ../shared/pretrained; skips where it is missing."""
     given = os.environ.get(WEIGHTS_VARIABLE)
     path = (Path(given) if given else Path(__file__).resolve().parents[2] / 'shared' / 'pretrained') / name
     if not path.exists():

@@ -25,7 +25,9 @@ ALLOWED = {
     'compat': {'errors', 'safe_reading'},
     'atomic_file': set(),
     'options': {'errors', 'safe_reading'},
+    'trained': {'options'} | FOUNDATION,
     **{part: {'core', 'options'} | FOUNDATION for part in PARTS},
+    'archs': {'core', 'options', 'trained'} | FOUNDATION,
     **{tool: BELOW_MODELS | PARTS | {''} for tool in TOOLS},  # '' for its version only
     'models': BELOW_MODELS,  # archs, losses, data and metrics come from BasicSR's builders
     'engine': BELOW_MODELS | PARTS | {'models', ''},

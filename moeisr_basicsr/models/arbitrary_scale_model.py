@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from moeisr_basicsr.atomic_file import save_atomic
+from moeisr_basicsr.checkpoint import resolve_network
 from moeisr_basicsr.errors import UserError
 
 from .batch import Batch
@@ -52,6 +53,7 @@ class ArbitraryScaleModel(SRModel):
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
         """Move, lay out, compile and, in distributed training, wrap the network."""
+        self.opt['network_g'] = resolve_network(self.opt['network_g'], net)  # as checkpoints keep it: without files
         train_opt = self.opt.get('train') or {}
         self.precision = Precision(train_opt, self.device)
         net = self.precision.network(net.to(self.device))

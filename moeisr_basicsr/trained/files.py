@@ -8,10 +8,10 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from moeisr_basicsr.errors import UserError, did_you_mean, did_you_mean_file
+from moeisr_basicsr.options.registered import OWN_CLASS, registered
 from moeisr_basicsr.safe_reading import load_torch_file
 
 SPANDREL = 'spandrel.architectures.'
@@ -29,13 +29,17 @@ def read_weights(path: str) -> dict[str, Tensor]:
     file = Path(path)
     if not file.is_file():
         what = 'is a folder' if file.is_dir() else 'is no file' if file.exists() else 'does not exist'
-        raise UserError(f'the checkpoint {path} {what}; a .pth or .safetensors file is needed.{did_you_mean_file(file)}')
+        raise UserError(
+            f'the checkpoint {path} {what}; a .pth or .safetensors file is needed.{did_you_mean_file(file)}'
+        )
     content: Any
     if file.suffix == '.safetensors':
         try:
             content = safetensors.torch.load_file(file, device='cpu')
         except (safetensors.SafetensorError, ValueError) as error:
-            raise UserError(f'{path} is no whole safetensors file: it is damaged or was cut short ({error}).') from error
+            raise UserError(
+                f'{path} is no whole safetensors file: it is damaged or was cut short ({error}).'
+            ) from error
     else:
         content = load_torch_file(file)
     for key in WRAPPERS:
@@ -105,15 +109,10 @@ def build_arch(options: Mapping[str, Any]) -> nn.Module:
 
 
 def _registered(name: str) -> Any:
-    importlib.import_module('basicsr.archs')  # the registry fills up on import
-    try:
-        return ARCH_REGISTRY.get(name)
-    except KeyError:
-        known = [key.removesuffix('_basicsr') for key, _ in ARCH_REGISTRY]
-        hint = did_you_mean(name, known)
-        raise UserError(
-            f'arch {name} is no registered network.{hint} A class of your own is known with --import FILE.py.'
-        ) from None
+    known = registered('ARCH')
+    if name not in known:
+        raise UserError(f'arch {name} is no registered network.{did_you_mean(name, known)}{OWN_CLASS}')
+    return known[name]
 
 
 def _spandrel_class(name: str) -> Any:
@@ -137,7 +136,9 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
     found = {
         'missing': sorted(own.keys() - weights.keys()),
         'unknown': sorted(weights.keys() - own.keys()),
-        'of another shape': sorted(name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape),
+        'of another shape': sorted(
+            name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
+        ),
     }
     if any(found.values()):
         problems = [f'{len(names)} {what} (such as {names[0]})' for what, names in found.items() if names]

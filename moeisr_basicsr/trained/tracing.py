@@ -4,10 +4,11 @@ Shapes: B images, C_in channels, (H, W) LR size, C channels of the features, s t
 """
 
 import copy
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from moeisr_basicsr.errors import UserError, did_you_mean
 
 SIZE = (64, 128)  # of the traced image: whole windows of every network that is known
-MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
+STEPS = (1, 2, 4, 8, 16, 32)  # of sizes
 
 
 class Cut(NamedTuple):
@@ -36,6 +37,7 @@ class Traced(NamedTuple):
     num_feat: int  # C
     scale: int  # s
     multiple: int  # H and W must be multiples of it
+    minimum: int  # and at least so large
     tail: list[str]  # modules that run only after the cut
 
 
@@ -181,11 +183,8 @@ def features_and_image(network: nn.Module, x: Tensor, cut: Cut, tail: bool) -> t
                 raise Reached
 
     image = None
-    with Watch(take).watch(network, [cut.module]):
-        try:
-            image = first_tensor(network(x))
-        except Reached:
-            pass
+    with Watch(take).watch(network, [cut.module]), suppress(Reached):
+        image = first_tensor(network(x))
     return taken[0], image
 
 
@@ -240,24 +239,21 @@ def _trace(network: nn.Module, channels: int, name: str, features: str | None, m
             if features is None
             else f'what goes into {features} of {name} are no features of the size of the input.'
         )
-    multiple = next((step for step in MULTIPLES if _takes(network, record, channels, scale, step)), None)
-    if multiple is None:
-        raise UserError(f'{name} fails on images of other sizes than {SIZE[0]} x {SIZE[1]}.')
-    return Traced(record.cut, record.channels, scale, multiple, tracer.only_after(record.time))
+    fits = functools.partial(_fits, network, record, channels, scale)
+    multiple = next((step for step in STEPS if fits((SIZE[0] + step, SIZE[0] + 3 * step))), SIZE[0])
+    minimum = next((step for step in STEPS if step >= multiple and fits((step, step))), SIZE[0])
+    return Traced(record.cut, record.channels, scale, multiple, minimum, tracer.only_after(record.time))
 
 
 @torch.no_grad()
-def _takes(network: nn.Module, record: Record, channels: int, scale: int, step: int) -> bool:
-    """Whether images whose sides are multiples of `step` pass, features and image in the places they should have."""
+def _fits(network: nn.Module, record: Record, channels: int, scale: int, size: tuple[int, int]) -> bool:
+    """Whether an image of this size passes, with features and image of the sizes they should have, or larger."""
     first = next(network.parameters())
-    size = (SIZE[0] + step, SIZE[0] + 3 * step)
+    x = torch.zeros(1, channels, *size, device=first.device, dtype=first.dtype)
     try:
-        x = torch.zeros(1, channels, *size, device=first.device, dtype=first.dtype)
         feat, image = features_and_image(network, x, record.cut, tail=True)
-    except Exception:
-        if step < MULTIPLES[-1]:
-            return False
-        raise
+    except Exception:  # whatever a network has against a size
+        return False
     assert image is not None
-    fits = feat.shape[1] == record.channels and all(have >= need for have, need in zip(feat.shape[-2:], size))
-    return fits and all(have >= scale * need for have, need in zip(image.shape[-2:], size))
+    is_feat = feat.shape[1] == record.channels and all(have >= need for have, need in zip(feat.shape[-2:], size))
+    return is_feat and all(have >= scale * need for have, need in zip(image.shape[-2:], size))
