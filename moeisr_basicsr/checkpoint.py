@@ -93,7 +93,7 @@ def load_model(path: str | PathLike, device: str | torch.device = 'cpu') -> nn.M
     return build(model.network_opt, model.weights, str(path)).to(device).eval()
 
 
-def load_any(path: str | PathLike, device: str | torch.device = 'cpu') -> nn.Module:
+def load_any(path: str | PathLike, device: str | torch.device = 'cpu') -> MoEISR:
     """The network of any file with weights, able to upscale by any factor, in eval mode.
 
     A fixed-scale network becomes `FixedScale`, untrained: one that a model file names, and one that `NetworkEncoder`
@@ -106,7 +106,7 @@ def load_any(path: str | PathLike, device: str | torch.device = 'cpu') -> nn.Mod
         model = read_checkpoint(path)
     except UserError:  # weights under other names than BasicSR's, or none: `NetworkEncoder` says
         model = Model({}, {}, {})
-    encoder = {'type': 'NetworkEncoder', 'checkpoint': str(path)}
+    encoder: dict[str, Any] = {'type': 'NetworkEncoder', 'checkpoint': str(path)}
     if model.network_opt:
         net = build(model.network_opt, model.weights, str(path))
         if isinstance(net, MoEISR):

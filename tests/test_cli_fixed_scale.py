@@ -7,10 +7,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from basicsr.archs import build_network
 from helpers import pretrained, shared_data
 
 from moeisr_basicsr.analysis import schema
+from moeisr_basicsr.analysis.complexity import encoder_macs
 from moeisr_basicsr.checkpoint import load_model, save_model
 from moeisr_basicsr.cli import main
 from moeisr_basicsr.data.resize import imresize
@@ -97,38 +99,43 @@ def test_profile(model, capsys):
     assert 'FixedScale with SMFANetEncoder' in capsys.readouterr().out
 
 
-def force_set5_only(folder, model):
-    """--force_yml entries for the test file: Set5 alone."""
-    others = [f'datasets:test_{number}=none' for number in range(7, 19)]
-    sets = [f'datasets:test{end}:dataroot_gt={folder}' for end in ('', '_2', '_3', '_4', '_5', '_6')]
-    return [*others, *sets, f'path:pretrain_network_g={model}', 'num_gpu=0']
-
-
-def means(results):
-    rows = json.loads(Path(results).read_text())['rows']
+def measure(folder, network, model=None):
+    """`basicsr test` with the options file on one folder as Set5: the mean row of each factor."""
+    opt = yaml.safe_load(OPTIONS.read_text())
+    sets = {phase: dataset for phase, dataset in opt['datasets'].items() if dataset['name'].startswith('Set5')}
+    opt['datasets'] = {phase: {**dataset, 'dataroot_gt': str(folder)} for phase, dataset in sets.items()}
+    opt |= {'num_gpu': 0, 'network_g': network, 'path': {'pretrain_network_g': model}}
+    Path('test.yml').write_text(yaml.safe_dump(opt))
+    assert main(['test', '-opt', 'test.yml']) == 0
+    rows = json.loads(Path('results/test_fixed_scale/results.json').read_text())['rows']
     return {row['scale'][0]: row for row in rows if row['case'] == 'mean'}
 
 
-def test_the_options_file(model):
+def test_the_options_file(tmp_path, monkeypatch):
+    """With a checkpoint, as the file names one; its multiply-adds are those of encoder and tail."""
+    monkeypatch.chdir(tmp_path)
+    network = yaml.safe_load(OPTIONS.read_text())['network_g']
     Path('set').mkdir()
     cv2.imwrite('set/a.png', cv2.resize(np.random.default_rng(0).integers(0, 255, (9, 9, 3), np.uint8), (72, 60)))
-    small = [f'network_g:encoder:{key}={value}' for key, value in ENCODER.items() if key != 'type']
-    forced = [*force_set5_only('set', model), *small, 'network_g:encoder:local=true']
-    assert main(['test', '-opt', str(OPTIONS), '--force_yml', *forced]) == 0
-    rows = means('results/test_fixed_scale/results.json')
+    encoder = build_network({**ENCODER, 'tail': True})
+    torch.save({'params': encoder.state_dict()}, 'x3.pth')
+    network['encoder']['checkpoint'] = 'x3.pth'
+    rows = measure('set', network)
     assert sorted(rows) == [2, 2.5, 3, 3.3, 4, 6]
-    assert all(row['macs']['experts'] == 0 < row['macs']['encoder'] for row in rows.values())
+    for row in rows.values():
+        assert row['macs']['experts'] == row['macs']['tables'] == row['macs']['mapper'] == 0
+    macs = encoder_macs(encoder.eval(), (30, 36), tail=True)
+    assert rows[2]['macs']['total'] == pytest.approx(macs / (60 * 72))
 
 
 @pytest.mark.timeout(900)
 def test_the_published_weights_at_other_factors(tmp_path, monkeypatch):
-    """SMFANet made for x4, untrained on other factors: the row that every arbitrary-scale network has to beat."""
+    """SMFANet made for x4, as published, untrained on other factors: what every arbitrary-scale network has to beat."""
     weights = torch.load(pretrained('SMFANet_DIV2K_100w_x4SR.pth'), weights_only=True)['params']
     monkeypatch.chdir(tmp_path)
     network = {'type': 'FixedScale', 'encoder': {'type': 'SMFANetEncoder', 'local': False}}
     save_model('x4.safetensors', {f'encoder.{name}': value for name, value in weights.items()}, network)
-    forced = force_set5_only(shared_data('Set5'), 'x4.safetensors')
-    assert main(['test', '-opt', str(OPTIONS), '--force_yml', *forced]) == 0
-    psnr = {scale: row['metrics']['psnr_y'] for scale, row in means('results/test_fixed_scale/results.json').items()}
-    published = {2: 37.92, 2.5: 35.92, 3: 34.40, 3.3: 33.74, 4: 32.25, 6: 28.84}
-    assert psnr == {scale: pytest.approx(value, abs=0.02) for scale, value in published.items()}
+    rows = measure(shared_data('Set5'), network, 'x4.safetensors')
+    psnr = {scale: row['metrics']['psnr_y'] for scale, row in rows.items()}
+    expected = {2: 37.92, 2.5: 35.92, 3: 34.40, 3.3: 33.74, 4: 32.25, 6: 28.84}
+    assert psnr == {scale: pytest.approx(value, abs=0.02) for scale, value in expected.items()}

@@ -21,10 +21,9 @@ Shapes: (H, W) LR size, (R, S) output size, J experts.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -117,7 +116,7 @@ def plain_query_macs(decoder: MoEDecoder, j: int) -> int:
 
 
 @lru_cache(maxsize=256)  # counting runs the encoder's Python code; a test set repeats its sizes
-def encoder_macs(encoder: nn.Module, lq_size: tuple[int, int], in_channels: int = 3, tail: bool = False) -> int:
+def encoder_macs(encoder: Any, lq_size: tuple[int, int], in_channels: int = 3, tail: bool = False) -> int:
     """MACs of the encoder, or of encoder and tail, for a whole image of `lq_size`, without halos of tiles.
 
     Runs the encoder on tensors without data, so it takes no memory and no time whatever the size; the counter of

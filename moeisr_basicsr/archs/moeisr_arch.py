@@ -175,6 +175,8 @@ class MoEISR(nn.Module):
         **family_options: Further arguments of a decoder family of one's own.
     """
 
+    encoder: Any  # any network with `num_feat`; with `skip: network` it has `with_image` and `scale`
+
     def __init__(
         self,
         encoder: dict,
