@@ -122,11 +122,10 @@ class Drill:
     ) -> Iterator[subprocess.Popen]:
         """`basicsr train` in a process group of its own, or `code` that does so; nothing of it is left afterwards."""
         program = ['-m', 'moeisr_basicsr'] if not code else ['-c', code]
-        launcher = ['--launcher', 'pytorch'] if ranks > 1 else []
         if ranks > 1:
             rendezvous = ['--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0', '--max-restarts=3']
             program = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', *rendezvous, *program]
-        command = [sys.executable, *program, verb, '-opt', str(self.work / f'{name}.yml'), *launcher, *arguments]
+        command = [sys.executable, *program, verb, '-opt', str(self.work / f'{name}.yml'), *arguments]
         with open(self.work / f'{name}.out', 'a') as out:
             where = {'cwd': self.work, 'env': environment(), 'start_new_session': True}
             process = subprocess.Popen(command, stdout=out, stderr=out, **where)
@@ -318,8 +317,35 @@ class Drill:
         check(whole == killed, 'the results differ')
         return f'went on after {known} of {images} images, same results'
 
+    def twice(self) -> str:
+        """a second start of a living run, then a start after its SIGKILL"""
+        reference, folder = self.reference(), self.work / 'experiments'
+        self.options('twice')
+        with self.started('twice') as process:
+            self.wait_for(process, 'twice', 10)
+            for arguments in ((), ('--auto_resume',)):
+                check(self.run('twice', *arguments) == 2, 'the second start was not refused')
+            check(f'is in use by process {process.pid} on ' in self.output('twice'), 'the holder is not named')
+            check(len(list(folder.glob('twice*'))) == 1, 'the folder of the living run was moved')
+            self.wait_for(process, 'twice', self.progress('twice') + 5)
+            process.kill()
+            process.wait()
+        check(self.run('twice', '--auto_resume') == 0, 'the folder of the dead run is still held')
+        self.check_same('twice', reference)
+        return 'refused in one line that names the process, which went on; a dead one is no obstacle, same weights'
 
-FAULTS = ('kill', 'ranks', 'truncated', 'full_disk', 'signals', 'image', 'share', 'test')
+    def launcher(self) -> str:
+        """torchrun with two processes and without --launcher"""
+        self.options('launcher', batch=2)
+        check(self.run('launcher', ranks=2) == 0, 'the run failed')
+        folder = self.work / 'experiments' / 'launcher'
+        check(len(list(folder.parent.glob('launcher*'))) == 1 and len(list(folder.glob('*.log'))) == 1, 'two runs')
+        state = torch.load(folder / 'training_states' / f'{self.iterations}.state', weights_only=True)
+        check(state['place']['world_size'] == 2, 'the processes did not train together')
+        return 'recognised: one run of two processes'
+
+
+FAULTS = ('kill', 'ranks', 'truncated', 'full_disk', 'signals', 'image', 'share', 'test', 'twice', 'launcher')
 
 
 def check(passed: bool, message: str) -> None:

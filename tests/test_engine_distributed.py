@@ -274,3 +274,42 @@ def test_the_launcher_of_an_environment(monkeypatch, capsys, environment, given,
         find_launcher(given)
     assert main(['train', '-opt', 'any.yml', *(['--launcher', given] if given else [])]) == 2
     assert capsys.readouterr().err == f'basicsr: error: The environment variable {launcher}\n'
+
+
+FAILING = """
+import os
+from moeisr_basicsr.data.arbitrary_scale_dataset import ArbitraryScaleImageDataset
+from moeisr_basicsr.errors import UserError
+
+read = ArbitraryScaleImageDataset.__getitem__
+
+
+def damaged(self, index):
+    if os.environ['RANK'] == '1' and os.path.exists('damage') and self.epoch == 1:
+        raise UserError('3.png is damaged')
+    return read(self, index)
+
+
+ArbitraryScaleImageDataset.__getitem__ = damaged
+"""
+
+
+def test_all_ranks_save_where_one_cannot_read(tmp_path):
+    """Together: the state has the generators of both, and rank 0, whose terminal it is, knows why the run ended."""
+    changes = {'train:total_iter': 14, 'datasets:train:batch_size_per_gpu': 2, 'logger:save_checkpoint_freq': 14}
+    (tmp_path / 'run.yml').write_text(yaml.safe_dump(run_yaml(tmp_path, val=None, **changes), sort_keys=False))
+    (tmp_path / 'failing.py').write_text(FAILING)
+    (tmp_path / 'damage').touch()
+    command = ('-m', 'moeisr_basicsr', 'train', '-opt', 'run.yml', '--import', 'failing.py', '--auto_resume')
+    done = torchrun(tmp_path, *command)
+    assert done.returncode != 0
+    for line in ('basicsr: error: 3.png is damaged', 'basicsr: error: rank 1: 3.png is damaged'):
+        assert line in done.stderr, done.stderr[-3000:]
+    state = saved(tmp_path, 6)[1]
+    assert state['place'] == {'epoch': 0, 'samples': 12, 'world_size': 2}
+    assert len(state['rng']) == 2 and not torch.equal(state['rng'][0]['torch'], state['rng'][1]['torch'])
+    (tmp_path / 'damage').unlink()
+    done = torchrun(tmp_path, *command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'Resuming from iteration 6, epoch 0, 12 samples into it.' in done.stderr
+    assert [line['iter'] for line in metrics_lines(tmp_path)] == list(range(1, 15))

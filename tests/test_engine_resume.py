@@ -64,6 +64,7 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_exactly(tmp_path, monk
         interrupt(patch, at, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(run_options(tmp_path)) == ExitCode.TERMINATED
     assert saved(tmp_path, at)[1]['iter'] == at
+    assert f'Stopped by signal 15 after iteration {at}; continue with --auto_resume.' in log_text(tmp_path)
     # other workers, same draws: the number of workers is nothing that results depend on
     assert train(run_options(tmp_path, auto_resume=True, **{'datasets:train:num_worker_per_gpu': 1})) == ExitCode.OK
     assert_equal_runs(tmp_path, uninterrupted, TOTAL)

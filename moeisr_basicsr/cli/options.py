@@ -37,7 +37,7 @@ def add_options_file(parser: argparse.ArgumentParser, is_train: bool) -> None:
         '--force_yml',
         nargs='+',
         metavar='KEY:KEY=VALUE',
-        help=f'change the options file for this run, for example {changes}',
+        help=f'change the options file for this run, for example {changes}; KEY=~ removes a key',
     )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument('--keys', action='store_true', help='list the keys that an options file may have, and stop')

@@ -63,8 +63,7 @@ class ArbitraryScaleModel(SRModel):
             compile_network(net, train_opt['compile'])
         if not self.opt['dist'] and self.opt['num_gpu'] > 1:
             get_root_logger().warning(
-                f'num_gpu is {self.opt["num_gpu"]}, but one process uses one GPU: launch with '
-                'torchrun and --launcher pytorch to use them all.'
+                f'num_gpu is {self.opt["num_gpu"]}, but one process uses one GPU: launch with torchrun to use them all.'
             )
         return self.distributed(net)
 
