@@ -313,7 +313,7 @@ def official_model(**args):
         ({'model': {**official_model(), 'name': 'lmlte'}}, "model 'lmlte' is not supported; liif, lte, lmliif are"),
         ({'model': {'conv.weight': torch.zeros(2)}}, "no official LIIF, LTE or LMF checkpoint: KeyError('name')"),
         ({'model': {'name': ['liif'], 'args': {}, 'sd': {}}}, 'no official LIIF, LTE or LMF checkpoint'),
-        ({'model': official_model(encoder_spec={'name': 'rdn', 'args': [1]})}, 'no official LIIF, LTE or LMF checkpoint'),
+        ({'model': official_model(encoder_spec={'name': 'rdn', 'args': [1]})}, 'no official LIIF, LTE or LMF'),
         ({'model': official_model(imnet_spec={'name': 'mlp', 'args': {'hidden_list': 7}})}, 'no official LIIF, LTE'),
         ({'model': official_model(imnet_spec={'name': 'mlp', 'args': {'hidden_list': 'ab'}})}, 'hidden_list'),
         ({'model': official_model(imnet_spec={'name': 'mlp', 'args': {'hidden_list': [10**30]}})}, '64 bits'),
