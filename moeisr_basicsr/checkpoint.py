@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.official import official
@@ -90,6 +91,30 @@ def load_model(path: str | PathLike, device: str | torch.device = 'cpu') -> nn.M
     """
     model = read_model(path)
     return build(model.network_opt, model.weights, str(path)).to(device).eval()
+
+
+def load_any(path: str | PathLike, device: str | torch.device = 'cpu') -> nn.Module:
+    """The network of any file with weights, able to upscale by any factor, in eval mode.
+
+    A fixed-scale network becomes `FixedScale`, untrained: one that a model file names, and one that `NetworkEncoder`
+    recognises by its weights.
+
+    Raises:
+        UserError: The file cannot be read, or its weights are not recognised.
+    """
+    try:
+        model = read_checkpoint(path)
+    except UserError:  # weights under other names than BasicSR's, or none: `NetworkEncoder` says
+        model = Model({}, {}, {})
+    encoder = {'type': 'NetworkEncoder', 'checkpoint': str(path)}
+    if model.network_opt:
+        net = build(model.network_opt, model.weights, str(path))
+        if isinstance(net, MoEISR):
+            return net.to(device).eval()
+        encoder = {'type': 'NetworkEncoder', 'arch': model.network_opt, 'weights': str(path)}
+    elif any(name.startswith('decoder.pool.') for name in model.weights):
+        raise UserError(f'{path} does not say its options: `basicsr convert {path} -opt FILE.yml` makes a model file.')
+    return build_network({'type': 'FixedScale', 'encoder': encoder}).to(device).eval()
 
 
 def build(network_opt: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> nn.Module:

@@ -4,6 +4,10 @@ Module names follow the official checkpoints. Shapes: B images, C_in channels in
 the features, (H', W') = (ceil(H / 8), ceil(W / 8)) cells of 8 x 8 LR pixels.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -159,3 +163,21 @@ class SMFANetEncoder(nn.Module):
         """The features and the network's own image, (B, C_in, scale * H, scale * W) in [0, 1]."""
         feat = self.forward(x)
         return feat, self.to_img(feat)
+
+
+def smfanet_options(weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The options of the network whose state dict this is; None if it is another network's."""
+    try:
+        num_feat, num_in_ch = weights['to_feat.weight'].shape[:2]
+        hidden = weights['feats.0.pcfn.conv_0.weight'].shape[0]
+        num_out = weights['to_img.0.weight'].shape[0]
+    except (KeyError, ValueError):
+        return None
+    blocks = {name.split('.')[1] for name in weights if name.startswith('feats.')}
+    return {
+        'num_in_ch': num_in_ch,
+        'num_feat': num_feat,
+        'num_block': len(blocks),
+        'ffn_scale': hidden / num_feat,
+        'scale': math.isqrt(num_out // num_in_ch),
+    }

@@ -91,21 +91,22 @@ class SwinIREncoder(SwinIR):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, 64, H, W)."""
         height, width = x.shape[-2:]
-        x = self.conv_first(self.pad(x))
+        x = self.conv_first(padded(x, self.window_size))
         x = self.conv_after_body(self.forward_features(x)) + x
         return self.conv_before_upsample(x)[..., :height, :width]
 
-    def pad(self, x: Tensor) -> Tensor:
-        """Mirror the image at its bottom and right edge up to whole windows; the edge pixel is not repeated.
 
-        An image smaller than the padding is mirrored several times.
-        """
-        for axis in (-2, -1):
-            missing = -x.shape[axis] % self.window_size
-            while missing > 0:
-                size = x.shape[axis]
-                step = min(missing, size - 1) or missing  # one pixel has no mirror image: it is repeated
-                mode = 'reflect' if size > 1 else 'replicate'
-                x = F.pad(x, (0, 0, 0, step) if axis == -2 else (0, step, 0, 0), mode)
-                missing -= step
-        return x
+def padded(x: Tensor, multiple: int) -> Tensor:
+    """Mirror the image at its bottom and right edge up to multiples of `multiple`; the edge pixel is not repeated.
+
+    An image smaller than the padding is mirrored several times.
+    """
+    for axis in (-2, -1):
+        missing = -x.shape[axis] % multiple
+        while missing > 0:
+            size = x.shape[axis]
+            step = min(missing, size - 1) or missing  # one pixel has no mirror image: it is repeated
+            mode = 'reflect' if size > 1 else 'replicate'
+            x = F.pad(x, (0, 0, 0, step) if axis == -2 else (0, step, 0, 0), mode)
+            missing -= step
+    return x

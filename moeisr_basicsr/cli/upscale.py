@@ -10,7 +10,11 @@ EPILOG = """\
 examples:
   basicsr upscale photo.jpg -o photo_large.png --scale 3.3
   basicsr upscale photos -o large --model model.safetensors --size 3840x2160 --ext webp
+  basicsr upscale photo.jpg -o out.png --model RealESRGAN_x4plus.pth --scale 3.3
   basicsr upscale scan.png -o . --model model.safetensors --scale 2.5x4 --expert-map
+
+MODEL may also be a checkpoint of a network for one factor: every one that spandrel reads, and SMFANet. Its image is
+resampled, sharply, to the factor that is asked for.
 
 OUT is a file name for one image, or a folder; in a folder the name says the factor: photo_x3.3.png. Of animations the
 first frame is taken. Transparency, 16 bit per channel and grey stay as they are, as far as the output's format can hold

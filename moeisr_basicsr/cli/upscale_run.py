@@ -15,8 +15,8 @@ import torch
 from basicsr.utils import get_root_logger
 from tqdm import tqdm
 
-from moeisr_basicsr.archs.moeisr_arch import MoEISR
-from moeisr_basicsr.checkpoint import load_model
+from moeisr_basicsr.archs.moeisr_arch import FixedScale, MoEISR
+from moeisr_basicsr.checkpoint import load_any
 from moeisr_basicsr.data.image_reader import read_image, to_float
 from moeisr_basicsr.data.image_writer import join_channels, strip_writer
 from moeisr_basicsr.data.resize import resize
@@ -110,11 +110,10 @@ def choose_device(name: str | None) -> torch.device:
 
 def load_network(args: argparse.Namespace) -> MoEISR:
     """The network, once it is clear that it can do what is asked."""
-    net = load_model(args.model, choose_device(args.device))
-    if not isinstance(net, MoEISR):
-        needed = '`basicsr upscale` needs LIIF, LTE or MoEISR'
-        raise UserError(f'{args.model}: {type(net).__name__} upscales by one fixed factor; {needed}.')
-    if net.decoder.out_channels != 3 or next(net.encoder.parameters()).shape[1] != 3:
+    net = load_any(args.model, choose_device(args.device))
+    if isinstance(net, FixedScale) and os.environ.get('RANK', '0') == '0':
+        print(f'Model: {args.model}, made for x{net.encoder.scale}: its image is resampled to other factors.')
+    if (net.in_channels, net.decoder.out_channels) != (3, 3):
         raise UserError(f'{args.model}: this network does not work on RGB images.')
     if args.expert_map and net.num_experts == 1:
         raise UserError(f'{args.model} has one expert: there is no map to draw. Leave out --expert-map.')

@@ -3,7 +3,7 @@
 import torch
 from basicsr.archs import build_network
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeisr_basicsr.analysis.complexity import parameters
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
@@ -39,15 +39,10 @@ def load_network(model: str | None, options: str) -> tuple[MoEISR, dict]:
     return net, network_opt
 
 
-def input_channels(net: MoEISR) -> int:
-    """C of the images that the network takes: what its encoder's first convolution reads."""
-    return next(module for module in net.encoder.modules() if isinstance(module, nn.Conv2d)).in_channels
-
-
 def input_image(net: MoEISR, file: str | None, size: tuple[int, int]) -> Tensor:
     """(1, C, H, W) RGB in [0, 1]: of a file, or noise of `size` (H, W) where none is named."""
     if file is None:
-        return torch.rand(1, input_channels(net), *size, generator=torch.Generator().manual_seed(0))
+        return torch.rand(1, net.in_channels, *size, generator=torch.Generator().manual_seed(0))
     return torch.from_numpy(to_float(read_image(file).rgb)).permute(2, 0, 1)[None]
 
 

@@ -12,7 +12,6 @@ from rich.console import Console
 from moeisr_basicsr.analysis.measure import StageClock
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 
-from .network import input_channels
 from .stages import measure_stages, mib_text, show_table
 
 PARTS = ('encoder', 'mapper', 'tables', 'chosen experts', 'unchosen experts', 'other', 'backward', 'optimizer')
@@ -35,7 +34,7 @@ def profile_training(net: MoEISR, batch: int = 16, patch: int = 48, queries: int
     clocks: list[StageClock] = []
     watch_network(net, clocks)
     device = next(net.parameters()).device
-    lq = torch.rand(batch, input_channels(net), patch, patch, device=device)
+    lq = torch.rand(batch, net.in_channels, patch, patch, device=device)
     gt = torch.rand(batch, queries, net.decoder.out_channels, device=device)
     coord = torch.rand(batch, queries, 2, device=device) * 2 - 1
     cell = torch.full_like(coord, 2 / (patch * SCALE))
