@@ -3,8 +3,8 @@
     python scripts/fault_drill.py
     python scripts/fault_drill.py --kills 20 --only kill ranks
 
-Trains a tiny network in processes of its own and kills them, cuts off checkpoints, fills the disk. Every row says what
-came of it; the exit code is 1 if one of them failed. About 10 minutes on 2 cores.
+Trains a tiny network in processes of its own and kills them, cuts off checkpoints, fills the disk, damages images.
+Every row says what came of it; the exit code is 1 if one of them failed. About 10 minutes on 2 cores.
 """
 
 import argparse
@@ -55,6 +55,23 @@ train:
 val: {val_freq: 60, metrics: {psnr: {type: calculate_psnr_sr}}}
 logger: {print_freq: 1, save_checkpoint_freq: 7}
 """
+TEST_OPTIONS = """
+name: NAME
+model_type: MoEISRModel
+num_gpu: 0
+manual_seed: 1
+network_g:
+  type: MoEISR
+  encoder: {type: EDSREncoder, num_feat: 8, num_block: 1}
+  experts: [[8], [8, 8]]
+  mapper: {num_layers: 1, num_feat: 8, hidden: 8}
+datasets:
+  test: {type: ArbitraryScaleImageDataset, name: x2, dataroot_gt: WORK/train, scale: 2}
+  test_2: {type: ArbitraryScaleImageDataset, name: x3.3, dataroot_gt: WORK/train, scale: 3.3}
+  test_3: {type: ArbitraryScaleImageDataset, name: x4, dataroot_gt: WORK/train, scale: 4}
+path: {pretrain_network_g: WORK/experiments/reference/models/net_g_latest.pth}
+val: {metrics: {psnr: {type: calculate_psnr_sr}}}
+"""
 # Stands in for a full disk: after some checkpoints, those that follow fail.
 FULL_DISK = """
 import errno, os, sys
@@ -90,9 +107,9 @@ class Drill:
         for folder, count in (('train', 8), ('val', 2)):
             smooth_images(work / folder, count)
 
-    def options(self, name: str, batch: int = 4) -> Path:
+    def options(self, name: str, batch: int = 4, text: str = OPTIONS) -> Path:
         """The options file of a run."""
-        path, text = self.work / f'{name}.yml', OPTIONS
+        path = self.work / f'{name}.yml'
         values = {'NAME': name, 'WORK': self.work, 'BATCH': batch, 'ITERATIONS': self.iterations}
         for key, value in values.items():
             text = text.replace(key, str(value))
@@ -100,14 +117,16 @@ class Drill:
         return path
 
     @contextmanager
-    def started(self, name: str, *arguments: str, ranks: int = 1, code: str = '') -> Iterator[subprocess.Popen]:
+    def started(
+        self, name: str, *arguments: str, ranks: int = 1, code: str = '', verb: str = 'train'
+    ) -> Iterator[subprocess.Popen]:
         """`basicsr train` in a process group of its own, or `code` that does so; nothing of it is left afterwards."""
         program = ['-m', 'moeisr_basicsr'] if not code else ['-c', code]
         launcher = ['--launcher', 'pytorch'] if ranks > 1 else []
         if ranks > 1:
             rendezvous = ['--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0', '--max-restarts=3']
             program = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', *rendezvous, *program]
-        command = [sys.executable, *program, 'train', '-opt', str(self.work / f'{name}.yml'), *launcher, *arguments]
+        command = [sys.executable, *program, verb, '-opt', str(self.work / f'{name}.yml'), *launcher, *arguments]
         with open(self.work / f'{name}.out', 'a') as out:
             where = {'cwd': self.work, 'env': environment(), 'start_new_session': True}
             process = subprocess.Popen(command, stdout=out, stderr=out, **where)
@@ -237,8 +256,70 @@ class Drill:
             found.append(f'{number.name} {code}')
         return f'saved after the step, exit codes {", ".join(found)}, resumed to the same bits'
 
+    def image(self) -> str:
+        """a training image cut off in mid-run"""
+        reference, victim = self.reference(), self.work / 'train' / '3.png'
+        whole = victim.read_bytes()
+        try:
+            self.options('image')
+            with self.started('image') as process:
+                self.wait_for(process, 'image', 10)
+                victim.write_bytes(whole[: len(whole) // 2])
+                code = process.wait(LIMIT_S)
+            output, at = self.output('image'), self.progress('image')
+            check(code == 2, f'exit code {code}')
+            check('train/3.png: the image is damaged' in output and 'Traceback' not in output, 'the error is not clear')
+            states = self.work / 'experiments/image/training_states'
+            check((states / f'{at}.state').is_file(), f'the state of iteration {at} was not saved')
+            self.options('skip', text=OPTIONS.replace('dataset_enlarge', 'on_damaged: skip, dataset_enlarge'))
+            check(self.run('skip') == 0, 'the run with on_damaged: skip failed')
+            named = self.output('skip').count('Another sample takes its place')
+            check(named == 1, f'with on_damaged: skip the image was named {named} times')
+        finally:
+            victim.write_bytes(whole)
+        check(self.run('image', '--auto_resume') == 0, 'the restart failed')
+        self.check_same('image', reference)
+        return f'state of iteration {at} saved, resumed to the same bits; on_damaged: skip goes on and names it'
 
-FAULTS = ('kill', 'ranks', 'truncated', 'full_disk', 'signals')
+    def share(self) -> str:
+        """the folder of training images gone for 3 seconds"""
+        reference, folder = self.reference(), self.work / 'train'
+        self.options('share')
+        with self.started('share') as process:
+            self.wait_for(process, 'share', 10)
+            away = folder.rename(self.work / 'away')
+            time.sleep(3)
+            away.rename(folder)
+            check(process.wait(LIMIT_S) == 0, f'the run ended with code {process.returncode}')
+        self.check_same('share', reference)
+        return 'reads were tried again, final weights and EMA bit-identical'
+
+    def test(self) -> str:
+        """`basicsr test` SIGKILLed, then the same command"""
+        self.reference()
+        names = ('test_whole', 'test_killed')
+        for name in names:
+            self.options(name, text=TEST_OPTIONS)
+        check(self.run('test_whole', verb='test') == 0, 'the undisturbed test failed')
+        folder, images = self.work / 'results', 24
+        progress, limit = folder / 'test_killed' / 'progress_0.jsonl', time.monotonic() + LIMIT_S
+        with self.started('test_killed', verb='test') as process:
+            while not progress.is_file() or progress.read_text().count('\n') < images // 2:
+                check(process.poll() is None and time.monotonic() < limit, 'the test ended before it was killed')
+                time.sleep(0.005)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        known = progress.read_text().count('\n') - 1
+        check(self.run('test_killed', verb='test') == 0, 'the second start failed')
+        check(f'{known} images are measured already' in self.output('test_killed'), 'it did not go on where it was')
+        whole, killed = (json.loads((folder / name / 'results.json').read_text())['rows'] for name in names)
+        for row in (*whole, *killed):
+            row.pop('time_ms')
+        check(whole == killed, 'the results differ')
+        return f'went on after {known} of {images} images, same results'
+
+
+FAULTS = ('kill', 'ranks', 'truncated', 'full_disk', 'signals', 'image', 'share', 'test')
 
 
 def check(passed: bool, message: str) -> None:

@@ -245,6 +245,27 @@ def test_folders_without_images_and_other_files(tmp_path, folder):
         build_dataset(options(tmp_path))
 
 
+def test_grey_items(folder):
+    """The luma of colours, rounded; grey files keep their values; both bicubics and the cache agree."""
+    luma = np.rint(noise(52, 44, 1) @ [0.299, 0.587, 0.114])
+    colours = build_dataset(options(folder))
+    for cache in ('none', 'memory'):
+        dataset = build_dataset(options(folder, grey=True, cache=cache))
+        item, coloured = dataset[1], colours[1]
+        assert item['lq'].shape == (1, 8, 8) and item['gt'].shape == (50, 1)
+        assert torch.equal(item['coord'], coloured['coord'])
+        np.testing.assert_allclose(
+            item['gt'][:, 0] * 255, coloured['gt'] @ torch.tensor([76.245, 149.685, 29.07]), atol=0.51
+        )
+    for downsample, shrink in (('pil', pil_resize), ('matlab', lambda image, size: imresize(image, size=size))):
+        item = build_dataset(options(folder, 'val', grey=True, downsample=downsample))[1]
+        np.testing.assert_array_equal(item['gt'][0] * 255, luma)
+        np.testing.assert_array_equal(item['lq'][0] * 255, shrink(luma.astype(np.uint8), (26, 22)))
+    Image.fromarray(noise(40, 40)[..., 0]).save(folder / 'd.png')
+    item = build_dataset(options(folder, 'val', grey=True, scale=1))[3]
+    np.testing.assert_array_equal(item['gt'][0] * 255, noise(40, 40)[..., 0])
+
+
 def test_rectangular_patches(folder):
     """4 rows of 9 LR pixels; the HR patch is found again by its colours. Not transposed unless asked, which fails."""
     dataset = build_dataset(options(folder, lq_size=[4, 9], sample_q=36, asymmetric=True, use_flip=False))

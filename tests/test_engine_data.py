@@ -2,16 +2,18 @@
 
 import random
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from basicsr.utils.registry import DATASET_REGISTRY
-from tiny_runs import run_options
+from tiny_runs import DENSE, metrics_lines, parse, run_options, run_yaml, write_images
 from torch.utils.data import Dataset, get_worker_info
 
 from moeisr_basicsr.engine.data_loading import Place, TrainData
 from moeisr_basicsr.engine.distributed import Ranks
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.engine.train_loop import train
+from moeisr_basicsr.errors import ExitCode, UserError
 
 CPU = torch.device('cpu')
 
@@ -115,6 +117,81 @@ def test_datasets_that_draw_from_global_generators_resume_exactly(tmp_path, work
         for (place, batch), (expected_place, expected) in zip(rest, whole[done:]):
             assert place == expected_place and int(batch['index']) == int(expected['index'])
             assert torch.equal(batch['draws'], expected['draws'])
+
+
+def pairs_of(root):
+    """PairedImageDataset of factor 2."""
+    write_images(root / 'hr', 4, (32, 40))
+    write_images(root / 'lr', 4, (16, 20))
+    return {
+        'name': 'pairs',
+        'type': 'PairedImageDataset',
+        'dataroot_gt': str(root / 'hr'),
+        'dataroot_lq': str(root / 'lr'),
+        'io_backend': {'type': 'disk'},
+        'scale': 2,
+        'gt_size': 16,
+        'use_hflip': True,
+        'use_rot': True,
+        'batch_size_per_gpu': 2,
+        'num_worker_per_gpu': 1,
+    }
+
+
+GREY = {'network_g:in_channels': 1, 'network_g:out_channels': 1, 'train:total_iter': 2, 'logger:use_tb_logger': True}
+
+
+def test_a_grey_run_trains_and_validates(tmp_path):
+    grey = {f'datasets:{name}:grey': True for name in ('train', 'val', 'val_2')}
+    changes = {**GREY, **grey, 'val:save_img': True, 'val:bicubic_baseline': True}
+    changes['val:metrics'] = {'y': {'type': 'calculate_psnr_sr'}, 'psnr': {'type': 'calculate_psnr', 'crop_border': 2}}
+    assert train(run_options(tmp_path, **changes)) == ExitCode.OK
+    lines = [line for line in metrics_lines(tmp_path) if line['kind'] == 'validation']
+    assert len(lines) == 2 and lines[0]['metrics'].keys() == {'y', 'psnr', 'bicubic_y', 'bicubic_psnr'}
+    assert abs(lines[0]['metrics']['bicubic_y'] - lines[0]['metrics']['bicubic_psnr']) < 0.01
+    picture = cv2.imread(str(tmp_path / 'experiments/run/visualization/tiny_x2/0_x2_2.png'), cv2.IMREAD_UNCHANGED)
+    assert picture.shape == (26, 32)
+
+
+def test_colours_for_a_grey_network_and_the_other_way_round(tmp_path):
+    with pytest.raises(UserError, match='datasets: val_2: gives 3 channels, and network_g: in_channels is 1; grey: tr'):
+        run_options(tmp_path, **{**GREY, 'datasets:train:grey': True, 'datasets:val:grey': True})
+    with pytest.raises(UserError, match='datasets: train: gives 1 channels, and network_g: in_channels is 3'):
+        run_options(tmp_path, **{'datasets:train:grey': True})
+    with pytest.raises(UserError, match=r'train/\d.png: the output is \(4, 64, 1\), the truth \(4, 64, 3\). Check'):
+        train(run_options(tmp_path, **{'network_g:out_channels': 1, 'network_g:skip': 'none'}))
+
+
+def test_a_factor_that_the_network_does_not_have(tmp_path):
+    """PairedImageDataset gives patches of twice the size; network_g says 3."""
+    dense = {'model_type': 'ArbitraryScaleModel', 'network_g': {**DENSE, 'scale': 3}}
+    opt = run_options(tmp_path, **{'datasets:train': pairs_of(tmp_path), **dense})
+    with pytest.raises(UserError, match=r'hr/\d.png: the output is \(2, 3, 24, 24\), the truth \(2, 3, 16, 16\)'):
+        train(opt)
+
+
+@pytest.mark.parametrize('model_type', ['MoEISRModel', 'SRModel'])
+def test_a_broken_validation_image_does_not_end_training(tmp_path, model_type):
+    """BasicSR's own model gives up its dataset only."""
+    changes = {'train:total_iter': 2, 'model_type': model_type, 'network_g:scale': 2, 'datasets:train:scale': 2}
+    opt = run_yaml(tmp_path, **changes)
+    if model_type == 'SRModel':
+        opt['datasets']['train'] = pairs_of(tmp_path)
+        opt['datasets']['val'] = {**pairs_of(tmp_path), 'name': 'first'}
+        opt['datasets']['val_2'] = {**pairs_of(tmp_path), 'name': 'second', 'dataroot_lq': str(tmp_path / 'lr_2')}
+        write_images(tmp_path / 'lr_2', 4, (16, 20))
+        broken = tmp_path / 'lr_2' / '1.png'
+    else:
+        write_images(tmp_path / 'val_2', 3, (26, 33))
+        opt['datasets']['val_2']['dataroot_gt'] = str(tmp_path / 'val_2')
+        broken = tmp_path / 'val_2' / '1.png'
+    broken.write_bytes(b'')
+    assert train(parse(tmp_path, opt)) == ExitCode.OK
+    log = ''.join(path.read_text() for path in (tmp_path / 'experiments/run').glob('*.log'))
+    assert str(broken) in log and 'ERROR' in log and 'Training ended at iteration 2' in log
+    if model_type == 'MoEISRModel':
+        line = metrics_lines(tmp_path)[-1]
+        assert line['count'] == 2 and list(line['failed']) == ['1']
 
 
 def test_an_epoch_without_a_whole_batch_is_an_error(tmp_path):

@@ -17,6 +17,7 @@ from moeisr_basicsr.cli import main
 from moeisr_basicsr.engine.test_loop import test as run_test
 from moeisr_basicsr.errors import ExitCode, UserError
 from moeisr_basicsr.models.image_evaluation import ImageEvaluator
+from moeisr_basicsr.tools.report.collect import collect, read_sources
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -85,8 +86,7 @@ def crash():
     raise RuntimeError('the GPU fell off')
 
 
-@pytest.mark.parametrize(('at', 'datasets'), [(2, 0), (5, 1)])
-@pytest.mark.parametrize('how', [sigterm, crash])
+@pytest.mark.parametrize(('how', 'at', 'datasets'), [(sigterm, 2, 0), (sigterm, 5, 1), (crash, 5, 1)])
 def test_an_interrupted_test_goes_on_where_it_was(root, monkeypatch, how, at, datasets):
     """No image is measured twice; what is done is there before; the end is that of a test in one go."""
     assert evaluated(root) == ExitCode.OK
@@ -164,6 +164,8 @@ def test_a_broken_image_costs_its_own_row_and_is_tried_again(root, monkeypatch, 
     psnrs = [row['metrics']['psnr'] for row in rows[3:6]]
     assert rows[8]['metrics']['psnr'] == pytest.approx(sum(psnrs) / 3)
     assert 'tiny_x3.3: 1 of 4 images could not be used' in log_of(root) and 'other/2.png' in log_of(root)
+    notes = collect(read_sources([root / 'results/run'])).notes
+    assert [note.partition(': ')[2] for note in notes] == ['tiny_x3.3 is without 1 images that could not be used: 2.']
     (root / 'other' / '2.png').write_bytes(whole)
     measured = count_and(monkeypatch, 0, None)
     assert evaluated(root) == ExitCode.OK and len(measured) == 1

@@ -1,6 +1,6 @@
 """Datasets for any scale: HR images alone, or own pairs of LR and HR images.
 
-Items, both datasets (RGB, fp32, [0, 1]; row before column):
+Items, both datasets (RGB, with `grey` one channel; fp32, [0, 1]; row before column):
     training    lq (3, h, w), gt (Q, 3), coord (Q, 2), cell (Q, 2), scale (2,), lq_path, gt_path
     validation  lq (3, h, w), gt (3, H, W), scale (2,), lq_path, gt_path
 """
@@ -59,20 +59,15 @@ class ArbitraryScaleImageDataset(ArbitraryScaleDataset):
         self.draws_scale = self.training and (options.scale_range is not None or options.scale is None)
         self.scale_range = options.scale_range or (1.0, 4.0)
         self.source = self.open_source('dataroot_gt', options.meta_info_file)
-        self.names = self.source.names
+        self.names = self.paths = self.source.names
         self.images = self.open_cache(self.source, self.names)
-
-    @property
-    def paths(self) -> list[dict[str, str]]:
-        """Of every image, as items name them."""
-        return [{'lq_path': name, 'gt_path': name} for name in self.names]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         path = self.names[self.position(index, len(self.names))]
-        image = self.images.rgb(path)
+        image = self.pixels(self.images, path)
         self.lap('read')
         item = self.train_item(image, path, index) if self.training else self.val_item(image, path)
         return {**item, 'lq_path': path, 'gt_path': path}
@@ -176,7 +171,7 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
             counts = f'{len(self.lq_source.roots)} and {len(self.gt_source.roots)}'
             raise fail(opt, f'dataroot_lq and dataroot_gt must list as many folders; got {counts}.')
         try:
-            self.pairs = find_pairs(self.lq_source, self.gt_source, options.filename_tmpl)
+            self.pairs = self.paths = find_pairs(self.lq_source, self.gt_source, options.filename_tmpl)
         except PairsError as error:
             error.sources = self.lq_source, self.gt_source
             raise
@@ -184,18 +179,13 @@ class ArbitraryScalePairedDataset(ArbitraryScaleDataset):
         self.lq_images = self.open_cache(self.lq_source, [lq for lq, _ in self.pairs])
         self.rules = self.folder_rules(list(self.headers()))
 
-    @property
-    def paths(self) -> list[dict[str, str]]:
-        """Of every pair, as items name them."""
-        return [{'lq_path': lq, 'gt_path': gt} for lq, gt in self.pairs]
-
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         lq_name, gt_name = self.pairs[self.position(index, len(self.pairs))]
         paths = {'lq_path': lq_name, 'gt_path': gt_name}
-        lq, gt = self.lq_images.rgb(lq_name), self.gt_images.rgb(gt_name)
+        lq, gt = self.pixels(self.lq_images, lq_name), self.pixels(self.gt_images, gt_name)
         self.lap('read')
         rows, cols = self.check_pair(Pair(lq.shape[:2], gt.shape[:2], **paths))
         gt = gt[:rows, :cols]

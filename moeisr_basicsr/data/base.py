@@ -14,6 +14,8 @@ from .image_source import ImageSource
 from .options import ArbitraryScaleOptions, fail, read_options
 from .repeatable import RepeatableDataset
 
+LUMA = (0.299, 0.587, 0.114)  # BT.601, of full range; equal channels keep their value
+
 
 class ArbitraryScaleDataset(RepeatableDataset):
     """Base of the arbitrary-scale datasets."""
@@ -42,6 +44,11 @@ class ArbitraryScaleDataset(RepeatableDataset):
             return source
         return SharedImages(source, names, keeps_damaged=self.opt.get('on_damaged') == 'skip')
 
+    def pixels(self, images: SharedImages | ImageSource, name: str) -> np.ndarray:
+        """(H, W, 3) uint8 or uint16 RGB, or with `grey` (H, W, 1)."""
+        rgb = images.rgb(name)
+        return np.rint(rgb @ np.array(LUMA)[:, None]).astype(rgb.dtype) if self.options.grey else rgb
+
     def lap(self, stage: str) -> None:
         """Called at the end of each stage of a training item: 'read', 'resize', 'queries', 'tensor'. Does nothing;
         `basicsr profile --data` puts a clock here."""
@@ -54,7 +61,7 @@ class ArbitraryScaleDataset(RepeatableDataset):
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 or uint16 -> (3, H, W) fp32 in [0, 1]."""
+    """(H, W, C) uint8 or uint16 -> (C, H, W) fp32 in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(to_float(image).transpose(2, 0, 1)))
 
 

@@ -25,6 +25,7 @@ class ArbitraryScaleOptions(Section):
     dataroot_gt: Folder = Key('folder or LMDB of the HR images')
     meta_info_file: Text = Key('text file that lists the images', None)
     recursive: bool = Key('also take the images of the folders below', False)
+    grey: bool = Key('one channel, the luma of colours; for networks with in_channels and out_channels 1', False)
     scale: Factors = Key('fixed factor, or [rows, columns]', None)
     cache: Literal['none', 'memory'] = Key('memory keeps the decoded images, for all workers at once', 'none')
     lq_size: Size = Key('side of the LR training patch, or [rows, columns]', 48)

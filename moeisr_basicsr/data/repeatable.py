@@ -31,6 +31,10 @@ class RepeatableDataset(Dataset):
         # In shared memory: workers that live for several epochs see every change.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
+    def __len__(self) -> int:
+        """Number of images."""
+        raise NotImplementedError
+
     def set_epoch(self, epoch: int) -> None:
         """The epoch that later items are drawn for."""
         self.epoch.fill_(epoch)

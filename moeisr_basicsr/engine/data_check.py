@@ -76,7 +76,7 @@ def check_datasets(opt: dict, track: Callable[[Iterable, int], Iterable] = lambd
     """
     opened: dict[str, tuple[Any, list[Job], list[str]]] = {}
     for section, dataset_opt in opt['datasets'].items():
-        dataset, jobs, problems = None, [], []
+        dataset, jobs, problems = None, list[Job](), list[str]()
         try:
             # `skip` leaves what is wrong with single images for later
             dataset = open_dataset({**dataset_opt, 'on_damaged': 'skip', 'cache': 'none'})

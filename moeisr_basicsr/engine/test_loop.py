@@ -63,7 +63,7 @@ def evaluate(
         except ImageError as error:
             if not opt['is_train']:
                 raise
-            get_root_logger().error(f'{loader.dataset.opt["name"]} could not be validated: {error}')
+            get_root_logger().error(f'A dataset could not be validated: {error}')
     return []
 
 
@@ -79,7 +79,7 @@ def _test(opt: dict, ranks: Ranks, stop: StopRequest, found: Found) -> int:
         if ranks.is_main:
             schema.save(path, results_document(opt, model, results))
 
-    progress = Progress(opt, ranks, found.rows, save)
+    progress = Progress(opt, ranks, found, save)
     results = evaluate(model, loaders, opt['name'], None, opt, stop, progress)
     if results is None:
         logger.warning(f'Testing was stopped by a signal; the same command goes on where it was. Results: {path}')

@@ -22,8 +22,8 @@ from .distributed import Ranks
 
 FILES = 'progress_{}.jsonl'
 # No result depends on these options.
-OF_THE_RUN = ('root_path', 'opt_file', 'launcher', 'dist', 'dist_params', 'auto_resume', 'debug', 'rank', 'world_size')
-OF_THE_RUN += ('logger', 'path')
+OF_THE_RUN: tuple[str, ...] = ('root_path', 'opt_file', 'launcher', 'dist', 'dist_params', 'auto_resume', 'debug')
+OF_THE_RUN += ('rank', 'world_size', 'logger', 'path')
 OF_THE_LOADER = ('num_worker_per_gpu', 'pin_memory', 'persistent_workers', 'prefetch_mode', 'num_prefetch_queue')
 Stamp = list[list[int] | None]
 
@@ -31,6 +31,7 @@ Stamp = list[list[int] | None]
 class Found(NamedTuple):
     """What an earlier test of the same name has left."""
 
+    head: dict[str, Any]  # `identity` of the test that is to run
     rows: list[dict]  # {'row': of a results document, 'files': Stamp}
     notes: list[str]  # for the log
 
@@ -43,8 +44,11 @@ def identity(opt: dict) -> dict[str, Any]:
     for dataset in options['datasets'].values():
         for key in OF_THE_LOADER:
             dataset.pop(key, None)
-    files = {key: value for key, value in opt['path'].items() if key.startswith('pretrain_network') and value}
-    weights = {key: hashlib.sha256(Path(value).read_bytes()).hexdigest() for key, value in files.items()}
+    named = {key: value for key, value in opt['path'].items() if key.startswith('pretrain_network') and value}
+    weights = {
+        key: hashlib.sha256(Path(value).read_bytes()).hexdigest() if Path(value).is_file() else value
+        for key, value in named.items()
+    }
     device = 'cuda' if torch.cuda.is_available() and opt.get('num_gpu') != 0 else 'cpu'
     return json.loads(
         json.dumps({'options': options, 'weights': weights, 'environment': environment('', device)}, default=str)
@@ -60,9 +64,12 @@ def find_progress(opt: dict) -> Found:
             continue
         differ = [key for key in wanted if lines[0].get(key) != wanted[key]]
         if differ:
-            return Found([], [f'the interrupted test of this name had other {" and ".join(differ)}: starting anew'])
+            return Found(
+                wanted, [], [f'the interrupted test of this name had other {" and ".join(differ)}: starting anew']
+            )
         rows += lines[1:]
-    return Found(rows, [f'going on with an interrupted test: {len(rows)} images are measured already'] if rows else [])
+    note = f'going on with an interrupted test: {len(rows)} images are measured already'
+    return Found(wanted, rows, [note] if rows else [])
 
 
 class Progress:
@@ -71,16 +78,16 @@ class Progress:
     Args:
         opt: The whole options.
         ranks: This process among all.
-        rows: What `find_progress` has found.
+        found: What `find_progress` has found.
         save: Called with the results of the datasets that are done, after each.
     """
 
-    def __init__(self, opt: dict, ranks: Ranks, rows: list[dict], save: Callable[[list[Evaluated]], None]):
+    def __init__(self, opt: dict, ranks: Ranks, found: Found, save: Callable[[list[Evaluated]], None]):
         self.folder, self.save, self.results = Path(opt['path']['results_root']), save, list[Evaluated]()
         self.path = self.folder / FILES.format(ranks.rank)
-        self.head = identity(opt)
-        self.rows = {(entry['row']['dataset'], entry['row']['image']): entry for entry in rows}
-        if rows:
+        self.head = found.head
+        self.rows = {(entry['row']['dataset'], entry['row']['image']): entry for entry in found.rows}
+        if found.rows:
             ranks.together(self._rewrite)
 
     def _rewrite(self) -> None:

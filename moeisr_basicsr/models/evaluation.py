@@ -161,7 +161,8 @@ def files_of(dataset: Any, index: int) -> list[str]:
     paths = getattr(dataset, 'paths', None)
     if paths is None or len(paths) != len(dataset):
         return []
-    return list(paths[index].values()) if isinstance(paths[index], dict) else [paths[index]]
+    entry = paths[index]
+    return [entry] if isinstance(entry, str) else list(entry.values() if isinstance(entry, dict) else entry)
 
 
 def image_names(dataset: Any) -> list[str]:

@@ -75,7 +75,7 @@ def run_validation(
             for _, row, pictures in everything if tb_logger else []:
                 for suffix, picture in pictures.items():
                     tag = f'{name}_{scale_label(row["scale"])}/{row["image"]}{suffix}'
-                    tb_logger.add_image(tag, picture[..., ::-1].copy(), current_iter, dataformats='HWC')
+                    tb_logger.add_image(tag, np.atleast_3d(picture)[..., ::-1].copy(), current_iter, dataformats='HWC')
             if everything:
                 yield summarize([record.row for record in everything])
 

@@ -81,6 +81,23 @@ def routing(data: dict) -> Problems:
         yield ('val', 'cost_weight'), 'give either budget or cost_weight, not both.'
 
 
+def channels(data: dict) -> Problems:
+    """The network takes as many channels as each dataset gives, as far as both are known."""
+    network = section(data, 'network_g')
+    wanted = network.get('in_channels', 3)
+    for name in section(data, 'datasets') if network.get('type') in ('MoEISR', 'LIIF', 'LTE') else ():
+        dataset = section(data, 'datasets', name)
+        if str(dataset.get('type')).startswith('ArbitraryScale'):
+            given, advice = 1 if dataset.get('grey') else 3, 'grey: true of a dataset gives 1, without it there are 3'
+        elif dataset.get('type') in ('PairedImageDataset', 'SingleImageDataset'):
+            given, advice = 1 if dataset.get('color') == 'y' else 3, 'color: y gives 1, without it there are 3'
+        else:
+            continue
+        if isinstance(wanted, int) and wanted != given:
+            yield ('datasets', name), f'gives {given} channels, and network_g: in_channels is {wanted}; {advice}.'
+
+
 def check_together(data: dict, is_train: bool) -> Problems:
     """All rules."""
-    return chain(phases(data, is_train), training(data) if is_train else testing(data), routing(data))
+    phase = training(data) if is_train else testing(data)
+    return chain(phases(data, is_train), phase, routing(data), channels(data))

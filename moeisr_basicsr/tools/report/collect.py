@@ -72,7 +72,11 @@ def collect(sources: list[Source]) -> Report:
         known = [row for row in rows if 'scale' in row]
         tests = [row for row in known if row['case'] == 'test' and row.get('dataset')]
         profiled = [(source, entry_of(source, row), row) for row in known if row['case'] == 'profile']
-        others = len(rows) - len(tests) - len(profiled)
+        failed = [row for row in rows if row['case'] == 'failed']
+        for name, of_dataset in group_by(failed, lambda row: row.get('dataset')).items():
+            images = ', '.join(str(row.get('image')) for row in of_dataset)
+            notes.append(f'{source.path}: {name} is without {len(of_dataset)} images that could not be used: {images}.')
+        others = len(rows) - len(tests) - len(profiled) - len(failed)
         if others:
             notes.append(f'{source.path}: {others} rows are not shown: neither tests nor profiles of upscaling.')
         profiles += profiled
