@@ -47,7 +47,7 @@ DEFECTS = [
     (spoil(lambda weights, metadata: weights.popitem()), 'the weights do not fit'),
     (spoil(lambda weights, metadata: metadata.pop('license')), 'metadata license is missing'),
     (spoil(lambda weights, metadata: metadata.update(param_key='params')), 'not the averaged weights'),
-    (spoil(lambda weights, metadata: next(iter(weights.values())).fill_(torch.nan)), 'has values that are NaN or infinite'),
+    (spoil(lambda weights, metadata: next(iter(weights.values())).fill_(torch.nan)), 'NaN or infinite'),
     (spoil(lambda weights, metadata: metadata.update(iterations='8')), 'one.md: SHA-256 is missing or wrong'),
     (rewrite_card('# one', '# two'), 'one.md: title is missing'),
     (rewrite_card('## Limits', ''), 'one.md: ## Limits is missing'),
