@@ -118,7 +118,7 @@ def patch_basicsr() -> None:
 def imwrite(file_path: str, image: np.ndarray, params: list[int] | None = None) -> bool:
     """`cv2.imwrite`, which crashes on a name that is no UTF-8, and leaves half a file on a full disk."""
     done, content = cv2.imencode(Path(file_path).suffix, image, params or [])
-    write_atomic(file_path, lambda file: file.write(content))
+    write_atomic(file_path, lambda file: file.write(content.tobytes()))
     return done
 
 

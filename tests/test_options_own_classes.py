@@ -107,7 +107,10 @@ class PointExperts(ExpertPool):
         *hidden, last = self.linears(j)
         return 4 * sum(layer.weight.numel() for layer in hidden) + last.weight.numel()
 
-    def table_macs(self):
+    def own_table_macs(self, j):  # expert j's alone, per LR pixel
+        return 0
+
+    def table_macs(self, reads=None):  # of all experts
         return 0
 '''
 

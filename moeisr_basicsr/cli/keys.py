@@ -1,7 +1,7 @@
 """`basicsr train --keys`: the tables of the options, for people, as text or as a page of Markdown."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from pydantic import BaseModel
 
@@ -58,8 +58,8 @@ def tables(is_train: bool) -> Iterator[tuple[str, list[Row]]]:
                 yield f'{where} ({name})', [row for row in rows(model(entry)) if row.key != 'type']
     for name, family in FAMILIES.items():
         if not family.__module__.startswith('moeisr_basicsr.'):  # of a user's own
-            own = [row for row in rows(signature_model(family)) if row.key not in FAMILY_ARGUMENTS]
-            yield f'network_g (decoder: {name})', own
+            arguments = rows(signature_model(cast(Any, family)))
+            yield f'network_g (decoder: {name})', [row for row in arguments if row.key not in FAMILY_ARGUMENTS]
 
 
 def keys_text(is_train: bool) -> str:

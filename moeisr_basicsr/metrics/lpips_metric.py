@@ -55,7 +55,7 @@ def prepared(image: np.ndarray, border: int) -> Tensor:
     """(1, 3, H', W') as AlexNet takes it."""
     rgb = np.broadcast_to(np.atleast_3d(image), (*image.shape[:2], 3))[..., ::-1]
     rgb = rgb[border : image.shape[0] - border, border : image.shape[1] - border].astype(np.float32) / 127.5 - 1
-    return torch.from_numpy(((rgb - np.float32(SHIFT)) / np.float32(SCALE)).transpose(2, 0, 1))[None]
+    return torch.from_numpy(((rgb - np.array(SHIFT, np.float32)) / np.array(SCALE, np.float32)).transpose(2, 0, 1))[None]
 
 
 def features(x: Tensor, convolutions: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -96,7 +96,11 @@ def _as_conv(kernel: np.ndarray) -> Tensor:
 class _Arrays(pickle.Unpickler):
     """A pickle of NumPy arrays in plain containers. Anything else in it is rejected, never run."""
 
-    allowed: ClassVar = {entry.__name__: entry for entry in (np.zeros(0).__reduce__()[0], np.ndarray, np.dtype)}
+    allowed: ClassVar[dict[str, Any]] = {
+        '_reconstruct': np.zeros(0).__reduce__()[0],
+        'ndarray': np.ndarray,
+        'dtype': np.dtype,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if not module.startswith('numpy') or name not in self.allowed:

@@ -161,7 +161,7 @@ class Typed:
 
     noun: str
     entries: Callable[[], Mapping[str, Any]]
-    model: Callable[[Any], type[Section]] = signature_model
+    model: Callable[..., type[Section]] = signature_model
     before: Callable[[], tuple] | None = None
     is_nested: bool = False
 
@@ -262,7 +262,7 @@ def refusal(entry: Any, before: Callable[[], tuple], arguments: Mapping[str, Any
     return None
 
 
-def model_with(base: type[Section], *leave_out: str) -> Callable[[Any], type[Section]]:
+def model_with(base: type[Section], *leave_out: str) -> Callable[..., type[Section]]:
     return functools.partial(signature_model, base=base, leave_out=leave_out)
 
 
