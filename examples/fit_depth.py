@@ -55,7 +55,7 @@ class DepthField(nn.Module):
             out_channels=1,
             family='liif',
             experts=[[8], [24], [48, 48]],
-            mapper={'num_layers': 1, 'num_feat': 16, 'hidden': 16},
+            mapper={'num_layers': 1, 'num_feat': 16},
         )
 
 

@@ -98,7 +98,7 @@ def mlp(decoder: MoEDecoder, j: int, x: Tensor) -> Tensor:
 
 
 def modulated(pool: LMExperts, j: int, x: Tensor) -> Tensor:
-    """Expert j of 'lm': the latent MLP's scales, shifts and code, then the render MLP. LMF, section 3.2."""
+    """Expert j of 'lm': the latent MLP's scales, shifts and code, then the render MLP (He and Jin, CVPR 2024)."""
     codes, rel, cell_lr = x.split([x.shape[-1] - 4, 2, 2], dim=-1)
     row = cast(nn.Sequential, pool.latent(j))(torch.cat([codes, cell_lr], dim=-1))
     *hidden, last = pool.linears(j)
