@@ -167,8 +167,8 @@ def test_liif_matches_plain_loops(isa, lr_size, out_size, channels):
 @pytest.mark.parametrize('isa', ISAS)
 @pytest.mark.parametrize('basis', [128, 10])
 def test_lte_matches_plain_loops(isa, basis):
-    """From depth 0 on; frequencies of several turns per LR pixel."""
-    experts = make_experts([[], [256], [20, 100], [64, 64, 64]], 3, basis=2 * basis)
+    """Frequencies of several turns per LR pixel."""
+    experts = make_experts([[7], [256], [20, 100], [64, 64, 64]], 3, basis=2 * basis)
     tables = lte_tables((5, 6), basis)
     rows, cols = grid_axis(17, 5), grid_axis(30, 6)
     expert_map = make_map((17, 30), 4)

@@ -90,7 +90,7 @@ class PackedExperts:
         self.out_channels = next(expert['last'][0].shape[0] for expert in experts if expert is not None)
         # Channels of each expert's table, 0 without layers; LTE: 2K.
         self.widths = [0 if expert is None else self._check(j, expert) for j, expert in enumerate(experts)]
-        if family == 'lte' and len({*self.widths} - {0}) > 1:
+        if family == 'lte' and len(set(self.widths) - {0}) > 1:
             raise ValueError(f'LTE experts share one basis; got input widths {self.widths}.')
         self._keep: list[object] = []  # the tensors and arrays that the structures below point into
         self.array = (Expert * len(experts))(*(Expert() if e is None else self._pack(e) for e in experts))
@@ -120,14 +120,9 @@ class PackedExperts:
         last_weight, last_bias = expert['last']
         hidden, pad = expert['hidden'], RENDER_PAD if self.family == 'lm' else PAD
         if self.family == 'lte':  # cosine and sine half are padded each, as in the padded tables
-            first = hidden[0] if hidden else expert['last']
-            split = pad_halves(first[0])
-            width = split.shape[1]
-            if hidden:
-                hidden = [(split, first[1]), *hidden[1:]]
-            else:
-                last_weight = split
-            w_rel = None
+            first = pad_halves(hidden[0][0])
+            width, w_rel = first.shape[1], None
+            hidden = [(first, hidden[0][1]), *hidden[1:]]
         else:
             width = round_up(expert['w_rel'].shape[1], pad)
             w_rel = self._hold(pad_to(expert['w_rel'], 2, width))

@@ -105,7 +105,7 @@ struct Tile {
 struct Scratch {
     void *block[2];       // activation blocks, kBlockRows x stride elements
     int64_t stride;       // elements from one row of a block to the next
-    float *last;          // last hidden vectors in fp32, kBlockRows x last_stride
+    float *last;          // lm: last hidden vectors, kBlockRows x last_stride
     int64_t last_stride;
     int32_t *active;      // channels that a micro-tile multiplies, up to the width and 16 more
     float *sums;          // AMX: two pieces of 32 rows x kPad channels

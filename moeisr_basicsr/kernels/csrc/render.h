@@ -73,5 +73,6 @@ static void render(const Decode &d, const Table &table, const Expert &e, const B
     for (; row + kRenderRows <= 4 * block.pixels; row += kRenderRows)
         render_rows<kRenderRows>(table, e, block, row, scratch);
     for (; row < 4 * block.pixels; row += 4) render_rows<4>(table, e, block, row, scratch);
-    blend_rows<FloatRows>(d, e, block, scratch.last, scratch.last_stride);
+    blend(block, e, d.channels, d.out_plane_stride,
+          [&](int row, int64_t k) { return load(scratch.last + row * scratch.last_stride + k); });
 }

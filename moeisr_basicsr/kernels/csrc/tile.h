@@ -160,15 +160,6 @@ static inline void blend_rows(const Decode &d, const Expert &e, const Block &blo
           [&](int row, int64_t k) { return load(in + Gemm::row(row) * stride + k); });
 }
 
-struct FloatRows {  // for what is blended without another hidden layer
-    using Act = float;
-    static constexpr int kSplit = 1;
-    static inline int row(int at) { return at; }
-    static inline void write(float *out, const Vec *v) {
-        for (int i = 0; i < kVecs; ++i) store(out + i * Vec::kLanes, v[i]);
-    }
-};
-
 static void predict_zero(const Decode &d, const Block &block) {
     for (int64_t c = 0; c < d.channels; ++c)
         for (int i = 0; i < block.pixels; ++i) block.target[i][c * d.out_plane_stride] = 0;
@@ -188,10 +179,6 @@ static inline void run_block(const Decode &d, int64_t j, const Block &block, con
         if (e.num_layers == 0) return blend_gathered(d, table, e, block);
         gather_rows<Gemm>(table, e, block, in, scratch.stride);
     } else {
-        if (e.num_layers == 0) {
-            basis_rows<FloatRows>(d, block, scratch.last, scratch.last_stride);
-            return blend_rows<FloatRows>(d, e, block, scratch.last, scratch.last_stride);
-        }
         basis_rows<Gemm>(d, block, in, scratch.stride);
     }
     for (int64_t n = 0; n + 1 < e.num_layers; ++n) {
