@@ -55,7 +55,8 @@ def prepared(image: np.ndarray, border: int) -> Tensor:
     """(1, 3, H', W') as AlexNet takes it."""
     rgb = np.broadcast_to(np.atleast_3d(image), (*image.shape[:2], 3))[..., ::-1]
     rgb = rgb[border : image.shape[0] - border, border : image.shape[1] - border].astype(np.float32) / 127.5 - 1
-    return torch.from_numpy(((rgb - np.array(SHIFT, np.float32)) / np.array(SCALE, np.float32)).transpose(2, 0, 1))[None]
+    rgb = (rgb - np.array(SHIFT, np.float32)) / np.array(SCALE, np.float32)
+    return torch.from_numpy(rgb.transpose(2, 0, 1))[None]
 
 
 def features(x: Tensor, convolutions: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
