@@ -9,7 +9,17 @@ ROOT = Path(__file__).parent
 # Read, not imported: the package imports torch, which a build does not have.
 VERSION = re.search(r"^__version__ = '(.+?)'", (ROOT / 'moeisr_basicsr/__init__.py').read_text(encoding='utf-8'), re.M)
 assert VERSION is not None
-DATA = ('cpp', 'css', 'h', 'html', 'j2', 'json', 'md', 'safetensors', 'yml')  # endings of what is no code in the package
+DATA = (
+    'cpp',
+    'css',
+    'h',
+    'html',
+    'j2',
+    'json',
+    'md',
+    'safetensors',
+    'yml',
+)  # endings of what is no code in the package
 
 setup(
     name='moeisr_basicsr',
