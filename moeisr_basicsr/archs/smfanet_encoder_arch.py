@@ -74,12 +74,11 @@ def local_variance(x: Tensor) -> Tensor:
         cells = F.avg_pool2d(F.pad(values, (0, cols, 0, rows)), CELL)
         return F.avg_pool2d(cells, 2 * RADIUS + 1, stride=1, padding=RADIUS)
 
-    with torch.autocast(x.device.type, enabled=False):  # a difference of squares needs fp32
-        x = x.float() if x.dtype.itemsize < 4 else x
-        inside = around(torch.ones_like(x[:1, :1]))  # share of the window that lies in the image
-        variance = around(x.square()) / inside - (around(x) / inside).square()
-        pixels = inside * ((2 * RADIUS + 1) * CELL) ** 2
-        return variance * pixels / (pixels - 1).clamp(min=1)  # as torch.var
+    x = x.float() if x.dtype.itemsize < 4 else x  # a difference of squares; no autocast lowers what follows
+    inside = around(torch.ones_like(x[:1, :1]))  # share of the window that lies in the image
+    variance = around(x.square()) / inside - (around(x) / inside).square()
+    pixels = inside * ((2 * RADIUS + 1) * CELL) ** 2
+    return variance * pixels / (pixels - 1).clamp(min=1)  # as torch.var
 
 
 class PartialFeedForward(nn.Module):
