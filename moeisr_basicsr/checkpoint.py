@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from moeisr_basicsr.archs.moeisr_arch import MoEISR, resolve_network
+from moeisr_basicsr.archs.encoders import resolve_network
+from moeisr_basicsr.archs.moeisr_arch import FixedScale, MoEISR
 from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.official import official
@@ -114,7 +115,7 @@ def load_any(path: str | PathLike, device: str | torch.device = 'cpu') -> MoEISR
         encoder = {'type': 'NetworkEncoder', 'arch': model.network_opt, 'weights': str(path)}
     elif any(name.startswith('decoder.pool.') for name in model.weights):
         raise UserError(f'{path} does not say its options: `basicsr convert {path} -opt FILE.yml` makes a model file.')
-    return build_network({'type': 'FixedScale', 'encoder': encoder}).to(device).eval()
+    return FixedScale(encoder).to(device).eval()
 
 
 def build(network_opt: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> nn.Module:

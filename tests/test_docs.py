@@ -134,7 +134,7 @@ def test_own_parts_work_as_shown(monkeypatch):
     page = ROOT / 'docs/encoders.md'
     for code in blocks(page, 'python'):
         exec(compile(code, str(page), 'exec'), {'__name__': 'parts_of_mine'})
-    (network,) = blocks(page, 'yaml')
+    network, _ = blocks(page, 'yaml')
     net = build_network({**yaml.safe_load(network)['network_g'], 'scale': 1.5}).eval()
     assert net(torch.rand(1, 3, 8, 6)).shape == (1, 3, 12, 9)
     point = decoder.MoEDecoder(4, family='point', experts=[[8], [8, 8]], gain=2.0)

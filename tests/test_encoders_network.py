@@ -16,7 +16,8 @@ from tiny_runs import model_options
 from torch import nn
 
 import moeisr_basicsr  # noqa: F401  before BasicSR, which needs its shims
-from moeisr_basicsr.archs.moeisr_arch import build_encoder, resolve_network
+from moeisr_basicsr.analysis.complexity import encoder_macs
+from moeisr_basicsr.archs.encoders import build_encoder, resolve_network
 from moeisr_basicsr.archs.network_encoder_arch import NetworkEncoder
 from moeisr_basicsr.checkpoint import load_model, save_model
 from moeisr_basicsr.errors import UserError
@@ -105,6 +106,13 @@ def test_a_network_that_looks_at_the_whole(caplog):
     caplog.clear()
     assert NetworkEncoder(**again).halo is None  # measured once
     assert not caplog.records
+
+
+@pytest.mark.parametrize('arch', [EDSR, RRDB], ids=lambda arch: arch['type'])
+def test_multiply_adds_end_at_the_cut(arch):
+    encoder = NetworkEncoder(arch=arch, halo=1)
+    weights = sum(parameter.numel() for parameter in encoder.parameters() if parameter.dim() == 4)
+    assert encoder_macs(encoder, (21, 30)) == 21 * 30 * weights
 
 
 def test_features_override():

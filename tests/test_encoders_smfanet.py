@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from helpers import pretrained, set5_psnr
 
+from moeisr_basicsr.analysis.complexity import encoder_macs
 from moeisr_basicsr.archs.smfanet_encoder_arch import SMFANetEncoder
 from moeisr_basicsr.inference import aligned
 
@@ -52,6 +53,11 @@ def test_number_of_parameters():
     ]
     assert [round(count, -3) for count in counts] == [186_000, 197_000, 480_000, 496_000]
     assert not any(name.startswith('to_img') for name in SMFANetEncoder().state_dict())
+    convs = sum(
+        weight.numel() for name, weight in small().named_parameters() if weight.dim() == 4 and weight.numel() > 8
+    )
+    coarse = sum(block.smfa.dw_conv.weight.numel() + block.smfa.linear_1.weight.numel() for block in small().feats)
+    assert encoder_macs(small(), (16, 24)) == 16 * 24 * (convs - coarse) + 2 * 3 * coarse
 
 
 def modulated(x, apply, weights, cells, radius):

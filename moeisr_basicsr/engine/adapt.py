@@ -16,7 +16,7 @@ from basicsr.archs import build_network
 from basicsr.models import build_model
 
 from moeisr_basicsr.analysis import schema
-from moeisr_basicsr.archs.moeisr_arch import build_encoder, resolve_network
+from moeisr_basicsr.archs.encoders import build_encoder, resolve_network
 from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.checkpoint import convert, save_model
 from moeisr_basicsr.data.image_source import ImageSource

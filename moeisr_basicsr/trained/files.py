@@ -26,7 +26,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     Raises:
         UserError: There is no such file, it is damaged, holds code, or no weights.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
         what = 'is a folder' if file.is_dir() else 'is no file' if file.exists() else 'does not exist'
         raise UserError(
