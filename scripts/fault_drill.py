@@ -323,10 +323,12 @@ class Drill:
         self.options('twice')
         with self.started('twice') as process:
             self.wait_for(process, 'twice', 10)
+            process.send_signal(signal.SIGSTOP)  # it would be at its end before the second start has come this far
             for arguments in ((), ('--auto_resume',)):
                 check(self.run('twice', *arguments) == 2, 'the second start was not refused')
             check(f'is in use by process {process.pid} on ' in self.output('twice'), 'the holder is not named')
             check(len(list(folder.glob('twice*'))) == 1, 'the folder of the living run was moved')
+            process.send_signal(signal.SIGCONT)
             self.wait_for(process, 'twice', self.progress('twice') + 5)
             process.kill()
             process.wait()

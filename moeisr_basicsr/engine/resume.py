@@ -42,10 +42,9 @@ def plain(value: Any) -> Any:
 
 
 def rng_state(device: torch.device) -> dict:
-    """The generators of python, numpy, torch and, on a GPU, its own."""
+    """The generators of python, numpy, torch and, on a GPU, its own. `plain` makes it what a file may hold."""
     cuda = torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
-    states = {'python': random.getstate(), 'numpy': np.random.get_state(), 'torch': torch.get_rng_state(), 'cuda': cuda}
-    return plain(states)
+    return {'python': random.getstate(), 'numpy': np.random.get_state(), 'torch': torch.get_rng_state(), 'cuda': cuda}
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:

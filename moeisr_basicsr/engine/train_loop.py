@@ -196,7 +196,7 @@ class Trainer:
         if failure is not None:
             told = str(failure) if isinstance(failure, UserError) else f'{type(failure).__name__}: {failure}'
         words = [f'rank {rank}: {text}' for rank, text in enumerate(self.ranks.gather(told)) if text]
-        rngs = self.ranks.gather(self.settled.rng)
+        rngs = self._rngs()
         self.ranks.together(lambda: self.rescue(rngs))
         raise failure or UserError('; '.join(words))
 
@@ -239,11 +239,15 @@ class Trainer:
         Raises:
             SaveError: On every rank, if rank 0 could not write.
         """
-        rngs = self.ranks.gather(self.settled.rng)
+        rngs = self._rngs()
         self.ranks.together(lambda: self._write(rngs))
         self.saved = self.iteration
         self.log.restart()
         self.logger.info(f'Saved models and training state of iteration {self.iteration}.')
+
+    def _rngs(self) -> list:
+        """The generators of every rank after the last whole step."""
+        return self.ranks.gather(plain(self.settled.rng))
 
     def _write(self, rngs: list | None) -> None:
         state = {
@@ -270,7 +274,7 @@ class Trainer:
                 self.logger.error(f'The step of iteration {self.iteration + 1} was cut off halfway: it is not saved.')
             elif self.iteration not in (self.saved, self.begun):
                 self._take_back()
-                self._write([self.settled.rng] if self.ranks.world_size == 1 else rngs)
+                self._write(self._rngs() if self.ranks.world_size == 1 else rngs)
                 self.saved = self.iteration
         except Exception as error:
             self.logger.error(f'The state could not be saved: {error}')
@@ -315,8 +319,7 @@ class Trainer:
         records = [(f'best_{data}_{metric}', one) for data, of in best.items() for metric, one in of.items()]
         self._name_weights([name for name, record in records if record['iter'] == self.iteration])
         if self.saved == self.iteration:  # otherwise a resumed run would do it all again
-            rngs = self.ranks.gather(self.settled.rng)
-            changes = plain({'validation_due': False, 'best_metric_results': best, 'rng': rngs})
+            changes = plain({'validation_due': False, 'best_metric_results': best, 'rng': self._rngs()})
             self.ranks.together(lambda: self.store.amend(self.iteration, changes))
 
     def _name_weights(self, names: list[str]) -> None:
