@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from moeisr_basicsr.atomic_file import save_atomic
-from moeisr_basicsr.archs.encoders import resolve_network
+from moeisr_basicsr.checkpoint import resolve_network
 from moeisr_basicsr.errors import UserError
 
 from .batch import Batch
