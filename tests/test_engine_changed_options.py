@@ -84,7 +84,6 @@ def test_another_kind_of_schedule(begun):
         ({'train:optim_g': {'type': 'SGD', 'lr': 1e-3}}, 'train: optim_g: type: .Adam. -> .SGD.'),
         ({'network_g:experts': [[8], [8]]}, r'network_g: experts: \[\[8\], \[8, 8\]\] -> \[\[8\], \[8\]\]'),
         ({'network_g:skip': 'bicubic'}, 'network_g: skip: .none. -> .bicubic.'),  # of the same shapes
-        ({'train:trainable': ['decoder']}, r'train: trainable: ~ \(nothing\) -> \[.decoder.\]'),
         ({'model_type': 'ArbitraryScaleModel'}, 'model_type: '),
         ({'path:pretrain_network_g': 'other.pth'}, 'path: pretrain_network_g: '),
         ({'train:optim_g:amsgrad': True}, r'Adam with these options cannot go on from the saved state \(KeyError: '),

@@ -102,7 +102,7 @@ def job_of(args: argparse.Namespace) -> 'Job':
     if args.minutes is not None and not 0 < args.minutes < float('inf'):
         raise UserError(f'--minutes must be above 0; got {args.minutes}.')
     checkpoint = str(Path(args.checkpoint).resolve())
-    encoder = {'type': 'NetworkEncoder', 'checkpoint': checkpoint}
+    encoder: dict = {'type': 'NetworkEncoder', 'checkpoint': checkpoint}
     if args.arch is not None:
         arch = parse_value(args.arch)
         if not isinstance(arch, dict) or 'type' not in arch:

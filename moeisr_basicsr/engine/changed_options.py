@@ -15,7 +15,7 @@ from moeisr_basicsr.options.values import show
 from .resume import networks, plain, pretrained_key
 
 # What the saved weights and running means belong to. All else is read anew by every start.
-FIXED = ('model_type', 'network_*', 'train: trainable', 'train: optim_*: type', 'path: pretrain_network_*')
+FIXED = ('model_type', 'network_*', 'train: optim_*: type', 'path: pretrain_network_*')
 SCHEDULE = ('train: optim_*', 'train: scheduler*', 'train: encoder_lr_mul')
 # Of one start and not of the run: where its files are, how its processes are started.
 OF_A_START = ('root_path', 'opt_file', 'launcher', 'dist', 'dist_params', 'auto_resume', 'debug', 'rank', 'world_size')

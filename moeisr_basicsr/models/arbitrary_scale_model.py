@@ -8,6 +8,7 @@ Shapes: B images, C channels, (h, w) LR size, Q queries, (R, S) output size.
 from collections import OrderedDict
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,7 @@ class ArbitraryScaleModel(SRModel):
 
     def release_encoder(self) -> None:
         """Let the encoder train, from here on."""
-        net = self.get_bare_model(self.net_g)
+        net: Any = self.get_bare_model(self.net_g)
         for parameter in self.fixed:
             parameter.requires_grad_(True)
         net.encoder.train()
@@ -101,7 +102,8 @@ class ArbitraryScaleModel(SRModel):
         """The part that `fix_encoder` and `encoder_lr_mul` are about."""
         if not hasattr(net, 'encoder'):
             raise UserError(f'train: fix_encoder and encoder_lr_mul: {type(net).__name__} has no encoder.')
-        return net.encoder
+        encoder: Any = net.encoder
+        return encoder
 
     def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'):
         """Load weights (.pth, .safetensors, or a shipped model) without running code from the file."""
