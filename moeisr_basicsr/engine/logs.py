@@ -45,7 +45,8 @@ def start_logger(opt: dict, ranks: Ranks, notes: list[str]) -> logging.Logger:
     get_root_logger(log_level=logging.INFO, log_file=str(file) if ranks.is_main else None)
     for handler in logger.handlers:
         handler.handleError = report_log_error  # type: ignore[method-assign]
-        if hasattr(stream := getattr(handler, 'stream', None), 'reconfigure'):
+        stream: Any = getattr(handler, 'stream', None)
+        if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')  # of file names that are no UTF-8
     if ranks.is_main:
         logger.info(f'{get_env_info()}\n\tmoeisr_basicsr: {__version__}')

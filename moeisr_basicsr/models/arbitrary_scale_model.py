@@ -43,6 +43,7 @@ class ArbitraryScaleModel(SRModel):
     bicubic_baseline, protocols per metric.
     """
 
+    net_g: nn.Module
     whole_batch_losses: tuple[str, ...] = ()  # losses of a part that already stand for the whole batch
     pretrained: Set[str] = frozenset()  # parameters that came from path: pretrain_network_g
 
