@@ -212,7 +212,7 @@ def _read_torch(path: Path, param_keys: Sequence[str | None], source: dict[str, 
         try:
             return Model(*official(content['model'], str(path)), source)
         except (AttributeError, KeyError, TypeError) as error:  # anything may stand where options belong
-            raise UserError(f'{path} is no official LIIF or LTE checkpoint: {error!r:.100}.') from error
+            raise UserError(f'{path} is no official LIIF, LTE or LMF checkpoint: {error!r:.100}.') from error
     for key in param_keys:
         weights = content if key is None else content.get(key)
         if isinstance(weights, Mapping) and weights and all(isinstance(value, Tensor) for value in weights.values()):

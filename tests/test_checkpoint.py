@@ -311,7 +311,7 @@ def official_model(**args):
         ({'model': {**official_model(), 'name': 'lmliif'}}, "KeyError('hypernet_spec')"),
         ({'model': {**official_model(), 'name': 'lmlte'}}, "model 'lmlte' is not supported; liif, lte, lmliif are"),
         ({'model': {'name': 'liif', 'args': None, 'sd': {}}}, 'no official LIIF, LTE or LMF checkpoint'),
-        ({'model': {'name': ['liif'], 'args': {}, 'sd': {}}}, 'no official LIIF, LTE or LMF checkpoint'),
+        ({'model': {'name': ['liif'], 'args': {}, 'sd': {}}}, 'is not supported; liif, lte, lmliif are'),
         (
             {'model': official_model(encoder_spec={'name': 'rdn', 'args': [1]})},
             'no official LIIF, LTE or LMF checkpoint',

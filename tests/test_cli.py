@@ -86,7 +86,7 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
         (('train', '-opt', 'typo.yml', '--import', 'not_there_at_all'), "No module named 'not_there_at_all'"),
         (('upscale',), 'the following arguments are required: IMAGE_OR_FOLDER'),
         (UPSCALE, 'one of the arguments --scale --size is required'),
-        ((*UPSCALE, '--scale', '0.5'), "a factor must be at least 1; got '0.5'"),
+        ((*UPSCALE, '--scale', '0.5'), "a factor must be at least 1, at most 1,000,000; got '0.5'"),
         ((*UPSCALE, '--scale', '2x0.9'), 'a factor must be at least 1'),
         ((*UPSCALE, '--scale', 'big'), "'big' is not a factor such as 3.3, or rows x columns such as 2.5x4"),
         ((*UPSCALE, '--scale', '1x2x3'), 'is not a factor'),
@@ -127,9 +127,12 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
         ),
         (
             ('upscale', 'images/a.png', '-o', 'typo.yml/x.png', *UPSCALE[4:], '--scale', '2'),
-            'typo.yml is a file, not a folder',
+            'typo.yml is a file or a broken link, not a folder',
         ),
-        (('upscale', 'images', '-o', 'typo.yml/x/y', *UPSCALE[4:], '--scale', '2'), 'typo.yml is a file, not a folder'),
+        (
+            ('upscale', 'images', '-o', 'typo.yml/x/y', *UPSCALE[4:], '--scale', '2'),
+            'typo.yml is a file or a broken link, not a folder',
+        ),
         ((*UPSCALE, '--scale', '2', '--ext', 'jpg'), 'out.png and --ext jpg contradict each other'),
         (('upscale', 'corrupt.png', *UPSCALE[2:], '--scale', '2'), 'corrupt.png'),
         (('upscale', 'nothing.png', *UPSCALE[2:], '--scale', '2'), 'nothing.png: the file is empty'),

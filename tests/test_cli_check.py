@@ -100,6 +100,7 @@ def test_pairs(root, capsys):
     options = {
         **{key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path')},
         'datasets': {'test': dataset},
+        'val': {'needs_weights': False},
     }
     code, found = checked(capsys, options)
     assert code == 4 and found['test'][0] == '16 images, 2 problems'

@@ -168,8 +168,8 @@ def pairs_of_basicsr(root, **more):
     ('change', 'words'),
     [
         ({'gt_size': 15}, 'gt_size must be a multiple of the scale, 2; got 15'),
-        ({'gt_size': 64}, r'lr/0.png and .*hr/0.png: LQ \(16, 20\) is smaller than patch size \(32, 32\)'),
-        ({'scale': 4}, r'lr/0.png.*Scale mismatches. GT \(32, 40\) is not 4x +multiplication of LQ \(16, 20\)'),
+        ({'gt_size': 64}, r'lr/\d.png and .*hr/\d.png: LQ \(16, 20\) is smaller than patch size \(32, 32\)'),
+        ({'scale': 4}, r'lr/\d.png.*Scale mismatches. GT \(32, 40\) is not 4x +multiplication of LQ \(16, 20\)'),
         ({'use_rot': None}, 'the key .use_rot. is missing'),
         ({'filename_tmpl': '{}x2'}, 'PairedImageDataset cannot be opened: .x2.png is not in lq_paths'),
         ({'dataroot_lq': '/nowhere'}, 'PairedImageDataset cannot be opened: .*No such file'),

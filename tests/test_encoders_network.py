@@ -310,7 +310,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
 def test_an_encoder_is_tried_when_it_is_built(monkeypatch, device):
     """Another size, another width, a failure: one line each, before any training."""
-    monkeypatch.setattr('moeisr_basicsr.archs.moeisr_arch.build_network', lambda options: Odd(**options['odd']))
+    monkeypatch.setattr('moeisr_basicsr.archs.encoders.build_network', lambda options: Odd(**options['odd']))
     with torch.device(device):
         assert build_encoder({'type': 'Odd', 'odd': {'num_in_ch': 3}}, 3)[1] == 4
         for odd, message in [({'stride': 2}, r'\(1, 4, 4, 6\)'), ({'width': 5}, r'num_feat = 4.*\(1, 5, 8, 12\)')]:

@@ -399,7 +399,7 @@ def test_no_two_images_have_one_name(root):
     sections = {
         **{key: base[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'path')},
         'datasets': {'test': {**base['datasets']['val'], 'dataroot_gt': str(root / 'set')}},
-        'val': {'save_img': True},
+        'val': {'save_img': True, 'needs_weights': False},
     }
     assert run_test(parse(root, sections, is_train=False)) == ExitCode.OK
     rows = schema.load(root / 'results/run/results.json')['rows']

@@ -41,9 +41,9 @@ def keys(model):
 
 def test_every_key_has_a_reader():
     known = {*keys(MoEISROptions), *keys(Dataset), *keys(ImageOptions), *keys(PairedOptions)}
-    assert {'keep_checkpoints', 'resume_id', 'tau', 'scale_range', 'filename_tmpl', 'print_freq'} <= known
+    assert {'keep_checkpoints', 'pixel_opt', 'tau', 'scale_range', 'filename_tmpl', 'print_freq'} <= known
     ours, theirs = strings(moeisr_basicsr, ('options/', 'data/options.py')), strings(basicsr, REPLACED)
-    assert 'keep_checkpoints' in ours - theirs and 'resume_id' in theirs - ours
+    assert 'keep_checkpoints' in ours - theirs and 'pixel_opt' in theirs - ours
     arguments = set(inspect.signature(init_dist).parameters)  # `dist_params` is handed on as a whole
     unread = known - ours - theirs - arguments - IGNORED - RULES
     assert not unread, f'nothing reads {unread}'

@@ -28,7 +28,7 @@ class Job(NamedTuple):
 def plan(args: argparse.Namespace) -> list[Job]:
     """The jobs of this process, without those already done under --resume. Every mistake is a UserError."""
     output = Path(args.output)
-    sources = find_sources(args.inputs, args.recursive, realpath(output))
+    sources, left_out = find_sources(args.inputs, args.recursive, realpath(output))
     suffix = output.suffix.lower()
     is_file = suffix in FORMATS and not os.path.isdir(output)
     if is_file and (len(sources) > 1 or any(os.path.isdir(name) for name in args.inputs)):
@@ -53,18 +53,21 @@ def plan(args: argparse.Namespace) -> list[Job]:
     # Shared before a look at what exists: by then another process may have written its first files.
     jobs = jobs[int(os.environ.get('RANK', 0)) :: int(os.environ.get('WORLD_SIZE', 1))]
     if args.resume:
-        return [job for job in jobs if not all(map(os.path.exists, job.outputs))]
+        jobs = [job for job in jobs if not all(map(os.path.exists, job.outputs))]
     present = [path for job in jobs for path in job.outputs if os.path.lexists(path)]
-    if present and not args.overwrite:
+    if present and not args.overwrite and not args.resume:
         more = f' (and {len(present) - 1} more)' if len(present) > 1 else ''
         raise UserError(f'{present[0]}{more} already exists: give --overwrite to replace it, or --resume to leave it.')
+    if left_out and os.environ.get('RANK', '0') == '0':
+        told = ', '.join(f'{kind} {count}' for kind, count in left_out.most_common())
+        print(printable(f'basicsr: note: left out: {told}.'), file=sys.stderr)
     return jobs
 
 
-def find_sources(names: list[str], recursive: bool, output: str) -> dict[Path, Path]:
+def find_sources(names: list[str], recursive: bool, output: str) -> tuple[dict[Path, Path], Counter[str]]:
     """The images that files and folders name, each once, and where each lies below the folder that was named.
 
-    What a folder holds beside them is told in one line. The output folder is not searched.
+    What a folder holds beside them is counted by its kind. The output folder is not searched.
     """
     sources: dict[str, tuple[Path, Path]] = {}
     left_out: Counter[str] = Counter()
@@ -82,10 +85,7 @@ def find_sources(names: list[str], recursive: bool, output: str) -> dict[Path, P
         folder = path if os.path.isdir(path) else path.parent
         for entry in found:  # a link of another name has its own output
             sources.setdefault(os.path.abspath(entry), (entry, entry.parent.relative_to(folder)))
-    if left_out and os.environ.get('RANK', '0') == '0':
-        told = ', '.join(f'{kind} {count}' for kind, count in left_out.most_common())
-        print(printable(f'basicsr: note: left out: {told}.'), file=sys.stderr)
-    return dict(sources.values())
+    return dict(sources.values()), left_out
 
 
 def images_below(folder: Path, recursive: bool, output: str, left_out: Counter[str]) -> list[Path]:

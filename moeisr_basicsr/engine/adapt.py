@@ -5,10 +5,10 @@ compares the result with the network's own image, resampled, and writes the bett
 """
 
 import time
-from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import yaml
@@ -189,7 +189,7 @@ def split_images(job: Job, least: int) -> tuple[list[str], list[str]]:
 
 def options_of(path: Path, is_train: bool = True, auto_resume: bool = False) -> dict[str, Any]:
     """The checked options of a file, as the commands get them."""
-    arguments = Namespace(opt=str(path), force_yml=None, launcher='none', auto_resume=auto_resume, debug=False)
+    arguments = SimpleNamespace(opt=str(path), force_yml=None, launcher='none', auto_resume=auto_resume, debug=False)
     return parse_options(arguments, str(Path.cwd()), is_train)
 
 
