@@ -135,13 +135,13 @@ def test_pairs_have_no_shrinking(rows, tmp_path):
 
 
 def own_dataset(rows, tmp_path, name, *more):
-    (tmp_path / 'own_sets.py').write_text(OWN_DATASETS)
+    (tmp_path / f'sets_of_{tmp_path.name}.py').write_text(OWN_DATASETS)
     return rows(
         '--items',
         '8',
         *more,
         '--import',
-        str(tmp_path / 'own_sets.py'),
+        str(tmp_path / f'sets_of_{tmp_path.name}.py'),
         **{
             'datasets:train': {
                 'name': 'own',

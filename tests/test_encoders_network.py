@@ -18,6 +18,7 @@ from torch import nn
 import moeisr_basicsr  # noqa: F401  before BasicSR, which needs its shims
 from moeisr_basicsr.analysis.complexity import encoder_macs
 from moeisr_basicsr.archs.encoders import build_encoder, resolve_network
+from moeisr_basicsr.archs.moeisr_arch import FixedScale
 from moeisr_basicsr.archs.network_encoder_arch import NetworkEncoder
 from moeisr_basicsr.checkpoint import load_model, save_model
 from moeisr_basicsr.errors import UserError
@@ -272,13 +273,13 @@ def face_network(path):
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, monkeypatch, make, message):
-    """One line each, which names the file, from the check of an options file on; nothing is run."""
+    """One line each, which names the file, for the encoder and for a network that has it; nothing is run."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / 'net.pth'
     make(path)
     for use in (
         lambda: NetworkEncoder(checkpoint=str(path)),
-        lambda: check_network(network_opt(checkpoint=str(path)), ''),
+        lambda: FixedScale({'type': 'NetworkEncoder', 'checkpoint': str(path)}),
     ):
         with pytest.raises(UserError, match=message) as caught:
             use()

@@ -43,7 +43,6 @@ class PeakMeter:
     def __init__(self, device: torch.device):
         self.device, self.works, self.before = device, True, 0.0
         try:
-            give_back()
             self.start()
             self.before = self._now()
         except OSError:
@@ -55,6 +54,7 @@ class PeakMeter:
             synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.works:
+            give_back()
             CLEAR.write_text(RESET_PEAK)
 
     def read(self) -> float | None:
