@@ -188,7 +188,7 @@ class Typed:
         """The checked section."""
         assert isinstance(value, dict)
         options = self.model_of(value).model_validate(value).as_dict(value)
-        if check_ready := getattr(self.entries().get(value.get('type')), 'check_ready', None):
+        if check_ready := getattr(self.entries().get(value.get('type', '')), 'check_ready', None):
             check_ready()  # that what it needs is installed, before a long run
         arguments = {name: argument for name, argument in options.items() if name != 'type'}
         if self.before is not None and (reason := refusal(self.entries()[value['type']], self.before, arguments)):
