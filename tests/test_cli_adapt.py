@@ -72,6 +72,19 @@ def test_a_fixed_scale_network_gets_every_factor(workplace, monkeypatch, capsys)
     assert listed[0] and listed[1]
 
 
+def test_a_damaged_image_in_the_comparison_costs_no_model(workplace, monkeypatch):
+    small_recipe(monkeypatch, workplace / 'recipe.yml')
+    (workplace / 'val').mkdir()
+    for number in (0, 1):
+        (workplace / 'data' / f'{number}.png').rename(f'val/{number}.png')
+    Path('val/0.png').write_bytes(Path('val/0.png').read_bytes()[:2000])
+    assert run('--val', 'val') == 0
+    assert Path('out.safetensors').is_file()
+    assert 'val/0.png: the image is damaged' in Path('results/adapt_out/results.json').read_text()
+    Path('val/1.png').write_bytes(b'')
+    assert run('--val', 'val', '--overwrite') == 2
+
+
 def test_training_that_does_not_help_is_thrown_away(workplace, monkeypatch, capsys):
     """A learning rate of 3 spoils any network."""
     optim = {'type': 'SGD', 'lr': 3.0}

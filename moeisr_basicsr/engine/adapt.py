@@ -21,7 +21,7 @@ from moeisr_basicsr.archs.encoders import build_encoder, resolve_network
 from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.checkpoint import convert, save_model
 from moeisr_basicsr.data.image_source import ImageSource
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.errors import ExitCode, UserError
 from moeisr_basicsr.options import parse_options, read_yaml
 
 from .data_loading import Place, TrainData
@@ -253,9 +253,13 @@ def measure(opt: dict[str, Any], network_g: dict, weights: Path | None, name: st
     }
     path = Path('experiments', f'test_{name}.yml')
     write_text(path, yaml.safe_dump(data, sort_keys=False))
-    if code := test(options_of(path, is_train=False)):
+    code = test(options_of(path, is_train=False))
+    if code not in (ExitCode.OK, ExitCode.IMAGES_FAILED):
         raise UserError(f'the comparison at the end was stopped (exit code {code}); the same command goes on with it.')
-    rows = [row for row in schema.load(Path('results', name, RESULTS_FILE))['rows'] if row['case'] == 'mean']
+    file = Path('results', name, RESULTS_FILE)
+    rows = [row for row in schema.load(file)['rows'] if row['case'] == 'mean']  # a damaged image is in none of them
+    if len(rows) < len(FACTORS):
+        raise UserError(f'the comparison at the end has no image that can be used at every factor: see {file}.')
     labels = [schema.scale_label(row['scale']) for row in rows]
     macs = {label: row['macs']['total'] / 1e3 for label, row in zip(labels, rows)}
     return [
