@@ -17,6 +17,7 @@ from moeisr_basicsr.engine import adapt as adaptation
 from moeisr_basicsr.inference import upscale
 
 ARCH = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2}
+GREY = {**ARCH, 'num_in_ch': 1, 'num_out_ch': 1}
 
 
 @pytest.fixture
@@ -71,6 +72,19 @@ def test_a_fixed_scale_network_gets_every_factor(workplace, monkeypatch, capsys)
     assert listed[0] and listed[1]
 
 
+def test_a_damaged_image_in_the_comparison_costs_no_model(workplace, monkeypatch):
+    small_recipe(monkeypatch, workplace / 'recipe.yml')
+    (workplace / 'val').mkdir()
+    for number in (0, 1):
+        (workplace / 'data' / f'{number}.png').rename(f'val/{number}.png')
+    Path('val/0.png').write_bytes(Path('val/0.png').read_bytes()[:2000])
+    assert run('--val', 'val') == 0
+    assert Path('out.safetensors').is_file()
+    assert 'val/0.png: the image is damaged' in Path('results/adapt_out/results.json').read_text()
+    Path('val/1.png').write_bytes(b'')
+    assert run('--val', 'val', '--overwrite') == 2
+
+
 def test_training_that_does_not_help_is_thrown_away(workplace, monkeypatch, capsys):
     """A learning rate of 3 spoils any network."""
     optim = {'type': 'SGD', 'lr': 3.0}
@@ -110,6 +124,49 @@ def test_the_schedule_fits_the_minutes(workplace, monkeypatch):
     assert train['fix_encoder'] == round(train['total_iter'] / 4) and train['scheduler']['periods'] == [train['total_iter']]
 
 
+def test_a_schedule_that_was_not_finished_is_fitted_again(workplace, monkeypatch):
+    small_recipe(monkeypatch, workplace / 'recipe.yml')
+    encoder = {'type': 'NetworkEncoder', 'arch': ARCH, 'weights': str(workplace / 'net.pth')}
+    job = adaptation.Job(encoder, str(workplace / 'data'), Path('out.safetensors'), minutes=1)
+
+    def interrupted(opt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adaptation, 'seconds_per_step', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adaptation.write_options(job, adaptation.time.monotonic())
+    monkeypatch.setattr(adaptation, 'seconds_per_step', lambda opt: (0.2, 0.6))
+    path, resumes = adaptation.write_options(job, adaptation.time.monotonic())
+    assert not resumes and yaml.safe_load(path.read_text())['train']['total_iter'] == pytest.approx(108, abs=2)
+
+
+def test_a_run_that_goes_on_keeps_images_and_schedule(workplace, monkeypatch, caplog):
+    """An image that was trained on would otherwise be held back, as the folder has grown."""
+    small_recipe(monkeypatch, workplace / 'recipe.yml')
+    encoder = {'type': 'NetworkEncoder', 'arch': ARCH, 'weights': str(workplace / 'net.pth')}
+    job = adaptation.Job(encoder, str(workplace / 'data'), Path('out.safetensors'))
+    adaptation.write_options(job, 0)
+    lists = [Path('experiments', f'adapt_out_{part}.txt') for part in ('train', 'val')]
+    before = [file.read_text() for file in lists]
+    states = Path('experiments', 'adapt_out', 'training_states')
+    states.mkdir(parents=True)
+    (states / '4.state').touch()
+    assert adaptation.write_options(job, 0)[1] and not caplog.text
+    for number in range(6):
+        Path('data', f'{number}.png').with_stem(f'a{number}').write_bytes(Path('data', f'{number}.png').read_bytes())
+    assert adaptation.write_options(job._replace(minutes=5), 0)[1]
+    assert [file.read_text() for file in lists] == before
+    assert 'its 12 iterations, whatever --minutes is now' in caplog.text and 'has others now' in caplog.text
+
+
+def test_validation_images_in_the_data_are_not_trained_on(workplace):
+    (workplace / 'data' / 'val').mkdir()
+    (workplace / 'data' / '1.png').rename('data/val/1.png')
+    (workplace / 'linked').symlink_to(workplace / 'data' / 'val')
+    job = adaptation.Job({}, str(workplace / 'data'), Path('out.safetensors'), validation=str(workplace / 'linked'))
+    assert adaptation.split_images(job, 48) == (['0.png', '2.png', '3.png', '4.png', '5.png'], [])
+
+
 @pytest.mark.parametrize(
     'words, message',
     [
@@ -120,12 +177,19 @@ def test_the_schedule_fits_the_minutes(workplace, monkeypatch):
         (['net.pth', '--data', 'data', '-o', 'none/out.safetensors'], 'the folder none does not exist'),
         (['net.pth', '--data', 'data', '-o', 'out.safetensors', '--minutes', '0'], '--minutes must be above 0; got 0'),
         (['net.pth', '--data', 'data', '-o', 'out.safetensors', '--arch', 'EDSR'], '--arch must be a section'),
+        (['net.pth', '--data', 'data', '-o', 'out.safetensors', '--arch', '{type: EDSR'], '--arch:1: broken YAML'),
+        (
+            ['net.pth', '--data', 'data', '-o', 'out.safetensors', '--val', 'data'],
+            '0 images of at least 48 x 48 pixels t',
+        ),
+        (['grey.pth', '--data', 'data', '-o', 'out.safetensors', '--arch', str(GREY)], 'EDSR does not run on an image'),
         (['net.pth', '--data', 'empty', '-o', 'out.safetensors', '--arch', str(ARCH)], 'has no image'),
         (['net.pth', '--data', 'data', '-o', 'out.safetensors'], 'Name a registered one by `arch`'),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(workplace, capsys, words, message):
     (workplace / 'empty').mkdir()
+    torch.save(EDSR(**{key: value for key, value in GREY.items() if key != 'type'}).state_dict(), 'grey.pth')
     before = sorted(workplace.rglob('*'))
     assert main(['adapt', *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

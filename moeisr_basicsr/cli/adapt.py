@@ -1,6 +1,7 @@
 """`basicsr adapt`."""
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,9 +70,8 @@ def run(args: argparse.Namespace) -> int:
         print_comparison(rows)
         if not improved:
             print('Training has not improved on the resampled image: the file holds the network with that image.')
-        print(
-            f'{job.out}: {job.out.stat().st_size / 2**20:.1f} MiB; basicsr upscale PHOTO --model {job.out} --scale 3.3'
-        )
+        command = shlex.join(['basicsr', 'upscale', 'PHOTO', '--model', str(job.out), '--scale', '3.3'])
+        print(f'{job.out}: {job.out.stat().st_size / 2**20:.1f} MiB; {command}')
     return code
 
 
@@ -104,7 +104,7 @@ def job_of(args: argparse.Namespace) -> 'Job':
     checkpoint = str(Path(args.checkpoint).resolve())
     encoder: dict = {'type': 'NetworkEncoder', 'checkpoint': checkpoint}
     if args.arch is not None:
-        arch = parse_value(args.arch)
+        arch = parse_value(args.arch, '--arch')
         if not isinstance(arch, dict) or 'type' not in arch:
             raise UserError(
                 f'--arch must be a section with a type, such as "{{type: EDSR, upscale: 4}}"; got {args.arch}.'

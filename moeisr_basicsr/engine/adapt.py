@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import yaml
 from basicsr.archs import build_network
 from basicsr.models import build_model
+from basicsr.utils import get_root_logger
 
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.archs.encoders import build_encoder, resolve_network
 from moeisr_basicsr.atomic_file import write_atomic
 from moeisr_basicsr.checkpoint import convert, save_model
 from moeisr_basicsr.data.image_source import ImageSource
-from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.errors import ExitCode, UserError
 from moeisr_basicsr.options import parse_options, read_yaml
 
 from .data_loading import Place, TrainData
@@ -131,13 +132,14 @@ def write_options(job: Job, started: float) -> tuple[Path, bool]:
     opt = fill_recipe(job, *lists)
     train_names, val_names = split_images(job, opt['datasets']['train']['lq_size'])
     build_encoder(job.encoder, 3, tail=True)  # says what is wrong with it before anything is written
-    earlier = read_yaml(str(path)).data if path.is_file() else None
-    resumes = earlier is not None and without_schedule(earlier) == without_schedule(opt)
+    # Without a state nothing was trained: the run may have ended while its schedule was being fitted.
+    earlier = read_yaml(str(path)).data if path.is_file() and has_state(job.name) else None
+    if earlier is not None and without_schedule(earlier) == without_schedule(opt):
+        tell_what_stays(earlier, job, lists, (train_names, val_names))
+        return path, True
     path.parent.mkdir(exist_ok=True)
     for file, names in zip(lists, (train_names, val_names)):
         write_text(file, '\n'.join(names))
-    if resumes:
-        return path, True
     write_text(path, yaml.safe_dump(opt, sort_keys=False))
     if job.minutes is not None:
         resting, training = seconds_per_step(options_of(path))
@@ -149,6 +151,23 @@ def write_options(job: Job, started: float) -> tuple[Path, bool]:
 
 def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda file: file.write(f'{text}\n'.encode()))
+
+
+def has_state(run: str) -> bool:
+    return any(Path('experiments', run, 'training_states').glob('*.state'))
+
+
+def tell_what_stays(opt: dict[str, Any], job: Job, lists: list[Path], found: tuple[list[str], list[str]]) -> None:
+    """A run that goes on keeps its schedule, and its images: what was trained on must not be held back later."""
+    stays = []
+    if job.minutes is not None:
+        stays.append(f'its {opt["train"]["total_iter"]} iterations, whatever --minutes is now')
+    if any(file.read_text(encoding='utf-8').splitlines() != names for file, names in zip(lists, found)):
+        stays.append(f'the images of {lists[0]} and {lists[1]}, although {job.data} has others now')
+    if stays:
+        get_root_logger().warning(
+            f'{job.name} goes on with {" and ".join(stays)}. Another name of the output file begins a new run.'
+        )
 
 
 def without_schedule(opt: dict[str, Any]) -> dict[str, Any]:
@@ -168,8 +187,8 @@ def set_iterations(opt: dict[str, Any], total: int) -> None:
 def split_images(job: Job, least: int) -> tuple[list[str], list[str]]:
     """The names of the images to train on, and of those that are held back for validation.
 
-    Folders below are searched too; images with a side below `least` are left out. Those held back are spread over the
-    folder, of a megapixel at most where there are such ones.
+    Folders below are searched too; images with a side below `least` or in `job.validation` are left out. Those held
+    back are spread over the folder, of a megapixel at most where there are such ones.
 
     Raises:
         UserError: There are too few.
@@ -177,8 +196,13 @@ def split_images(job: Job, least: int) -> tuple[list[str], list[str]]:
     source = ImageSource([job.data], '--data', is_lmdb(job.data), recursive=True)
     sizes = {Path(name).relative_to(job.data).as_posix(): source.header(name)[:2] for name in source.names}
     usable = [name for name, size in sizes.items() if min(size) >= least]
+    which = f'of at least {least} x {least} pixels'
+    if job.validation is not None:
+        compared = {file.resolve() for file in Path(job.validation).iterdir()}
+        usable = [name for name in usable if Path(job.data, name).resolve() not in compared]
+        which += f' that are not in --val {job.validation}'
     if len(usable) < 2:
-        raise UserError(f'--data {job.data}: {len(usable)} images of at least {least} x {least} pixels; 2 are needed.')
+        raise UserError(f'--data {job.data}: {len(usable)} images {which}; 2 are needed.')
     if job.validation is not None:
         return usable, []
     small = [name for name in usable if sizes[name][0] * sizes[name][1] <= VALIDATION_PIXELS] or usable
@@ -229,9 +253,13 @@ def measure(opt: dict[str, Any], network_g: dict, weights: Path | None, name: st
     }
     path = Path('experiments', f'test_{name}.yml')
     write_text(path, yaml.safe_dump(data, sort_keys=False))
-    if code := test(options_of(path, is_train=False)):
+    code = test(options_of(path, is_train=False))
+    if code not in (ExitCode.OK, ExitCode.IMAGES_FAILED):
         raise UserError(f'the comparison at the end was stopped (exit code {code}); the same command goes on with it.')
-    rows = [row for row in schema.load(Path('results', name, RESULTS_FILE))['rows'] if row['case'] == 'mean']
+    file = Path('results', name, RESULTS_FILE)
+    rows = [row for row in schema.load(file)['rows'] if row['case'] == 'mean']  # a damaged image is in none of them
+    if len(rows) < len(FACTORS):
+        raise UserError(f'the comparison at the end has no image that can be used at every factor: see {file}.')
     labels = [schema.scale_label(row['scale']) for row in rows]
     macs = {label: row['macs']['total'] / 1e3 for label, row in zip(labels, rows)}
     return [

@@ -211,7 +211,15 @@ def trace(network: nn.Module, channels: int, name: str, features: str | None = N
     except Exception:  # not every network's code runs without data
         if any(parameter.is_meta for parameter in network.parameters()):
             raise
+    try:
         return _trace(copy.deepcopy(network).eval(), channels, name, features, modules)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(
+            f'{name} does not run on an image of {channels} channels: {type(error).__name__}: {reason}.'
+        ) from error
 
 
 def _trace(network: nn.Module, channels: int, name: str, features: str | None, modules: list[str]) -> Traced:
