@@ -121,7 +121,9 @@ def test_the_schedule_fits_the_minutes(workplace, monkeypatch):
     path, resumes = adaptation.write_options(job, adaptation.time.monotonic())
     train = yaml.safe_load(path.read_text())['train']
     assert not resumes and train['total_iter'] == pytest.approx(108, abs=2)
-    assert train['fix_encoder'] == round(train['total_iter'] / 4) and train['scheduler']['periods'] == [train['total_iter']]
+    assert train['fix_encoder'] == round(train['total_iter'] / 4) and train['scheduler']['periods'] == [
+        train['total_iter']
+    ]
 
 
 def test_a_schedule_that_was_not_finished_is_fitted_again(workplace, monkeypatch):
