@@ -27,8 +27,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 300  # no single attempt may take longer
-# Two loader workers, EMA, checkpoints off the epoch's end
-OPTIONS = """
+NETWORK = """
 name: NAME
 model_type: MoEISRModel
 num_gpu: 0
@@ -38,7 +37,11 @@ network_g:
   encoder: {type: EDSREncoder, num_feat: 8, num_block: 1}
   experts: [[8], [8, 8]]
   mapper: {num_layers: 1, num_feat: 8}
-datasets:
+"""
+# Two loader workers, EMA, checkpoints off the epoch's end
+OPTIONS = (
+    NETWORK
+    + """datasets:
   train: {type: ArbitraryScaleImageDataset, name: train, dataroot_gt: WORK/train, lq_size: 16, sample_q: 256,
           batch_size_per_gpu: BATCH, num_worker_per_gpu: 2, dataset_enlarge_ratio: 9}
   val: {type: ArbitraryScaleImageDataset, name: val, dataroot_gt: WORK/val, scale: 3.3}
@@ -55,23 +58,17 @@ train:
 val: {val_freq: 60, metrics: {psnr: {type: calculate_psnr_sr}}}
 logger: {print_freq: 1, save_checkpoint_freq: 7}
 """
-TEST_OPTIONS = """
-name: NAME
-model_type: MoEISRModel
-num_gpu: 0
-manual_seed: 1
-network_g:
-  type: MoEISR
-  encoder: {type: EDSREncoder, num_feat: 8, num_block: 1}
-  experts: [[8], [8, 8]]
-  mapper: {num_layers: 1, num_feat: 8, hidden: 8}
-datasets:
+)
+TEST_OPTIONS = (
+    NETWORK
+    + """datasets:
   test: {type: ArbitraryScaleImageDataset, name: x2, dataroot_gt: WORK/train, scale: 2}
   test_2: {type: ArbitraryScaleImageDataset, name: x3.3, dataroot_gt: WORK/train, scale: 3.3}
   test_3: {type: ArbitraryScaleImageDataset, name: x4, dataroot_gt: WORK/train, scale: 4}
 path: {pretrain_network_g: WORK/experiments/reference/models/net_g_latest.pth}
 val: {metrics: {psnr: {type: calculate_psnr_sr}}}
 """
+)
 # Stands in for a full disk: after some checkpoints, those that follow fail.
 FULL_DISK = """
 import errno, os, sys
