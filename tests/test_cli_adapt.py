@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from basicsr.archs import build_network
 from basicsr.archs.edsr_arch import EDSR
+from data_cases import make_lmdb
+from tiny_runs import NETWORK
 
+from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.checkpoint import load_model as load
-from moeisr_basicsr.checkpoint import read_model
+from moeisr_basicsr.checkpoint import read_model, save_model
 from moeisr_basicsr.cli import main
 from moeisr_basicsr.engine import adapt as adaptation
 from moeisr_basicsr.inference import upscale
@@ -161,9 +165,45 @@ def test_a_run_that_goes_on_keeps_images_and_schedule(workplace, monkeypatch, ca
     assert 'its 12 iterations, whatever --minutes is now' in caplog.text and 'has others now' in caplog.text
 
 
+def test_a_checkpoint_that_has_changed_begins_a_new_run(workplace, monkeypatch, caplog):
+    small_recipe(monkeypatch, workplace / 'recipe.yml')
+    encoder = {'type': 'NetworkEncoder', 'arch': ARCH, 'weights': str(workplace / 'net.pth')}
+    job = adaptation.Job(encoder, str(workplace / 'data'), Path('out.safetensors'))
+    adaptation.write_options(job, 0)
+    states = Path('experiments', 'adapt_out', 'training_states')
+    states.mkdir(parents=True)
+    (states / '4.state').touch()
+    assert adaptation.write_options(job, 0)[1] and not caplog.text
+    content = torch.load('net.pth')
+    content['params']['conv_first.bias'] += 0.01
+    torch.save(content, 'net.pth')
+    assert not adaptation.write_options(job, 0)[1]
+    assert 'net.pth has changed since adapt_out began: a new run begins' in caplog.text
+    assert adaptation.write_options(job, 0)[1]
+
+
+def test_images_for_the_comparison_below_folders_and_in_an_lmdb(workplace, monkeypatch):
+    small_recipe(monkeypatch, workplace / 'recipe.yml')
+    (workplace / 'val' / 'deep').mkdir(parents=True)
+    (workplace / 'val.lmdb').mkdir()
+    make_lmdb(workplace / 'val.lmdb', workplace / 'data', '45')
+    for number, name in ((4, 'val/4.png'), (5, 'val/deep/5.png')):
+        (workplace / 'data' / f'{number}.png').rename(name)
+    psnr = []
+    for number, folder in enumerate(('val', 'val.lmdb')):
+        encoder = {'type': 'NetworkEncoder', 'arch': ARCH, 'weights': str(workplace / 'net.pth')}
+        job = adaptation.Job(encoder, 'data', Path(f'{number}.safetensors'), validation=folder)
+        opt = yaml.safe_load(adaptation.write_options(job, 0)[0].read_text())
+        baseline = {'type': 'FixedScale', 'encoder': encoder}
+        psnr.append([row.psnr for row in adaptation.measure(opt, baseline, None, f'run{number}', 'resampled')])
+        rows = schema.load(Path('results', f'run{number}', 'results.json'))['rows']
+        assert [row['count'] for row in rows if row['case'] == 'mean'] == [2, 2, 2, 2]
+    assert psnr[0] == psnr[1]
+
+
 def test_validation_images_in_the_data_are_not_trained_on(workplace):
-    (workplace / 'data' / 'val').mkdir()
-    (workplace / 'data' / '1.png').rename('data/val/1.png')
+    (workplace / 'data' / 'val' / 'deep').mkdir(parents=True)
+    (workplace / 'data' / '1.png').rename('data/val/deep/1.png')
     (workplace / 'linked').symlink_to(workplace / 'data' / 'val')
     job = adaptation.Job({}, str(workplace / 'data'), Path('out.safetensors'), validation=str(workplace / 'linked'))
     assert adaptation.split_images(job, 48) == (['0.png', '2.png', '3.png', '4.png', '5.png'], [])
@@ -187,11 +227,18 @@ def test_validation_images_in_the_data_are_not_trained_on(workplace):
         (['grey.pth', '--data', 'data', '-o', 'out.safetensors', '--arch', str(GREY)], 'EDSR does not run on an image'),
         (['net.pth', '--data', 'empty', '-o', 'out.safetensors', '--arch', str(ARCH)], 'has no image'),
         (['net.pth', '--data', 'data', '-o', 'out.safetensors'], 'Name a registered one by `arch`'),
+        (
+            ['any.safetensors', '--data', 'data', '-o', 'out.safetensors'],
+            'takes any factor already: use it with `basic',
+        ),
+        (['any.pth', '--data', 'data', '-o', 'out.safetensors'], 'takes any factor already: use it with `basicsr ups'),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(workplace, capsys, words, message):
     (workplace / 'empty').mkdir()
     torch.save(EDSR(**{key: value for key, value in GREY.items() if key != 'type'}).state_dict(), 'grey.pth')
+    torch.save({'params': build_network(NETWORK).state_dict()}, 'any.pth')
+    save_model('any.safetensors', build_network(NETWORK), NETWORK)
     before = sorted(workplace.rglob('*'))
     assert main(['adapt', *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

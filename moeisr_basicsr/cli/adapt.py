@@ -35,7 +35,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('-o', '--output', metavar='OUT.safetensors', help='model file to write')
     parser.add_argument('--overwrite', action='store_true', help='replace the output file if it exists')
     parser.add_argument(
-        '--val', metavar='FOLDER', help='HR images for the comparison (default: some of --data, which are held back)'
+        '--val',
+        metavar='FOLDER',
+        help='folder or LMDB of HR images for the comparison (default: some of --data, which are held back)',
     )
     parser.add_argument(
         '--minutes',

@@ -5,8 +5,10 @@ Shapes: (H, W) input, (R, S) output, strips of r output rows, C channels as stor
 
 import argparse
 import logging
+import math
 import os
 import re
+import shutil
 import sys
 import time
 from contextlib import ExitStack
@@ -18,8 +20,9 @@ from tqdm import tqdm
 from moeisr_basicsr.archs.moeisr_arch import FixedScale, MoEISR
 from moeisr_basicsr.checkpoint import load_any
 from moeisr_basicsr.data.image_reader import read_image, to_float
-from moeisr_basicsr.data.image_writer import join_channels, strip_writer
+from moeisr_basicsr.data.image_writer import FORMATS, join_channels, strip_writer
 from moeisr_basicsr.data.resize import resize
+from moeisr_basicsr.data.strip_encoders import ENCODERS
 from moeisr_basicsr.errors import ExitCode, UserError, printable
 from moeisr_basicsr.inference import make_control, target_size, upscale_strips
 
@@ -28,6 +31,10 @@ from .expert_map import ExpertMapPicture
 from .upscale_jobs import Job
 
 OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"  # and not CUDA's 'illegal memory access'
+LARGE = 2**30  # bytes of pixels, which a line announces
+# What writing takes on the disk, for each byte of pixels: the least that photographs of Set5 took, upscaled twelvefold.
+# TIFF keeps the pixels there as well, until it is done.
+ON_DISK = {'PNG': 0.17, 'TIFF': 1.17, 'JPEG': 0.03, 'WEBP': 0.01, 'BMP': 1.0}
 
 
 def run_jobs(jobs: list[Job], args: argparse.Namespace) -> int:
@@ -72,11 +79,12 @@ def upscale_file(net: MoEISR, job: Job, args: argparse.Namespace, label: str) ->
         print(printable(f'basicsr: note: {job.source}: {note}.'), file=sys.stderr)
     lq = torch.from_numpy(to_float(image.rgb)).permute(2, 0, 1)[None]  # (1, 3, H, W)
     lq = lq.to(next(net.parameters()).device)
-    alpha = None if image.alpha is None else resize(image.alpha, size)  # (R, S)
     with ExitStack() as stack:
         channels = (1 if image.was_grey else 3) + (image.alpha is not None)
         image_file = strip_writer(job.target, *size, channels, image.bit_depth, image.icc_profile, image.exif)
         write = stack.enter_context(image_file)  # left last: then everything is there
+        announce(job, size, channels * image.bit_depth // 8)
+        alpha = None if image.alpha is None else resize(image.alpha, size)  # (R, S)
         if job.expert_map is not None:
             picture = ExpertMapPicture(size[1], net.expert_costs.tolist())
             map_file = strip_writer(job.expert_map, size[0] + picture.legend_rows, picture.width)
@@ -92,6 +100,25 @@ def upscale_file(net: MoEISR, job: Job, args: argparse.Namespace, label: str) ->
         if job.expert_map is not None:
             write_map(picture.legend())
     return picture.shares() if job.expert_map is not None else []
+
+
+def announce(job: Job, size: tuple[int, int], pixel_bytes: int) -> None:
+    """A line about a very large output.
+
+    Raises:
+        UserError: The disk has no room for it.
+    """
+    total, kind = math.prod(size) * pixel_bytes, FORMATS[job.target.suffix.lower()][0]
+    if total < LARGE:
+        return
+    megapixels = f'{size[1]} x {size[0]} pixels, {math.prod(size) / 1e6:,.0f} megapixels'
+    what = f'{job.target}: {megapixels}, {total / 2**30:,.1f} GiB uncompressed'
+    needed, free = ON_DISK[kind] * total, shutil.disk_usage(job.target.parent).free
+    if needed > free:
+        room = f'about {needed / 2**30:,.1f} GiB on the disk, which has {free / 2**30:,.1f} GiB left'
+        raise UserError(f'{what}: this needs {room}.')
+    where = '' if kind in ENCODERS else ', all in memory until it is written; .png and .tif are not'
+    print(printable(f'basicsr: note: {what}{where}.'), file=sys.stderr)
 
 
 def choose_device(name: str | None) -> torch.device:

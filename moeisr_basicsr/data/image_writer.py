@@ -8,6 +8,7 @@ or 4 (RGB and alpha).
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from .image_reader import to_float
 from .strip_encoders import ENCODERS, pillow_encoder
 
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # BT.601; the three channels of a grey image hardly differ after upscaling
-
+BMP_BYTES = 2**32 - 2**20  # its header counts bytes in 32 bits
 
 # suffix -> Pillow's name, longest side in pixels, whether it holds 16 bits, whether transparency
 FORMATS = {
@@ -54,6 +55,7 @@ def check_writable(path: str | os.PathLike, size: tuple[int, int], bit_depth: in
         (bit_depth == 16 and not holds_16_bits, '16 bits'),
         (has_alpha and not holds_alpha, 'transparency'),
         (max(size) > longest, f'{size[0]} x {size[1]} pixels'),
+        (name == 'BMP' and 3 * math.prod(size) > BMP_BYTES, f'{size[0]} x {size[1]} pixels'),
     ):
         if lacks:
             raise UserError(f'{path}: {name} cannot hold {what}; write .png or .tif.')

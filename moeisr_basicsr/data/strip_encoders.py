@@ -20,6 +20,7 @@ from .exif import PREFIX
 
 LEVEL = 4  # of zlib; level 6 takes twice the time and saves 3 % on photographs
 PNG_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
+CLASSIC_TIFF = 2**32 - 2**25  # its offsets have 32 bits; tifffile by itself takes compressed pixels to be smaller
 SUB = 1  # as OpenCV; choosing the best filter for each row, as libpng does, saves 3 % on photographs
 
 Shape = tuple[int, int, int]
@@ -77,6 +78,7 @@ def tiff_encoder(
             compression='zlib',
             compressionargs={'level': LEVEL},
             predictor=True,
+            bigtiff=pixels.nbytes > CLASSIC_TIFF,
             iccprofile=icc_profile,
             metadata=None,
             software=False,

@@ -4,6 +4,7 @@ The run is that of an ordinary options file, `adapt.yml` beside this one with th
 compares the result with the network's own image, resampled, and writes the better one of the two.
 """
 
+import hashlib
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -19,7 +20,7 @@ from basicsr.utils import get_root_logger
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.archs.encoders import build_encoder, resolve_network
 from moeisr_basicsr.atomic_file import write_atomic
-from moeisr_basicsr.checkpoint import convert, save_model
+from moeisr_basicsr.checkpoint import convert, read_checkpoint, save_model
 from moeisr_basicsr.data.image_source import ImageSource
 from moeisr_basicsr.errors import ExitCode, UserError
 from moeisr_basicsr.options import parse_options, read_yaml
@@ -48,13 +49,18 @@ class Job(NamedTuple):
     data: str  # folder or LMDB of HR images
     out: Path  # the model file
     decoder: str = 'lm'
-    validation: str | None = None  # folder of HR images; None holds some of `data` back
+    validation: str | None = None  # folder or LMDB of HR images; None holds some of `data` back
     minutes: float | None = None  # time for everything; None trains the recipe's iterations
 
     @property
     def name(self) -> str:
         """Of the run."""
         return f'adapt_{self.out.stem}'
+
+    @property
+    def weights(self) -> str:
+        """The user's checkpoint."""
+        return self.encoder['weights' if 'arch' in self.encoder else 'checkpoint']
 
 
 class Compared(NamedTuple):
@@ -87,9 +93,10 @@ def adapt(job: Job, started: float) -> tuple[int, list[Compared], bool]:
     experiment = Path('experiments', job.name)
     latest = experiment / 'models' / 'net_g_latest.pth'
     baseline = {'type': 'FixedScale', 'encoder': opt['network_g']['encoder']}
-    bicubic, resampled = measure(opt, baseline, None, f'{job.name}_resampled')
-    rows = [bicubic, resampled._replace(network='resampled')]
-    rows.append(measure(opt, opt['network_g'], latest, job.name)[1]._replace(network=job.out.stem))
+    rows = [
+        *measure(opt, baseline, None, f'{job.name}_resampled', 'resampled'),
+        *measure(opt, opt['network_g'], latest, job.name, job.out.stem),
+    ]
     gain = fmean(rows[2].psnr.values()) - fmean(rows[1].psnr.values())
     if gain > 0:
         convert(latest, job.out)
@@ -107,14 +114,15 @@ def fill_recipe(job: Job, train_list: Path, val_list: Path) -> dict[str, Any]:
     opt['network_g']['decoder'] = job.decoder
     if job.decoder in EXPERTS:
         opt['network_g']['experts'] = EXPERTS[job.decoder]
-    of_data = {'dataroot_gt': job.data, 'io_backend': {'type': 'lmdb' if is_lmdb(job.data) else 'disk'}}
-    val = opt['datasets']['val']
-    opt['datasets']['train'] |= of_data | {'meta_info_file': str(train_list)}
-    if job.validation is None:
-        val |= of_data | {'meta_info_file': str(val_list)}
-    else:
-        val['dataroot_gt'] = job.validation
+    opt['datasets']['train'] |= root_options(job.data) | {'meta_info_file': str(train_list)}
+    held_back = {'meta_info_file': str(val_list)} if job.validation is None else {'recursive': True}
+    opt['datasets']['val'] |= root_options(job.validation or job.data) | held_back
     return opt
+
+
+def root_options(root: str) -> dict[str, Any]:
+    """Keys of a dataset that name its images."""
+    return {'dataroot_gt': root, 'io_backend': {'type': 'lmdb' if is_lmdb(root) else 'disk'}}
 
 
 def is_lmdb(folder: str) -> bool:
@@ -131,22 +139,43 @@ def write_options(job: Job, started: float) -> tuple[Path, bool]:
     lists = [path.with_name(f'{job.name}_{part}.txt') for part in ('train', 'val')]
     opt = fill_recipe(job, *lists)
     train_names, val_names = split_images(job, opt['datasets']['train']['lq_size'])
+    refuse_any_factor(job.weights)
     build_encoder(job.encoder, 3, tail=True)  # says what is wrong with it before anything is written
     # Without a state nothing was trained: the run may have ended while its schedule was being fitted.
     earlier = read_yaml(str(path)).data if path.is_file() and has_state(job.name) else None
+    digest = f'# SHA-256 of the checkpoint: {hashlib.sha256(Path(job.weights).read_bytes()).hexdigest()}\n'
     if earlier is not None and without_schedule(earlier) == without_schedule(opt):
-        tell_what_stays(earlier, job, lists, (train_names, val_names))
-        return path, True
+        if path.read_text(encoding='utf-8').startswith(digest):
+            tell_what_stays(earlier, job, lists, (train_names, val_names))
+            return path, True
+        get_root_logger().warning(f'{job.weights} has changed since {job.name} began: a new run begins.')
     path.parent.mkdir(exist_ok=True)
     for file, names in zip(lists, (train_names, val_names)):
         write_text(file, '\n'.join(names))
-    write_text(path, yaml.safe_dump(opt, sort_keys=False))
+    write_text(path, digest + yaml.safe_dump(opt, sort_keys=False))
     if job.minutes is not None:
         resting, training = seconds_per_step(options_of(path))
         left = 60 * job.minutes - (time.monotonic() - started)
         set_iterations(opt, max(int(SPARE * left / (RESTING * resting + (1 - RESTING) * training)), 20))
-        write_text(path, yaml.safe_dump(opt, sort_keys=False))
+        write_text(path, digest + yaml.safe_dump(opt, sort_keys=False))
     return path, False
+
+
+def refuse_any_factor(checkpoint: str) -> None:
+    """Stop where there is nothing to adapt.
+
+    Raises:
+        UserError: The network takes every factor already.
+    """
+    try:
+        model = read_checkpoint(checkpoint)
+    except UserError:  # weights under other names than ours: `build_encoder` says
+        return
+    if 'encoder' in model.network_opt or any(name.startswith('decoder.pool.') for name in model.weights):
+        raise UserError(
+            f'{checkpoint} takes any factor already: use it with `basicsr upscale`, or train it on with '
+            '`basicsr train` and path: pretrain_network_g.'
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -198,7 +227,8 @@ def split_images(job: Job, least: int) -> tuple[list[str], list[str]]:
     usable = [name for name, size in sizes.items() if min(size) >= least]
     which = f'of at least {least} x {least} pixels'
     if job.validation is not None:
-        compared = {file.resolve() for file in Path(job.validation).iterdir()}
+        others = ImageSource([job.validation], '--val', is_lmdb(job.validation), recursive=True)
+        compared = {Path(name).resolve() for name in others.names}
         usable = [name for name in usable if Path(job.data, name).resolve() not in compared]
         which += f' that are not in --val {job.validation}'
     if len(usable) < 2:
@@ -236,20 +266,24 @@ def seconds_per_step(opt: dict[str, Any]) -> tuple[float, float]:
     return medians[0], medians[1]
 
 
-def measure(opt: dict[str, Any], network_g: dict, weights: Path | None, name: str) -> list[Compared]:
-    """Bicubic interpolation and one network on the validation images, at `FACTORS`."""
-    own = {key: value for key, value in opt['datasets']['val'].items() if key not in ('name', 'scale')}
+def measure(opt: dict[str, Any], network_g: dict, weights: Path | None, name: str, label: str) -> list[Compared]:
+    """One network on the validation images, at `FACTORS`; before the one without trained weights, bicubic."""
+    images = {key: value for key, value in opt['datasets']['val'].items() if key not in ('name', 'scale')}
     data = {
         'name': name,
         'model_type': opt['model_type'],
         'num_gpu': opt['num_gpu'],
         'network_g': network_g,
         'datasets': {
-            f'test_{number}': {**own, 'name': f'val_x{factor}', 'scale': factor}
+            f'test_{number}': {**images, 'name': f'val_x{factor}', 'scale': factor}
             for number, factor in enumerate(FACTORS)
         },
         'path': {'pretrain_network_g': str(weights), 'param_key_g': 'params_ema'} if weights else {},
-        'val': {'needs_weights': weights is not None, **{k: v for k, v in opt['val'].items() if k != 'val_freq'}},
+        'val': {
+            **{key: value for key, value in opt['val'].items() if key != 'val_freq'},
+            'needs_weights': weights is not None,
+            'bicubic_baseline': weights is None,
+        },
     }
     path = Path('experiments', f'test_{name}.yml')
     write_text(path, yaml.safe_dump(data, sort_keys=False))
@@ -260,9 +294,9 @@ def measure(opt: dict[str, Any], network_g: dict, weights: Path | None, name: st
     rows = [row for row in schema.load(file)['rows'] if row['case'] == 'mean']  # a damaged image is in none of them
     if len(rows) < len(FACTORS):
         raise UserError(f'the comparison at the end has no image that can be used at every factor: see {file}.')
-    labels = [schema.scale_label(row['scale']) for row in rows]
-    macs = {label: row['macs']['total'] / 1e3 for label, row in zip(labels, rows)}
-    return [
-        Compared('bicubic', {label: row['metrics']['bicubic_psnr'] for label, row in zip(labels, rows)}, {}),
-        Compared(name, {label: row['metrics']['psnr'] for label, row in zip(labels, rows)}, macs),
-    ]
+    factors = [schema.scale_label(row['scale']) for row in rows]
+    macs = {at: row['macs']['total'] / 1e3 for at, row in zip(factors, rows)}
+    own_row = Compared(label, {at: row['metrics']['psnr'] for at, row in zip(factors, rows)}, macs)
+    if weights is not None:
+        return [own_row]
+    return [Compared('bicubic', {at: row['metrics']['bicubic_psnr'] for at, row in zip(factors, rows)}, {}), own_row]

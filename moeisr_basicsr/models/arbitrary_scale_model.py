@@ -126,11 +126,16 @@ class ArbitraryScaleModel(SRModel):
         self.guard = NonFiniteGuard(train_opt)
 
     def setup_optimizers(self) -> None:
-        """The optimizer of `train: optim_g`; the encoder's rate is `encoder_lr_mul` times that of the rest."""
+        """The optimizer of `train: optim_g`; the encoder's rate is `encoder_lr_mul` times that of the rest.
+
+        The encoder comes last and is a group of its own whatever its rate, whether it rests or not: an optimizer's
+        state knows parameters by their order, and a resumed run may change both.
+        """
         train_opt, net = self.opt['train'], self.get_bare_model(self.net_g)
         parameters = [one for one in net.parameters() if one.requires_grad] + self.fixed
         groups: list = parameters
-        if (factor := train_opt.get('encoder_lr_mul', 1)) != 1:
+        factor = train_opt.get('encoder_lr_mul', 1)
+        if factor != 1 or hasattr(net, 'encoder'):
             own = {id(one) for one in self.encoder_of(net).parameters()}
             groups = [
                 {'params': [one for one in parameters if id(one) not in own]},
