@@ -146,6 +146,7 @@ UPSCALE = ('upscale', 'images/a.png', '-o', 'out.png', '--model', 'moe.safetenso
             'without -opt only network_g can be changed',
         ),
         (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--metadata', 'license'), 'license: give KEY=VALUE'),
+        (('convert', 'moe.safetensors', '-o', 'm.safetensors', '--metadata', 'a=\udce9'), 'this is not text in UTF-8'),
         (
             ('convert', 'moe.safetensors', '-o', 'm.safetensors', '--metadata', 'network_g={}'),
             'network_g is written by',

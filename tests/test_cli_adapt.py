@@ -1,5 +1,6 @@
 """`basicsr adapt`: from a fixed-scale checkpoint to a model file of any factor."""
 
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from basicsr.archs import build_network
 from basicsr.archs.edsr_arch import EDSR
 from data_cases import make_lmdb
+from test_engine_lock import holder
 from tiny_runs import NETWORK
 
 from moeisr_basicsr.analysis import schema
@@ -40,6 +42,10 @@ def workplace(tmp_path, monkeypatch):
 
 def run(*words):
     return main(['adapt', 'net.pth', '--arch', str(ARCH), '--data', 'data', '-o', 'out.safetensors', *words])
+
+
+def write_options(job, started):
+    return adaptation.write_options(job, *adaptation.plan(job), started)
 
 
 def small_recipe(monkeypatch, path, **train):
@@ -122,7 +128,7 @@ def test_the_schedule_fits_the_minutes(workplace, monkeypatch):
     monkeypatch.setattr(adaptation, 'seconds_per_step', lambda opt: (0.2, 0.6))
     encoder = {'type': 'NetworkEncoder', 'arch': ARCH, 'weights': str(workplace / 'net.pth')}
     job = adaptation.Job(encoder, 'data', Path('out.safetensors'), minutes=1)
-    path, resumes = adaptation.write_options(job, adaptation.time.monotonic())
+    path, resumes = write_options(job, adaptation.time.monotonic())
     train = yaml.safe_load(path.read_text())['train']
     assert not resumes and train['total_iter'] == pytest.approx(108, abs=2)
     assert train['fix_encoder'] == round(train['total_iter'] / 4) and train['scheduler']['periods'] == [
@@ -140,9 +146,9 @@ def test_a_schedule_that_was_not_finished_is_fitted_again(workplace, monkeypatch
 
     monkeypatch.setattr(adaptation, 'seconds_per_step', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        adaptation.write_options(job, adaptation.time.monotonic())
+        write_options(job, adaptation.time.monotonic())
     monkeypatch.setattr(adaptation, 'seconds_per_step', lambda opt: (0.2, 0.6))
-    path, resumes = adaptation.write_options(job, adaptation.time.monotonic())
+    path, resumes = write_options(job, adaptation.time.monotonic())
     assert not resumes and yaml.safe_load(path.read_text())['train']['total_iter'] == pytest.approx(108, abs=2)
 
 
@@ -151,16 +157,16 @@ def test_a_run_that_goes_on_keeps_images_and_schedule(workplace, monkeypatch, ca
     small_recipe(monkeypatch, workplace / 'recipe.yml')
     encoder = {'type': 'NetworkEncoder', 'arch': ARCH, 'weights': str(workplace / 'net.pth')}
     job = adaptation.Job(encoder, str(workplace / 'data'), Path('out.safetensors'))
-    adaptation.write_options(job, 0)
+    write_options(job, 0)
     lists = [Path('experiments', f'adapt_out_{part}.txt') for part in ('train', 'val')]
     before = [file.read_text() for file in lists]
     states = Path('experiments', 'adapt_out', 'training_states')
     states.mkdir(parents=True)
     (states / '4.state').touch()
-    assert adaptation.write_options(job, 0)[1] and not caplog.text
+    assert write_options(job, 0)[1] and not caplog.text
     for number in range(6):
         Path('data', f'{number}.png').with_stem(f'a{number}').write_bytes(Path('data', f'{number}.png').read_bytes())
-    assert adaptation.write_options(job._replace(minutes=5), 0)[1]
+    assert write_options(job._replace(minutes=5), 0)[1]
     assert [file.read_text() for file in lists] == before
     assert 'its 12 iterations, whatever --minutes is now' in caplog.text and 'has others now' in caplog.text
 
@@ -169,17 +175,35 @@ def test_a_checkpoint_that_has_changed_begins_a_new_run(workplace, monkeypatch, 
     small_recipe(monkeypatch, workplace / 'recipe.yml')
     encoder = {'type': 'NetworkEncoder', 'arch': ARCH, 'weights': str(workplace / 'net.pth')}
     job = adaptation.Job(encoder, str(workplace / 'data'), Path('out.safetensors'))
-    adaptation.write_options(job, 0)
+    write_options(job, 0)
     states = Path('experiments', 'adapt_out', 'training_states')
     states.mkdir(parents=True)
     (states / '4.state').touch()
-    assert adaptation.write_options(job, 0)[1] and not caplog.text
+    assert write_options(job, 0)[1] and not caplog.text
     content = torch.load('net.pth')
     content['params']['conv_first.bias'] += 0.01
     torch.save(content, 'net.pth')
-    assert not adaptation.write_options(job, 0)[1]
+    assert not write_options(job, 0)[1]
     assert 'net.pth has changed since adapt_out began: a new run begins' in caplog.text
-    assert adaptation.write_options(job, 0)[1]
+    assert write_options(job, 0)[1]
+
+
+def test_a_second_start_leaves_the_files_of_the_first(workplace, monkeypatch, capsys):
+    small_recipe(monkeypatch, workplace / 'recipe.yml')
+    with holder(Path('experiments', 'adapt_out.yml')):
+        before = sorted(workplace.rglob('*'))
+        assert run() == 2
+        assert 'adapt_out.yml is in use by process' in capsys.readouterr().err
+        assert sorted(workplace.rglob('*')) == before
+
+
+def test_names_that_no_list_can_hold(workplace, capsys):
+    for odd in (os.fsdecode(b'caf\xe9.png'), 'two\nlines.png', ' blank.png'):
+        path = Path('data/0.png').rename(Path('data', odd))
+        assert run() == 2
+        error = capsys.readouterr().err
+        assert 'a name that is no line of text cannot be listed; rename it' in error and error.count('\n') == 1
+        path.rename('data/0.png')
 
 
 def test_images_for_the_comparison_below_folders_and_in_an_lmdb(workplace, monkeypatch):
@@ -193,7 +217,7 @@ def test_images_for_the_comparison_below_folders_and_in_an_lmdb(workplace, monke
     for number, folder in enumerate(('val', 'val.lmdb')):
         encoder = {'type': 'NetworkEncoder', 'arch': ARCH, 'weights': str(workplace / 'net.pth')}
         job = adaptation.Job(encoder, 'data', Path(f'{number}.safetensors'), validation=folder)
-        opt = yaml.safe_load(adaptation.write_options(job, 0)[0].read_text())
+        opt = yaml.safe_load(write_options(job, 0)[0].read_text())
         baseline = {'type': 'FixedScale', 'encoder': encoder}
         psnr.append([row.psnr for row in adaptation.measure(opt, baseline, None, f'run{number}', 'resampled')])
         rows = schema.load(Path('results', f'run{number}', 'results.json'))['rows']

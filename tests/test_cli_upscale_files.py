@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from tiny_runs import DENSE, run_yaml
 
 from moeisr_basicsr.checkpoint import save_model
-from moeisr_basicsr.cli import main, upscale
+from moeisr_basicsr.cli import main, upscale, upscale_run
 
 NO_TEXT = os.fsdecode(b'caf\xe9')  # Latin-1, as old archives have it
 
@@ -157,3 +158,51 @@ def test_sigterm_leaves_no_temporary_file(folder):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     assert sorted(os.listdir()) == ['a.png', 'm.safetensors']
+
+
+def test_very_large_outputs_are_announced_or_refused(capsys, monkeypatch):
+    Image.fromarray(smooth()).save('a.png')
+    assert run('a.png', '-o', 'huge.png', '--scale', '1e5') == 2  # on the disk that there is
+    error = capsys.readouterr().err
+    assert 'huge.png: 3000000 x 4000000 pixels, 12,000,000 megapixels, 33,527.6 GiB uncompressed: this needs' in error
+    assert error.count('\n') == 1 and sorted(os.listdir()) == ['a.png', 'm.safetensors']
+    monkeypatch.setattr(upscale_run, 'LARGE', 60 * 80 * 3)
+    for name, least in (('b.png', 0.17), ('b.tif', 1.17), ('b.jpg', 0.03)):
+        room = int(60 * 80 * 3 * least) + 1
+        monkeypatch.setattr(upscale_run.shutil, 'disk_usage', lambda path: SimpleNamespace(free=room))
+        assert run('a.png', '-o', name, '--scale', '2') == 0
+        assert f'{name}: 60 x 80 pixels, 0 megapixels, 0.0 GiB uncompressed' in capsys.readouterr().err
+        room -= 2
+        assert run('a.png', '-o', name, '--scale', '2', '--overwrite') == 2
+        assert 'on the disk, which has' in capsys.readouterr().err and os.path.exists(name)
+    assert run('a.png', '-o', 'c.png', '--scale', '1.9') == 0 and not capsys.readouterr().err
+    for name, scale in (('c.webp', '1000'), ('c.jpg', '2000'), ('c.bmp', '1100')):
+        assert run('a.png', '-o', name, '--scale', scale) == 2
+        error = capsys.readouterr().err
+        assert 'cannot hold' in error and error.count('\n') == 1
+
+
+def test_a_size_of_other_proportions_is_told(capsys):
+    Image.fromarray(smooth(40, 30)).save('a.png')
+    assert run('a.png', '-o', 'b.png', '--size', '120x80') == 0
+    assert 'a.png: its proportions change: 2 times the rows, 4 times the columns' in capsys.readouterr().err
+    assert run('a.png', '-o', 'c.png', '--size', '61x81') == 0 and not capsys.readouterr().err
+
+
+def test_numbers_of_processes_that_are_none(capsys, monkeypatch):
+    """A rank by itself, as other launchers set it, must not leave images out."""
+    for stem in 'ab':
+        Image.fromarray(smooth()).save(f'{stem}.png')
+    for variables, message in (
+        ({'RANK': 'abc'}, "RANK must be a whole number; got 'abc'"),
+        ({'RANK': '0', 'WORLD_SIZE': '0'}, 'RANK must be below WORLD_SIZE; got 0 of 0'),
+        ({'RANK': '3', 'WORLD_SIZE': '2'}, 'RANK must be below WORLD_SIZE; got 3 of 2'),
+    ):
+        with monkeypatch.context() as patch:
+            for key, value in variables.items():
+                patch.setenv(key, value)
+            assert run('a.png', 'b.png', '-o', 'out', '--scale', '1') == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setenv('RANK', '1')
+    assert run('a.png', 'b.png', '-o', 'out', '--scale', '1') == 0
+    assert sorted(os.listdir('out')) == ['a_x1.png', 'b_x1.png']

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -238,6 +239,21 @@ def test_two_hr_images_of_one_partner(pair_folders, tmp_path):
         build_dataset(paired(lq, gt, meta_info_file=str(tmp_path / 'list.txt')))
     (tmp_path / 'list.txt').write_text('a/1.png\na/1.png\n')  # one image twice is a choice
     assert len(build_dataset(paired(lq, gt, meta_info_file=str(tmp_path / 'list.txt')))) == 2
+
+
+def test_one_folder_for_both(pair_folders, tmp_path):
+    """By mistake: a network that returns its input would be the best."""
+    gt = pair_folders[1]
+    (tmp_path / 'link').symlink_to(gt)
+    for lq in (gt, tmp_path / 'link'):
+        with pytest.raises(UserError, match='would be its own LR image: dataroot_lq must be another folder'):
+            build_dataset(paired(lq, gt, filename_tmpl='{}'))
+    for path in list(gt.iterdir()):
+        shutil.copy(path, path.with_stem(f'{path.stem}x4'))
+    names = [path.name for path in gt.iterdir() if 'x4' not in path.name]
+    (tmp_path / 'list.txt').write_text('\n'.join(names))
+    both = paired(gt, gt, meta_info_file=str(tmp_path / 'list.txt'), filename_tmpl='{}x4')
+    assert len(build_dataset(both)) == len(names)  # partners in one folder are none of it
 
 
 def test_paired_lmdb(pair_folders, tmp_path):

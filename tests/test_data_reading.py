@@ -1,6 +1,7 @@
 """Reads that fail: tried again, replaced where the options say so, and one line where they end the run."""
 
 import logging
+import os
 import shutil
 import threading
 import time
@@ -13,6 +14,7 @@ from helpers import write_image
 from tiny_runs import run_options, run_yaml, write_images
 
 from moeisr_basicsr.data import reading
+from moeisr_basicsr.data.image_reader import read_header, read_image
 from moeisr_basicsr.data.reading import REPLACEMENTS, ReplaceDamaged
 from moeisr_basicsr.engine.data_loading import Place, TrainData, open_dataset
 from moeisr_basicsr.engine.distributed import Ranks
@@ -213,3 +215,10 @@ def test_an_lmdb_that_comes_back(tmp_path, monkeypatch):
     root.rename(away)
     monkeypatch.setattr(reading.time, 'sleep', lambda _: away.exists() and away.rename(root))
     assert torch.equal(dataset[0]['gt'], expected['gt'])
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'pipe.png')
+    for read in (read_image, read_header):
+        with pytest.raises(UserError, match='pipe.png: a named pipe, not a file'):
+            read(tmp_path / 'pipe.png')

@@ -11,6 +11,7 @@ from helpers import shared_data, write_image
 from PIL import Image
 
 from moeisr_basicsr.atomic_file import SaveError
+from moeisr_basicsr.data import strip_encoders
 from moeisr_basicsr.data.image_reader import read_image
 from moeisr_basicsr.data.image_writer import strip_writer
 from moeisr_basicsr.errors import UserError
@@ -119,3 +120,15 @@ def test_where_nothing_can_be_written(tmp_path):
     for name, words in (('none/image.png', 'the folder .*none does not exist'), ('image.gif', 'there are .png')):
         with pytest.raises(UserError, match=words), strip_writer(tmp_path / name, 2, 2):
             pass
+
+
+def test_a_tiff_file_beyond_4_gb_has_offsets_of_64_bits(tmp_path, monkeypatch):
+    """Chosen by the bytes of the pixels: those of the file are known too late."""
+    pixels = noise(40, 30, 3)
+    monkeypatch.setattr(strip_encoders, 'CLASSIC_TIFF', pixels.nbytes - 1)
+    for name, rows, version in (('big.tif', 40, 43), ('classic.tif', 39, 42)):
+        with strip_writer(tmp_path / name, rows, 30) as write:
+            write(pixels[:rows])
+        assert int.from_bytes((tmp_path / name).read_bytes()[2:4], 'little') == version
+        np.testing.assert_array_equal(cv2.imread(str(tmp_path / name))[..., ::-1], pixels[:rows])
+        np.testing.assert_array_equal(read_image(tmp_path / name).rgb, pixels[:rows])

@@ -140,3 +140,54 @@ def test_sections_that_come_and_go():
         'val: a section of keys -> ~ (nothing)',
         'train: grad_clip: 1.0 -> ~ (nothing)',
     ]
+
+
+@pytest.mark.parametrize(
+    ('changes', 'factor'), [({'train:encoder_lr_mul': 0.25}, 0.25), ({'train:fix_encoder': 11}, 0)], ids=str
+)
+def test_an_encoder_that_slows_down_or_rests(tmp_path, first, changes, factor):
+    """The rest of the network takes the step that it would have taken; the encoder a part of its own."""
+    assert_encoder_steps(tmp_path, first, changes, factor)
+
+
+def test_an_encoder_that_wakes_early(tmp_path):
+    """Its optimizer has no state of it yet: its first step is that of a new one, of size `lr`."""
+    root = tmp_path / 'rested'
+    root.mkdir()
+    assert train(run_options(root, **SHORT, **{'train:fix_encoder': 20})) == ExitCode.OK
+    assert_encoder_steps(tmp_path, root, {'train:fix_encoder': 0}, None, {'train:fix_encoder': 20})
+
+
+def assert_encoder_steps(tmp_path, first, changes, factor, before=None):
+    start, ends = saved(first, 10)[0]['params'], []
+    for name, changed in (('same', before or {}), ('changed', changes)):
+        root = shutil.copytree(first, tmp_path / name)
+        assert resume(root, **{**changed, 'train:total_iter': 11}) == ExitCode.OK
+        ends.append(saved(root, 11)[0]['params'])
+    for name, value in ends[1].items():
+        step = value - start[name]
+        if not name.startswith('encoder.'):
+            assert torch.equal(value, ends[0][name]), name
+        elif factor is None:
+            assert step.abs().max() == pytest.approx(5e-4, rel=1e-3), name
+        else:
+            torch.testing.assert_close(step, factor * (ends[0][name] - start[name]), rtol=1e-3, atol=1e-7)
+
+
+def test_metrics_that_are_added_or_defined_anew(tmp_path):
+    """The best of another definition is no best; that of the other metrics stays."""
+    both = {name: {'type': 'calculate_psnr', 'crop_border': 2} for name in ('kept', 'changed')}
+    others = {**both, 'changed': {'type': 'calculate_psnr', 'crop_border': 4}, 'added': {'type': 'calculate_ssim'}}
+    short = {'train:total_iter': 2, 'val:val_freq': 2, 'datasets:val_2': None}
+    others['added']['crop_border'] = 2
+    assert train(run_options(tmp_path, **short, **{'val:metrics': both})) == ExitCode.OK
+    state = tmp_path / 'experiments' / 'run' / 'training_states' / '2.state'
+    content = torch.load(state)
+    for record in content['best_metric_results']['tiny_x2'].values():
+        record['val'] = 99.0  # never reached again
+    torch.save(content, state)
+    later = {**short, 'train:total_iter': 4, 'val:metrics': others}
+    assert train(run_options(tmp_path, auto_resume=True, **later)) == ExitCode.OK
+    best = metrics_lines(tmp_path)[-1]['best']
+    assert best['kept'] == {'better': 'higher', 'val': 99.0, 'iter': 2}
+    assert best['changed']['iter'] == best['added']['iter'] == 4 and best['changed']['val'] < 99

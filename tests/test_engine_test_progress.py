@@ -15,6 +15,7 @@ from tiny_runs import model_options, parse, run_yaml, weights_of, write_images
 from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.cli import main
 from moeisr_basicsr.engine.test_loop import test as run_test
+from moeisr_basicsr.engine.test_progress import identity
 from moeisr_basicsr.errors import ExitCode, UserError
 from moeisr_basicsr.models.image_evaluation import ImageEvaluator
 from moeisr_basicsr.tools.report.collect import collect, read_sources
@@ -137,6 +138,16 @@ def test_rows_of_another_test_are_not_used(root, monkeypatch, change):
         assert len(list((root / 'results').glob('run_archived_*/progress_0.jsonl'))) == 1
         log = next((root / 'results/went_on').glob('*.log')).read_text()
         assert f'the interrupted test of this name had other {change}: starting anew' in log
+
+
+@pytest.mark.parametrize('key', ['checkpoint', 'weights'])
+def test_the_encoders_own_file_is_of_the_weights(tmp_path, key):
+    network = {'type': 'FixedScale', 'encoder': {'type': 'NetworkEncoder', key: str(tmp_path / 'net.pth')}}
+    found = []
+    for content in (b'one', b'two', b'one'):
+        (tmp_path / 'net.pth').write_bytes(content)
+        found.append(identity({'path': {}, 'datasets': {}, 'network_g': network}))
+    assert found[0] == found[2] and [name for name in found[0] if found[0][name] != found[1][name]] == ['weights']
 
 
 def test_a_half_written_line_and_other_ranks(root, monkeypatch):

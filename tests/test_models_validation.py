@@ -379,6 +379,10 @@ def test_images_that_do_not_fit_a_metric_or_memory(root, monkeypatch):
     opt = options(root, **{'datasets:val:dataroot_gt': str(root / 'mixed'), 'val:metrics': metrics})
     model, loaders = build_model(opt), evaluation_loaders(opt, ('val',))[:1]
     assert 'mixed/1.png: An image of 8 x 8 pixels has none left' in model.validate(loaders, 1, None)[0].failed['1']
+    opt['val']['metrics'] = {'psnr': {'type': 'calculate_psnr', 'crop_border': 4}}  # BasicSR's: the mean of nothing
+    result = build_model(opt).validate(loaders, 1, None)[0]
+    assert 'mixed/1.png: calculate_psnr is not a number for an image of 8 x 8' in result.failed['1']
+    assert result.count == 1 and result.metrics['psnr'] > 0
 
     def full(self, net, lq, *arguments):
         if lq.shape[-1] == 20:

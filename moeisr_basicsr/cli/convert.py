@@ -95,6 +95,10 @@ def parse_note(entry: str) -> tuple[str, str]:
     key, sign, value = entry.partition('=')
     if not key or not sign:
         raise UserError(f'--metadata {entry}: give KEY=VALUE.')
+    try:
+        entry.encode()
+    except UnicodeEncodeError:
+        raise UserError(f'--metadata {entry}: this is not text in UTF-8.') from None
     if key in RESERVED:
         raise UserError(f'--metadata {entry}: {key} is written by `basicsr convert` itself.')
     return key, value

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from moeisr_basicsr.data.image_reader import SUFFIXES, is_image_name
 from moeisr_basicsr.data.image_writer import FORMATS
+from moeisr_basicsr.engine.distributed import process_number
 from moeisr_basicsr.errors import UserError, did_you_mean, did_you_mean_file, printable
 
 
@@ -51,7 +52,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
         jobs = [job for job in jobs if realpath(job.source) not in results]
     check_collisions(jobs)
     # Shared before a look at what exists: by then another process may have written its first files.
-    jobs = jobs[int(os.environ.get('RANK', 0)) :: int(os.environ.get('WORLD_SIZE', 1))]
+    rank, world_size = process_number()
+    jobs = jobs[rank::world_size]
     if args.resume:
         jobs = [job for job in jobs if not all(map(os.path.exists, job.outputs))]
     present = [path for job in jobs for path in job.outputs if os.path.lexists(path)]

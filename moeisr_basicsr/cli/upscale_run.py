@@ -31,6 +31,7 @@ from .expert_map import ExpertMapPicture
 from .upscale_jobs import Job
 
 OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"  # and not CUDA's 'illegal memory access'
+UNLIKE = 1.02  # factors of rows and columns that differ by more change what a picture looks like
 LARGE = 2**30  # bytes of pixels, which a line announces
 # What writing takes on the disk, for each byte of pixels: the least that photographs of Set5 took, upscaled twelvefold.
 # TIFF keeps the pixels there as well, until it is done.
@@ -74,9 +75,11 @@ def upscale_file(net: MoEISR, job: Job, args: argparse.Namespace, label: str) ->
         size = target_size(image.rgb.shape[:2], args.scale, args.size)
     except UserError as error:
         raise UserError(f'{job.source}: {error}') from None
+    rows, cols = (out / own for out, own in zip(size, image.rgb.shape))
     if image.num_frames > 1:
-        note = f'only the first of {image.num_frames} frames is upscaled'
-        print(printable(f'basicsr: note: {job.source}: {note}.'), file=sys.stderr)
+        tell(f'{job.source}: only the first of {image.num_frames} frames is upscaled')
+    if args.size is not None and max(rows, cols) > UNLIKE * min(rows, cols):
+        tell(f'{job.source}: its proportions change: {rows:.3g} times the rows, {cols:.3g} times the columns')
     lq = torch.from_numpy(to_float(image.rgb)).permute(2, 0, 1)[None]  # (1, 3, H, W)
     lq = lq.to(next(net.parameters()).device)
     with ExitStack() as stack:
@@ -118,7 +121,12 @@ def announce(job: Job, size: tuple[int, int], pixel_bytes: int) -> None:
         room = f'about {needed / 2**30:,.1f} GiB on the disk, which has {free / 2**30:,.1f} GiB left'
         raise UserError(f'{what}: this needs {room}.')
     where = '' if kind in ENCODERS else ', all in memory until it is written; .png and .tif are not'
-    print(printable(f'basicsr: note: {what}{where}.'), file=sys.stderr)
+    tell(f'{what}{where}')
+
+
+def tell(note: str) -> None:
+    """A line beside the results."""
+    print(printable(f'basicsr: note: {note}.'), file=sys.stderr)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -122,6 +122,8 @@ def _opened(source: str | os.PathLike | bytes, name: str | None) -> Iterator[tup
     Pillow's own limit on the size of images is global; it is off as long as this one is open, one at a time.
     """
     name = str(name if name is not None else 'image' if isinstance(source, bytes) else source)
+    if not isinstance(source, bytes) and Path(source).is_fifo():  # opening it would wait for ever
+        raise UserError(f'{name}: a named pipe, not a file.')
     try:
         with _pillow_lock, io.BytesIO(source) if isinstance(source, bytes) else open(source, 'rb') as file:
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

@@ -75,6 +75,8 @@ def find_pairs(lq: ImageSource, gt: ImageSource, template: str) -> list[tuple[st
         partner = by_key[number, wanted]
         if taken.setdefault(partner, name) != name:
             problems.append(f'{name} and {taken[partner]} would both have the partner {partner}.')
+        if os.path.realpath(partner) == os.path.realpath(name):
+            problems.append(f'{name} would be its own LR image: dataroot_lq must be another folder than dataroot_gt.')
         pairs.append((partner, name))
     if problems:
         more = f' {len(problems) - 1} more: `basicsr check` lists them.' if len(problems) > 1 else ''

@@ -27,6 +27,7 @@ from moeisr_basicsr.options import parse_options, read_yaml
 
 from .data_loading import Place, TrainData
 from .distributed import Ranks
+from .run_lock import held
 from .test_loop import RESULTS_FILE, test
 from .train_loop import train
 
@@ -40,6 +41,7 @@ VALIDATION_IMAGES, VALIDATION_PIXELS = 8, 1 << 20
 RESTING = 0.25  # part of the iterations in which the encoder rests
 TIMED_STEPS, UNTIMED_STEPS = 5, 2
 SPARE = 0.9  # of the time that is left: the rest is for what comes after training
+Names = tuple[list[str], list[str]]  # of images to train on, and to validate on
 
 
 class Job(NamedTuple):
@@ -85,7 +87,13 @@ def adapt(job: Job, started: float) -> tuple[int, list[Compared], bool]:
     Raises:
         UserError: Files do not fit.
     """
-    path, resumes = write_options(job, started)
+    opt, names = plan(job)
+    with held(Path('experiments', f'{job.name}.yml'), Ranks()):
+        return train_and_compare(job, *write_options(job, opt, names, started))
+
+
+def train_and_compare(job: Job, path: Path, resumes: bool) -> tuple[int, list[Compared], bool]:
+    """`adapt`, with the options file at `path`."""
     code = train(options_of(path, auto_resume=resumes))
     if code:
         return code, [], False
@@ -129,29 +137,42 @@ def is_lmdb(folder: str) -> bool:
     return Path(folder, 'data.mdb').is_file()
 
 
-def write_options(job: Job, started: float) -> tuple[Path, bool]:
+def plan(job: Job) -> tuple[dict[str, Any], Names]:
+    """The options of the run and its images. Nothing is written.
+
+    Raises:
+        UserError: The job cannot be done.
+    """
+    opt = fill_recipe(job, *lists_of(job))
+    names = split_images(job, opt['datasets']['train']['lq_size'])
+    refuse_any_factor(job.weights)
+    build_encoder(job.encoder, 3, tail=True)  # says what is wrong with it
+    return opt, names
+
+
+def lists_of(job: Job) -> list[Path]:
+    """The files that name the images to train on and to validate on."""
+    return [Path('experiments', f'{job.name}_{part}.txt') for part in ('train', 'val')]
+
+
+def write_options(job: Job, opt: dict[str, Any], names: Names, started: float) -> tuple[Path, bool]:
     """The options file of the run, experiments/NAME.yml, and whether it goes on with a run of the same options.
 
     Raises:
-        UserError: See `split_images` and `parse_options`.
+        UserError: See `parse_options`.
     """
-    path = Path('experiments', f'{job.name}.yml')
-    lists = [path.with_name(f'{job.name}_{part}.txt') for part in ('train', 'val')]
-    opt = fill_recipe(job, *lists)
-    train_names, val_names = split_images(job, opt['datasets']['train']['lq_size'])
-    refuse_any_factor(job.weights)
-    build_encoder(job.encoder, 3, tail=True)  # says what is wrong with it before anything is written
+    path, lists = Path('experiments', f'{job.name}.yml'), lists_of(job)
     # Without a state nothing was trained: the run may have ended while its schedule was being fitted.
     earlier = read_yaml(str(path)).data if path.is_file() and has_state(job.name) else None
     digest = f'# SHA-256 of the checkpoint: {hashlib.sha256(Path(job.weights).read_bytes()).hexdigest()}\n'
     if earlier is not None and without_schedule(earlier) == without_schedule(opt):
         if path.read_text(encoding='utf-8').startswith(digest):
-            tell_what_stays(earlier, job, lists, (train_names, val_names))
+            tell_what_stays(earlier, job, lists, names)
             return path, True
         get_root_logger().warning(f'{job.weights} has changed since {job.name} began: a new run begins.')
     path.parent.mkdir(exist_ok=True)
-    for file, names in zip(lists, (train_names, val_names)):
-        write_text(file, '\n'.join(names))
+    for file, part in zip(lists, names):
+        write_text(file, '\n'.join(part))
     write_text(path, digest + yaml.safe_dump(opt, sort_keys=False))
     if job.minutes is not None:
         resting, training = seconds_per_step(options_of(path))
@@ -186,7 +207,7 @@ def has_state(run: str) -> bool:
     return any(Path('experiments', run, 'training_states').glob('*.state'))
 
 
-def tell_what_stays(opt: dict[str, Any], job: Job, lists: list[Path], found: tuple[list[str], list[str]]) -> None:
+def tell_what_stays(opt: dict[str, Any], job: Job, lists: list[Path], found: Names) -> None:
     """A run that goes on keeps its schedule, and its images: what was trained on must not be held back later."""
     stays = []
     if job.minutes is not None:
@@ -213,7 +234,7 @@ def set_iterations(opt: dict[str, Any], total: int) -> None:
     opt['val']['val_freq'] = -(-total // 4)
 
 
-def split_images(job: Job, least: int) -> tuple[list[str], list[str]]:
+def split_images(job: Job, least: int) -> Names:
     """The names of the images to train on, and of those that are held back for validation.
 
     Folders below are searched too; images with a side below `least` or in `job.validation` are left out. Those held
@@ -231,6 +252,10 @@ def split_images(job: Job, least: int) -> tuple[list[str], list[str]]:
         compared = {Path(name).resolve() for name in others.names}
         usable = [name for name in usable if Path(job.data, name).resolve() not in compared]
         which += f' that are not in --val {job.validation}'
+    if odd := [name for name in usable if not is_line(name)]:
+        raise UserError(
+            f'--data: {Path(job.data, odd[0])}: a name that is no line of text cannot be listed; rename it.'
+        )
     if len(usable) < 2:
         raise UserError(f'--data {job.data}: {len(usable)} images {which}; 2 are needed.')
     if job.validation is not None:
@@ -239,6 +264,11 @@ def split_images(job: Job, least: int) -> tuple[list[str], list[str]]:
     step = max(len(small) // VALIDATION_IMAGES, 2)
     held_back = small[step // 2 :: step][:VALIDATION_IMAGES]
     return [name for name in usable if name not in held_back], held_back
+
+
+def is_line(name: str) -> bool:
+    """Whether a list of files can hold a name."""
+    return name.encode(errors='replace').decode() == name and name.splitlines() == [name.strip()]
 
 
 def options_of(path: Path, is_train: bool = True, auto_resume: bool = False) -> dict[str, Any]:

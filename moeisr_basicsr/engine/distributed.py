@@ -65,8 +65,8 @@ class Ranks(NamedTuple):
         return result
 
 
-def find_launcher(given: str | None) -> str:
-    """The launcher of `--launcher`; where none is named, 'pytorch' for one of several processes of torchrun.
+def process_number() -> tuple[int, int]:
+    """This process among those of torchrun, and how many there are; (0, 1) without it.
 
     Raises:
         UserError: The environment has no number where torchrun sets one.
@@ -77,6 +77,16 @@ def find_launcher(given: str | None) -> str:
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if 'WORLD_SIZE' in os.environ and rank >= world_size:
         raise UserError(f'The environment variable RANK must be below WORLD_SIZE; got {rank} of {world_size}.')
+    return (rank, world_size) if 'WORLD_SIZE' in os.environ else (0, 1)
+
+
+def find_launcher(given: str | None) -> str:
+    """The launcher of `--launcher`; where none is named, 'pytorch' for one of several processes of torchrun.
+
+    Raises:
+        UserError: See `process_number`.
+    """
+    world_size = process_number()[1]
     return given or ('pytorch' if 'RANK' in os.environ and world_size > 1 else 'none')
 
 

@@ -45,6 +45,8 @@ def identity(opt: dict) -> dict[str, Any]:
         for key in OF_THE_LOADER:
             dataset.pop(key, None)
     named = {key: value for key, value in opt['path'].items() if key.startswith('pretrain_network') and value}
+    encoder = opt['network_g'].get('encoder') or {}
+    named |= {key: encoder[key] for key in ('checkpoint', 'weights') if encoder.get(key)}
     weights = {
         key: hashlib.sha256(Path(value).read_bytes()).hexdigest() if Path(value).is_file() else value
         for key, value in named.items()

@@ -132,6 +132,9 @@ class Trainer:
         notes += self.ranks.together(lambda: self.store.set_aside(checkpoint.iteration))
         notes += set_model_weights(self.model, checkpoint.weights)
         notes += set_model_state(self.model, state, changes is None or any(is_of(one, SCHEDULE) for one in changes))
+        for metric in {keys[2] for keys, *_ in changes or () if keys[:2] == ('val', 'metrics') and len(keys) > 2}:
+            for best in getattr(self.model, 'best_metric_results', {}).values():
+                best.pop(metric, None)  # of another definition
         self.iteration = checkpoint.iteration
         self.place, place_notes = self.train_data.place_from(state)
         self.validation_due, rngs = bool(state.get('validation_due', False)), state.get('rng')

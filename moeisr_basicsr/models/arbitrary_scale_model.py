@@ -319,7 +319,10 @@ class ArbitraryScaleModel(SRModel):
         """Update `best_metric_results`, BasicSR's record of the best value and its iteration."""
         if not self.is_train or not result.metrics or result.failed:  # means over other images compare with nothing
             return
-        self._initialize_best_metric_results(result.dataset)
+        known = getattr(self, 'best_metric_results', {}).pop(result.dataset, {})
+        self._initialize_best_metric_results(result.dataset)  # of these metrics: a resumed run may have others
+        best = self.best_metric_results[result.dataset]
+        best.update({metric: record for metric, record in known.items() if metric in best})
         for metric in self.opt['val']['metrics']:
             if metric in result.metrics:
                 self._update_best_metric_result(result.dataset, metric, result.metrics[metric], current_iter)

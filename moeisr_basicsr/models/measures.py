@@ -7,11 +7,15 @@ Shapes: (C, H, W) images, RGB in [0, 1].
 """
 
 import inspect
+import math
+import warnings
 
 from basicsr.metrics import calculate_metric
 from basicsr.utils import tensor2img
 from basicsr.utils.registry import METRIC_REGISTRY
 from torch import Tensor
+
+from moeisr_basicsr.errors import UserError
 
 DOWNSAMPLE = {'matlab': "MATLAB's bicubic", 'pil': "Pillow's bicubic"}
 PROTOCOL = {'benchmark': ('luma', 'ceil(s)'), 'div2k': ('RGB', 'ceil(s) + 6')}  # colours, shave at a factor s
@@ -55,6 +59,9 @@ def measure(
         gt: The truth.
         scale: Nominal (row factor, column factor), for metrics that have a protocol.
         crop_border: The dataset's own shave, one or (rows, columns).
+
+    Raises:
+        UserError: It is not a number.
     """
     options = metric_options(metric_opt, crop_border)
     takes = inspect.signature(METRIC_REGISTRY.get(options['type'])).parameters
@@ -69,4 +76,11 @@ def measure(
         options['crop_border'] = 0
     if 'img2' not in takes:  # such as NIQE
         del images['img2']
-    return float(calculate_metric(images, options))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)  # NumPy's, of the mean of nothing
+        value = float(calculate_metric(images, options))
+    if math.isnan(value):
+        size = ' x '.join(map(str, images['img'].shape[:2]))
+        border = f' with a crop_border of {options["crop_border"]}' if options.get('crop_border') else ''
+        raise UserError(f'{metric_opt["type"]} is not a number for an image of {size} pixels{border}.')
+    return value
