@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,6 +177,8 @@ def test_half_precision_files_and_metadata():
 
 def test_convert_finds_the_options_by_itself():
     torch.save({'params': make_net().state_dict()}, 'net_g_5.pth')
+    for name, skip in (('a.yml', 'bicubic'), ('b.yml', 'none')):  # neither is read, though the weights fit both
+        Path(name).write_text(json.dumps({'network_g': {**NETWORK, 'skip': skip}}))
     with pytest.raises(UserError, match='does not say which network it belongs to: name its options file with -opt'):
         convert('net_g_5.pth', 'm.safetensors')
     torch.save({'params': make_net().state_dict(), 'network_g': NETWORK}, 'embedded.pth')
@@ -185,7 +188,7 @@ def test_convert_finds_the_options_by_itself():
     other = {**NETWORK, 'experts': [[4]]}
     with pytest.raises(UserError, match=r'embedded.pth holds .* experts is \[\[4\]\], of the weights'):
         convert('embedded.pth', 'm.safetensors', other)
-    assert sorted(os.listdir()) == ['embedded.pth', 'm2.safetensors', 'm3.safetensors', 'net_g_5.pth']
+    assert sorted(os.listdir()) == ['a.yml', 'b.yml', 'embedded.pth', 'm2.safetensors', 'm3.safetensors', 'net_g_5.pth']
 
 
 def test_options_that_change_no_shape_are_never_guessed():
