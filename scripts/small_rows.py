@@ -50,6 +50,28 @@ ABLATIONS = {  # one change of MoEISR, or of MoEISR-J; seed 0
     'j_shared_first': ('small_moeisr_j_liif', NESTED, 'network_g:shared_layers=1'),
     'j_shared_none': ('small_moeisr_j_liif', NESTED, 'network_g:shared_layers=0'),
 }
+# Decoders on the features of a trained network that stays as it is: what each learns in a short time, at which cost.
+# The checkpoint lies in the folder that the rows are run from.
+FROZEN_ITERATIONS = 600
+FROZEN = (
+    'network_g:encoder={type: NetworkEncoder, checkpoint: networks/SMFANet_DIV2K_100w_x4SR.pth}',
+    f'train:fix_encoder={FROZEN_ITERATIONS}',
+    'train:ema_decay=0.98',
+)
+LM_EXPERTS = '[[], {latent: [16], depth: 2}, {latent: [64], depth: 4}, {latent: [208], depth: 6}]'
+FROZEN_DECODERS = {
+    'liif': ('small_liif',),
+    'lte': ('small_lte',),
+    'lm': ('small_liif', 'network_g:type=LMLIIF'),
+    'moeisr_j_liif': ('small_moeisr_j_liif',),
+    'moeisr_j_lm': (
+        'small_moeisr_j_liif',
+        'network_g:decoder=lm',
+        f'network_g:experts={LM_EXPERTS}',
+        'network_g:mapper={num_layers: 1, num_feat: 16, granularity: lr_pixel}',
+        'train:balance_opt:target=[0.25, 0.25, 0.25, 0.25]',
+    ),
+}
 
 
 class Row(NamedTuple):
@@ -60,8 +82,8 @@ class Row(NamedTuple):
     changes: tuple[str, ...] = ()  # as for --force_yml
 
 
-def seeds(kind: str, options: str, *changes: str) -> dict[str, Row]:
-    return {f'{kind}_seed{seed}': Row(options, ITERATIONS, (f'manual_seed={seed}', *changes)) for seed in SEEDS}
+def seeds(kind: str, options: str, *changes: str, iterations: int = ITERATIONS) -> dict[str, Row]:
+    return {f'{kind}_seed{seed}': Row(options, iterations, (f'manual_seed={seed}', *changes)) for seed in SEEDS}
 
 
 def all_rows() -> dict[str, Row]:
@@ -76,6 +98,8 @@ def all_rows() -> dict[str, Row]:
     for name, encoder in ENCODERS.items():
         for kind in ('liif', 'moeisr_liif', 'moeisr_j_liif'):
             rows[f'{name}_{kind}'] = Row(f'small_{kind}', ENCODER_ITERATIONS, (f'network_g:encoder={encoder}',))
+    for kind, (options, *changes) in FROZEN_DECODERS.items():
+        rows |= seeds(f'frozen_{kind}', options, *FROZEN, *changes, iterations=FROZEN_ITERATIONS)
     return rows
 
 

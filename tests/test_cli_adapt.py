@@ -20,6 +20,7 @@ from moeisr_basicsr.checkpoint import load_model as load
 from moeisr_basicsr.checkpoint import read_model, save_model
 from moeisr_basicsr.cli import main
 from moeisr_basicsr.engine import adapt as adaptation
+from moeisr_basicsr.engine.adapt_result import go_back
 from moeisr_basicsr.inference import upscale
 
 ARCH = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2}
@@ -68,10 +69,10 @@ def test_a_fixed_scale_network_gets_every_factor(workplace, monkeypatch, capsys)
     assert run() == 0
     out = capsys.readouterr().out
     values = {}
-    for name in ('bicubic', 'resampled', 'out'):
+    for name in ('bicubic', 'resampled', 'out, 25%', 'out, 50%', 'out, 100%'):
         line = next(line for line in out.splitlines() if re.search(rf'{name} *│', line))
         values[name] = [float(value) for value in re.findall(r'(\d\d\.\d\d)(?= |$)', line)]
-    assert [len(of) for of in values.values()] == [4, 4, 4]  # x2, x3, x3.3, x4
+    assert [len(of) for of in values.values()] == [4] * 5  # x2, x3, x3.3, x4
     net = load('out.safetensors')
     assert type(net).__name__ in ('MoEISR', 'FixedScale')
     (workplace / 'net.pth').unlink()  # the file needs nothing else
@@ -90,7 +91,7 @@ def test_a_damaged_image_in_the_comparison_costs_no_model(workplace, monkeypatch
     Path('val/0.png').write_bytes(Path('val/0.png').read_bytes()[:2000])
     assert run('--val', 'val') == 0
     assert Path('out.safetensors').is_file()
-    assert 'val/0.png: the image is damaged' in Path('results/adapt_out/results.json').read_text()
+    assert 'val/0.png: the image is damaged' in Path('results/adapt_out_share_1/results.json').read_text()
     Path('val/1.png').write_bytes(b'')
     assert run('--val', 'val', '--overwrite') == 2
 
@@ -98,7 +99,7 @@ def test_a_damaged_image_in_the_comparison_costs_no_model(workplace, monkeypatch
 def test_training_that_does_not_help_is_thrown_away(workplace, monkeypatch, capsys):
     """A learning rate of 3 spoils any network."""
     optim = {'type': 'SGD', 'lr': 3.0}
-    small_recipe(monkeypatch, workplace / 'recipe.yml', optim_g=optim, grad_clip=None, non_finite='skip')
+    small_recipe(monkeypatch, workplace / 'recipe.yml', optim_g=optim, grad_clip=None, non_finite='skip', ema_decay=0)
     assert run() == 0
     assert 'Training has not improved on the resampled image' in capsys.readouterr().out
     assert read_model('out.safetensors').network_opt['type'] == 'FixedScale'
@@ -107,6 +108,33 @@ def test_training_that_does_not_help_is_thrown_away(workplace, monkeypatch, caps
     net.load_state_dict(torch.load('net.pth')['params'])
     with torch.no_grad():
         torch.testing.assert_close(upscale(load('out.safetensors'), image, 2.0).image, net(image))
+
+
+def test_a_part_of_the_way(workplace):
+    """Between the weights of the checkpoint and the trained ones; at 0 it is the network's own image, resampled."""
+    options = {'type': 'NetworkEncoder', 'arch': ARCH, 'weights': 'net.pth'}
+    start = build_network({'type': 'FixedScale', 'encoder': options}).eval()
+    torch.manual_seed(1)
+    mapper = {'num_layers': 1, 'num_feat': 4, 'granularity': 'lr_pixel'}
+    experts = [[], {'latent': [4], 'depth': 1}]
+    opt = {'type': 'MoEISR', 'encoder': options, 'decoder': 'lm', 'experts': experts, 'skip': 'network'}
+    nets = [build_network({**opt, 'mapper': mapper}).eval() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net in nets:
+        for weight in net.parameters():
+            weight.data.add_(torch.full_like(weight, 0.02))
+    go_back(nets[0], start, 0.25)
+    trained, own = nets[1].encoder.state_dict(), start.encoder.state_dict()
+    for name, weight in nets[0].encoder.state_dict().items():
+        torch.testing.assert_close(weight, 0.75 * own[name] + 0.25 * trained[name])
+    image, decoded = torch.rand(1, 3, 7, 9), []
+    for net in nets:
+        encoded = nets[1].encode(image)
+        decoded.append(net.decode_image(encoded, (18, 17)).output - start.decode_image(encoded, (18, 17)).output)
+    assert decoded[1].abs().max() > 1e-3
+    torch.testing.assert_close(decoded[0], 0.25 * decoded[1], atol=1e-6, rtol=1e-4)
+    go_back(nets[0], start, 0)
+    torch.testing.assert_close(upscale(nets[0], image, 2.5).image, upscale(start, image, 2.5).image)
 
 
 def test_the_same_command_goes_on(workplace, monkeypatch, capsys):
@@ -123,15 +151,15 @@ def test_the_same_command_goes_on(workplace, monkeypatch, capsys):
 
 
 def test_the_schedule_fits_the_minutes(workplace, monkeypatch):
-    """With steps of 0.2 s at rest and 0.6 s in training, 0.9 minutes of 1 minute hold 108 iterations."""
+    """With steps of 0.2 s at rest and 0.6 s in training, 0.9 minutes of 1 minute hold 96 iterations."""
     small_recipe(monkeypatch, workplace / 'recipe.yml')
     monkeypatch.setattr(adaptation, 'seconds_per_step', lambda opt: (0.2, 0.6))
     encoder = {'type': 'NetworkEncoder', 'arch': ARCH, 'weights': str(workplace / 'net.pth')}
     job = adaptation.Job(encoder, 'data', Path('out.safetensors'), minutes=1)
     path, resumes = write_options(job, adaptation.time.monotonic())
     train = yaml.safe_load(path.read_text())['train']
-    assert not resumes and train['total_iter'] == pytest.approx(108, abs=2)
-    assert train['fix_encoder'] == round(train['total_iter'] / 4) and train['scheduler']['periods'] == [
+    assert not resumes and train['total_iter'] == pytest.approx(96, abs=2)
+    assert train['fix_encoder'] == round(train['total_iter'] / 10) and train['scheduler']['periods'] == [
         train['total_iter']
     ]
 
@@ -149,7 +177,7 @@ def test_a_schedule_that_was_not_finished_is_fitted_again(workplace, monkeypatch
         write_options(job, adaptation.time.monotonic())
     monkeypatch.setattr(adaptation, 'seconds_per_step', lambda opt: (0.2, 0.6))
     path, resumes = write_options(job, adaptation.time.monotonic())
-    assert not resumes and yaml.safe_load(path.read_text())['train']['total_iter'] == pytest.approx(108, abs=2)
+    assert not resumes and yaml.safe_load(path.read_text())['train']['total_iter'] == pytest.approx(96, abs=2)
 
 
 def test_a_run_that_goes_on_keeps_images_and_schedule(workplace, monkeypatch, caplog):

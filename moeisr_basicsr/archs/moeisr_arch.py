@@ -139,7 +139,7 @@ class MoEISR(nn.Module):
         except ValueError as error:  # the method knows nothing of users
             raise UserError(str(error)) from error
         if skip in ('bicubic', 'network'):
-            self.decoder.pool.zero_output()
+            self.decoder.pool.scale_output(0)
 
     @staticmethod
     def passes_on(network_opt: Mapping[str, Any]) -> Callable | None:

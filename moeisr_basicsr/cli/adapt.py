@@ -67,10 +67,14 @@ def run(args: argparse.Namespace) -> int:
     job = job_of(args)
     from moeisr_basicsr.engine.adapt import adapt
 
-    code, rows, improved = adapt(job, started)
+    code, rows, share = adapt(job, started)
     if code == ExitCode.OK:
         print_comparison(rows)
-        if not improved:
+        if share:
+            print(
+                f'Percentages: of the way from the weights it came with to the trained ones; {share:.0%} are written.'
+            )
+        else:
             print('Training has not improved on the resampled image: the file holds the network with that image.')
         command = shlex.join(['basicsr', 'upscale', 'PHOTO', '--model', str(job.out), '--scale', '3.3'])
         print(f'{job.out}: {job.out.stat().st_size / 2**20:.1f} MiB; {command}')

@@ -119,12 +119,12 @@ class ExpertPool(nn.Module):
         return [module for module in modules if isinstance(module, nn.Linear)]
 
     @torch.no_grad()
-    def zero_output(self) -> None:
-        """Let every expert predict exactly zero, so that a network with an image skip starts as that skip."""
+    def scale_output(self, factor: float) -> None:
+        """Multiply what every expert predicts; with 0 a network with an image skip starts as exactly that skip."""
         for j in range(len(self.experts)):
             for last in self.linears(j)[-1:]:  # never shared
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
+                last.weight.mul_(factor)
+                last.bias.mul_(factor)
 
     def tables(
         self, feat: Tensor, padding: int = 1, cell_lr: Tensor | None = None, reads: Tensor | None = None

@@ -1,44 +1,38 @@
 """From a trained fixed-scale network to one of any factor: the recipe filled in, its schedule, what came of it.
 
 The run is that of an ordinary options file, `adapt.yml` beside this one with the user's files in it; `adapt` trains it,
-compares the result with the network's own image, resampled, and writes the better one of the two.
+and `adapt_result` compares what came of it with the network's own image, resampled, and writes the better one.
 """
 
 import hashlib
 import time
 from copy import deepcopy
 from pathlib import Path
-from statistics import fmean
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import yaml
-from basicsr.archs import build_network
 from basicsr.models import build_model
 from basicsr.utils import get_root_logger
 
-from moeisr_basicsr.analysis import schema
-from moeisr_basicsr.archs.encoders import build_encoder, resolve_network
-from moeisr_basicsr.atomic_file import write_atomic
-from moeisr_basicsr.checkpoint import convert, read_checkpoint, save_model
+from moeisr_basicsr.archs.encoders import build_encoder
+from moeisr_basicsr.checkpoint import read_checkpoint
 from moeisr_basicsr.data.image_source import ImageSource
-from moeisr_basicsr.errors import ExitCode, UserError
-from moeisr_basicsr.options import parse_options, read_yaml
+from moeisr_basicsr.errors import UserError
+from moeisr_basicsr.options import read_yaml
 
+from .adapt_result import Compared, options_of, write_better, write_text
 from .data_loading import Place, TrainData
 from .distributed import Ranks
 from .run_lock import held
-from .test_loop import RESULTS_FILE, test
 from .train_loop import train
 
 RECIPE = Path(__file__).with_name('adapt.yml')
 EXPERTS: dict[str, list[list[int]]] = {  # of the families beside the recipe's own, cheapest first
-    'liif': [[], [64], [128, 128], [256, 256, 256, 256]],
-    'lte': [[], [64], [128, 128], [256, 256, 256]],
+    'liif': [[], [64], [128, 128]],
+    'lte': [[], [64], [128, 128]],
 }
-FACTORS = (2, 3, 3.3, 4)  # of the comparison at the end
 VALIDATION_IMAGES, VALIDATION_PIXELS = 8, 1 << 20
-RESTING = 0.25  # part of the iterations in which the encoder rests
+RESTING = 0.1  # part of the iterations in which the encoder rests
 TIMED_STEPS, UNTIMED_STEPS = 5, 2
 SPARE = 0.9  # of the time that is left: the rest is for what comes after training
 Names = tuple[list[str], list[str]]  # of images to train on, and to validate on
@@ -65,15 +59,7 @@ class Job(NamedTuple):
         return self.encoder['weights' if 'arch' in self.encoder else 'checkpoint']
 
 
-class Compared(NamedTuple):
-    """One row of the comparison at the end."""
-
-    network: str
-    psnr: dict[str, float]  # factor, such as 'x3.3' -> mean PSNR of luma in dB
-    macs: dict[str, float]  # factor -> thousand multiply-adds per output pixel, encoder included; none for bicubic
-
-
-def adapt(job: Job, started: float) -> tuple[int, list[Compared], bool]:
+def adapt(job: Job, started: float) -> tuple[int, list[Compared], float]:
     """Train, compare, write the model file.
 
     Args:
@@ -81,8 +67,7 @@ def adapt(job: Job, started: float) -> tuple[int, list[Compared], bool]:
         started: `time.monotonic` when the user's minutes began.
 
     Returns:
-        The `ExitCode` of the training (the rest is empty where it did not end), the comparison, and whether training
-        was worth it: otherwise the file holds the network with its own image resampled.
+        The `ExitCode` of the training (the rest is empty where it did not end), and what `write_better` returns.
 
     Raises:
         UserError: Files do not fit.
@@ -92,26 +77,12 @@ def adapt(job: Job, started: float) -> tuple[int, list[Compared], bool]:
         return train_and_compare(job, *write_options(job, opt, names, started))
 
 
-def train_and_compare(job: Job, path: Path, resumes: bool) -> tuple[int, list[Compared], bool]:
+def train_and_compare(job: Job, path: Path, resumes: bool) -> tuple[int, list[Compared], float]:
     """`adapt`, with the options file at `path`."""
     code = train(options_of(path, auto_resume=resumes))
     if code:
-        return code, [], False
-    opt = read_yaml(path).data
-    experiment = Path('experiments', job.name)
-    latest = experiment / 'models' / 'net_g_latest.pth'
-    baseline = {'type': 'FixedScale', 'encoder': opt['network_g']['encoder']}
-    rows = [
-        *measure(opt, baseline, None, f'{job.name}_resampled', 'resampled'),
-        *measure(opt, opt['network_g'], latest, job.name, job.out.stem),
-    ]
-    gain = fmean(rows[2].psnr.values()) - fmean(rows[1].psnr.values())
-    if gain > 0:
-        convert(latest, job.out)
-    else:
-        net = build_network(deepcopy(baseline))
-        save_model(job.out, net, resolve_network(baseline, net))
-    return code, rows, gain > 0
+        return code, [], 0.0
+    return code, *write_better(read_yaml(path).data, job.out)
 
 
 def fill_recipe(job: Job, train_list: Path, val_list: Path) -> dict[str, Any]:
@@ -199,10 +170,6 @@ def refuse_any_factor(checkpoint: str) -> None:
         )
 
 
-def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda file: file.write(f'{text}\n'.encode()))
-
-
 def has_state(run: str) -> bool:
     return any(Path('experiments', run, 'training_states').glob('*.state'))
 
@@ -271,12 +238,6 @@ def is_line(name: str) -> bool:
     return name.encode(errors='replace').decode() == name and name.splitlines() == [name.strip()]
 
 
-def options_of(path: Path, is_train: bool = True, auto_resume: bool = False) -> dict[str, Any]:
-    """The checked options of a file, as the commands get them."""
-    arguments = SimpleNamespace(opt=str(path), force_yml=None, launcher='none', auto_resume=auto_resume, debug=False)
-    return parse_options(arguments, str(Path.cwd()), is_train)
-
-
 def seconds_per_step(opt: dict[str, Any]) -> tuple[float, float]:
     """Median time of a training step while the encoder rests, and while it trains."""
     ranks = Ranks()
@@ -294,39 +255,3 @@ def seconds_per_step(opt: dict[str, Any]) -> tuple[float, float]:
             times.append(time.perf_counter() - began)
         medians.append(sorted(times[UNTIMED_STEPS:])[TIMED_STEPS // 2])
     return medians[0], medians[1]
-
-
-def measure(opt: dict[str, Any], network_g: dict, weights: Path | None, name: str, label: str) -> list[Compared]:
-    """One network on the validation images, at `FACTORS`; before the one without trained weights, bicubic."""
-    images = {key: value for key, value in opt['datasets']['val'].items() if key not in ('name', 'scale')}
-    data = {
-        'name': name,
-        'model_type': opt['model_type'],
-        'num_gpu': opt['num_gpu'],
-        'network_g': network_g,
-        'datasets': {
-            f'test_{number}': {**images, 'name': f'val_x{factor}', 'scale': factor}
-            for number, factor in enumerate(FACTORS)
-        },
-        'path': {'pretrain_network_g': str(weights), 'param_key_g': 'params_ema'} if weights else {},
-        'val': {
-            **{key: value for key, value in opt['val'].items() if key != 'val_freq'},
-            'needs_weights': weights is not None,
-            'bicubic_baseline': weights is None,
-        },
-    }
-    path = Path('experiments', f'test_{name}.yml')
-    write_text(path, yaml.safe_dump(data, sort_keys=False))
-    code = test(options_of(path, is_train=False))
-    if code not in (ExitCode.OK, ExitCode.IMAGES_FAILED):
-        raise UserError(f'the comparison at the end was stopped (exit code {code}); the same command goes on with it.')
-    file = Path('results', name, RESULTS_FILE)
-    rows = [row for row in schema.load(file)['rows'] if row['case'] == 'mean']  # a damaged image is in none of them
-    if len(rows) < len(FACTORS):
-        raise UserError(f'the comparison at the end has no image that can be used at every factor: see {file}.')
-    factors = [schema.scale_label(row['scale']) for row in rows]
-    macs = {at: row['macs']['total'] / 1e3 for at, row in zip(factors, rows)}
-    own_row = Compared(label, {at: row['metrics']['psnr'] for at, row in zip(factors, rows)}, macs)
-    if weights is not None:
-        return [own_row]
-    return [Compared('bicubic', {at: row['metrics']['bicubic_psnr'] for at, row in zip(factors, rows)}, {}), own_row]
