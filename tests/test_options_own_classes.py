@@ -151,7 +151,7 @@ def basicsr(*lines):
     """Command lines in a process of its own: what they register stays there. Exit codes and the two outputs."""
     code = f"""
 from moeisr_basicsr.cli import main
-print([main([*line.split(), '--import', 'mine.py']) for line in {lines}])
+print([int(main([*line.split(), '--import', 'mine.py'])) for line in {lines}])
 """
     environment = {'PYTHONPATH': str(Path(__file__).resolve().parents[1]), 'PATH': '/usr/bin:/bin'}
     command = [sys.executable, '-c', code]
