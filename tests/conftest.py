@@ -1,5 +1,6 @@
 """What all tests share: one seed and one logger per test, and no threads beyond those that were asked for."""
 
+import gc
 import logging
 import os
 
@@ -14,6 +15,11 @@ from moeisr_basicsr.data import reading
 
 if 'OMP_NUM_THREADS' not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_finish():
+    """What has been imported is no garbage: each collection, of which a profile makes dozens, would look through it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

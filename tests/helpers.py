@@ -12,6 +12,13 @@ from moeisr_basicsr.data.image_writer import join_channels, strip_writer
 
 DATA_VARIABLE = 'MOEISR_TEST_DATA'
 WEIGHTS_VARIABLE = 'MOEISR_TEST_WEIGHTS'
+# First lines of a program that needs `core` and `kernels` alone: the rest of the package takes seconds to import.
+CORE_ALONE = f"""
+import sys, types
+package = types.ModuleType('moeisr_basicsr')
+package.__path__ = [{str(Path(__file__).resolve().parents[1] / 'moeisr_basicsr')!r}]
+sys.modules[package.__name__] = package
+"""
 
 
 def data_root() -> Path:

@@ -8,6 +8,7 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -57,9 +58,9 @@ def parse(tmp_path, monkeypatch, *arguments, text=MINIMAL_YAML):
 def test_every_module_of_basicsr_imports():
     done = run_python("""
         import importlib, pkgutil
-        from moeisr_basicsr import compat
-        compat.install_shims()
-        import basicsr
+        import sys
+        import moeisr_basicsr, basicsr
+        assert not {'torch._dynamo', 'scipy.stats', 'triton'} & sys.modules.keys()
         names = [info.name for info in pkgutil.walk_packages(basicsr.__path__, 'basicsr.')]
         for name in names:
             importlib.import_module(name)
@@ -67,6 +68,29 @@ def test_every_module_of_basicsr_imports():
         """)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) == 90
+
+
+def test_what_is_imported_late_is_the_real_thing():
+    import scipy.stats
+    import torch._dynamo.utils
+    from basicsr.data.degradations import cdf2
+
+    roi_align = sys.modules['torchvision.ops.roi_align']  # `torchvision.ops.roi_align` is the function
+    for device in ('cpu', 'cuda', 'meta'):
+        assert roi_align.is_compile_supported(device) == torch._dynamo.utils.is_compile_supported(device)
+    points = np.stack(np.meshgrid([-1.0, 0.0, 2.0], [0.5, 1.0, 3.0]), axis=-1)
+    product = scipy.stats.norm.cdf(points).prod(axis=-1)  # of two independent normal variables
+    np.testing.assert_allclose(cdf2(np.eye(2), points), product, atol=1e-6)
+
+
+def test_a_module_imported_late_answers_for_the_rest():
+    name = 'xml.sax.saxutils'  # any module of some size
+    sys.modules.pop(name, None)
+    with compat._called_later(name, 'escape'):
+        from xml.sax.saxutils import escape, quoteattr
+
+        assert sys.modules[name].__file__  # `quoteattr` has brought the real one
+    assert (escape('<'), quoteattr('<')) == ('&lt;', '"&lt;"')
 
 
 def test_grayscale_shim_is_torchvisions_function():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import CORE_ALONE
 from reference import grid
 
 from moeisr_basicsr.core import MoEDecoder, render_image
@@ -195,7 +196,8 @@ def test_tf32_by_its_newer_names():
         [
             sys.executable,
             '-c',
-            """
+            CORE_ALONE
+            + """
 import torch
 from moeisr_basicsr.core.precision import full_fp32
 settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv

@@ -28,7 +28,6 @@ def small(**options):
     [
         ('SMFANet_DIV2K_100w', {}, 2, 38.04),
         ('SMFANet_DIV2K_100w', {}, 4, 32.25),
-        ('SMFANet_plus_DIV2K_100w', PLUS, 2, 38.18),
         ('SMFANet_plus_DIV2K_100w', PLUS, 4, 32.43),
     ],
 )

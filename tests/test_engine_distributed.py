@@ -43,41 +43,60 @@ class Float64MoEISR(MoEISR):
 """
 
 
-# The runs of one test session share the two processes: starting them takes longer than the runs.
+# On rank 1, once, in the second epoch.
+FAILING = """
+import os
+from moeisr_basicsr.data.arbitrary_scale_dataset import ArbitraryScaleImageDataset
+from moeisr_basicsr.errors import UserError
+
+read, damaged = ArbitraryScaleImageDataset.__getitem__, ['3.png']
+
+
+def failing(self, index):
+    if os.environ['RANK'] == '1' and self.epoch == 1 and damaged:
+        raise UserError(f'{damaged.pop()} is damaged')
+    return read(self, index)
+
+
+ArbitraryScaleImageDataset.__getitem__ = failing
+"""
+
+
+# Exit codes and command lines. All share the two processes: starting them takes longer than the runs. Each run finds
+# torchrun by itself, as there is no --launcher, and has a process group of its own.
 SCRIPT = """
 import sys
 import torch.distributed as dist
 from moeisr_basicsr.cli import main
-from moeisr_basicsr.engine.rendezvous import fresh_store
 
-dist.init_process_group('gloo')
 for line in sys.argv[1:]:
-    code = main([*line.split(), '--launcher', 'pytorch'])
-    assert code == 0, (line, code)
-dist.destroy_process_group()
+    expected, *words = line.split()
+    code = main(words)
+    assert code == int(expected), (line, code)
+    if code == 0:
+        assert not dist.is_initialized()
+    else:  # there processes end in earnest
+        dist.destroy_process_group()
 """
 
 
-def torchrun(root, *words):
-    """A command in two processes."""
+def under_torchrun(root, lines):
+    """Exit codes and `basicsr` command lines in two processes below `root`; what they write to stderr."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    return subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}', *words],
+    (root / 'script.py').write_text(SCRIPT)
+    start = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}']
+    done = subprocess.run(
+        [*start, 'script.py', *lines],
         cwd=root,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=240,
     )
-
-
-def under_torchrun(root, lines):
-    """`basicsr` command lines in two processes below `root`."""
-    (root / 'script.py').write_text(SCRIPT)
-    done = torchrun(root, 'script.py', *lines)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stderr
 
 
 def alone(root, line):
@@ -134,7 +153,7 @@ def evaluation_options(root, processes):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """A folder with the runs fp32, fp64, joint and test of one and of two processes."""
+    """A folder with the runs fp32, fp64, joint and test of one and of two processes, and the run failing of two."""
     root = tmp_path_factory.mktemp('distributed')
     (root / 'float64.py').write_text(FLOAT64)
     torch.manual_seed(0)
@@ -159,7 +178,17 @@ def runs(tmp_path_factory):
             'test -opt test.yml',
         ]
         if processes == 2:
-            under_torchrun(root, lines)
+            changes = {
+                'train:total_iter': 14,
+                'datasets:train:batch_size_per_gpu': 2,
+                'logger:save_checkpoint_freq': 14,
+            }
+            failing = run_yaml(root, name='failing', val=None, **changes)
+            (root / 'failing.yml').write_text(yaml.safe_dump(failing, sort_keys=False))
+            (root / 'failing.py').write_text(FAILING)
+            again = 'train -opt failing.yml --import failing.py --auto_resume'
+            said = under_torchrun(root, [*(f'0 {line}' for line in lines), f'2 {again}', f'0 {again}'])
+            (root / 'stderr.txt').write_text(said)
         else:
             for line in lines:
                 alone(root, line)
@@ -240,16 +269,6 @@ def test_attempts_of_torchrun_share_no_keys():
         assert all(store.get('address') == b'here' for store in stores)
 
 
-def test_torchrun_is_recognised(tmp_path):
-    """Without --launcher; before, both processes trained the whole run in one folder."""
-    changes = {'train:total_iter': 2, 'datasets:train:batch_size_per_gpu': 2, 'val': None}
-    (tmp_path / 'run.yml').write_text(yaml.safe_dump(run_yaml(tmp_path, **changes), sort_keys=False))
-    done = torchrun(tmp_path, '-m', 'moeisr_basicsr', 'train', '-opt', 'run.yml')
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert saved(tmp_path, 2)[1]['place'] == {'epoch': 0, 'samples': 4, 'world_size': 2}
-    assert [path.name for path in (tmp_path / 'experiments').iterdir()] == ['run']
-
-
 @pytest.mark.parametrize(
     ('environment', 'given', 'launcher'),
     [
@@ -276,40 +295,15 @@ def test_the_launcher_of_an_environment(monkeypatch, capsys, environment, given,
     assert capsys.readouterr().err == f'basicsr: error: The environment variable {launcher}\n'
 
 
-FAILING = """
-import os
-from moeisr_basicsr.data.arbitrary_scale_dataset import ArbitraryScaleImageDataset
-from moeisr_basicsr.errors import UserError
-
-read = ArbitraryScaleImageDataset.__getitem__
-
-
-def damaged(self, index):
-    if os.environ['RANK'] == '1' and os.path.exists('damage') and self.epoch == 1:
-        raise UserError('3.png is damaged')
-    return read(self, index)
-
-
-ArbitraryScaleImageDataset.__getitem__ = damaged
-"""
-
-
-def test_all_ranks_save_where_one_cannot_read(tmp_path):
+def test_all_ranks_save_where_one_cannot_read(runs):
     """Together: the state has the generators of both, and rank 0, whose terminal it is, knows why the run ended."""
-    changes = {'train:total_iter': 14, 'datasets:train:batch_size_per_gpu': 2, 'logger:save_checkpoint_freq': 14}
-    (tmp_path / 'run.yml').write_text(yaml.safe_dump(run_yaml(tmp_path, val=None, **changes), sort_keys=False))
-    (tmp_path / 'failing.py').write_text(FAILING)
-    (tmp_path / 'damage').touch()
-    command = ('-m', 'moeisr_basicsr', 'train', '-opt', 'run.yml', '--import', 'failing.py', '--auto_resume')
-    done = torchrun(tmp_path, *command)
-    assert done.returncode != 0
+    said = (runs / 'stderr.txt').read_text()
     for line in ('basicsr: error: 3.png is damaged', 'basicsr: error: rank 1: 3.png is damaged'):
-        assert line in done.stderr, done.stderr[-3000:]
-    state = saved(tmp_path, 6)[1]
+        assert line in said, said[-3000:]
+    state = saved(runs, 6, 'failing')[1]
     assert state['place'] == {'epoch': 0, 'samples': 12, 'world_size': 2}
     assert len(state['rng']) == 2 and not torch.equal(state['rng'][0]['torch'], state['rng'][1]['torch'])
-    (tmp_path / 'damage').unlink()
-    done = torchrun(tmp_path, *command)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert 'Resuming from iteration 6, epoch 0, 12 samples into it.' in done.stderr
-    assert [line['iter'] for line in metrics_lines(tmp_path)] == list(range(1, 15))
+    assert 'Resuming from iteration 6, epoch 0, 12 samples into it.' in said
+    assert [line['iter'] for line in metrics_lines(runs, 'failing')] == list(range(1, 15))
+    names = {f'{name}_{processes}' for name in ('fp32', 'fp64', 'joint') for processes in (1, 2)}
+    assert {path.name for path in (runs / 'experiments').iterdir()} == {*names, 'failing'}  # one folder for both ranks

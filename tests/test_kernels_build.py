@@ -8,12 +8,15 @@ import sys
 import threading
 
 import pytest
+from helpers import CORE_ALONE
 
 from moeisr_basicsr.kernels import build, cpu
 from moeisr_basicsr.kernels.build import DIGEST_SIZE, BuildError, _cache_root, _fingerprint, load_library
 from moeisr_basicsr.kernels.native import OLDER
 
-CHILD = """
+CHILD = (
+    CORE_ALONE
+    + """
 import torch
 from moeisr_basicsr.kernels import cpu
 from moeisr_basicsr.kernels.build import BuildError, load_library
@@ -26,6 +29,7 @@ if cpu.available():
     cpu.decode(cpu.PackedExperts([expert]), [torch.ones(1, 1, 32)], axis, axis, expert_map, out)
     assert (out == 32).all(), out
 """
+)
 
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason=f'the fused kernels cannot run here: {cpu.reason()}')
@@ -134,20 +138,33 @@ def test_a_library_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert build._is_whole(tmp_path / 'placed.so') and not (tmp_path / 'new.so').exists()
 
 
+# In place of the minute of a real one: all that it makes is the library that there is.
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+    if [ "$1" = -o ]; then echo >> {folder}/calls; sleep 1; exec cp {folder}/library "$2"; fi
+    shift
+done
+"""
+
+
 @needs_kernels
 def test_concurrent_first_builds(tmp_path):
     """Two processes start on half a library, a SIGBUS if loaded, after a killed build: both end with the kernels."""
-    folder = tmp_path / 'moeisr_basicsr'
+    folder, compiler = tmp_path / 'moeisr_basicsr', tmp_path / 'compiler'
     (folder / 'build_killed').mkdir(parents=True)
     whole = built_library().read_bytes()
+    (tmp_path / 'library').write_bytes(whole[:-DIGEST_SIZE])
+    compiler.write_text(COMPILER.format(folder=tmp_path))
+    compiler.chmod(0o755)
     (folder / built_library().name).write_bytes(whole[: len(whole) // 2])
     (folder / 'build.lock').write_text('')  # left by a process that died: the lock itself died with it
     outputs = []
-    children = [start_child(tmp_path) for _ in range(2)]
+    children = [start_child(tmp_path, CXX=str(compiler)) for _ in range(2)]
     waiters = [threading.Thread(target=lambda c=child: outputs.append(finish_child(c))) for child in children]
     for waiter in waiters:
         waiter.start()
     for waiter in waiters:
         waiter.join()
     assert len(outputs) == 2 and all(out.startswith('True') for out in outputs), outputs
-    assert [path.stat().st_size for path in folder.glob('*.so')] == [len(whole)]
+    assert [path.read_bytes() for path in folder.glob('*.so')] == [whole]
+    assert len((tmp_path / 'calls').read_text()) == len(build._sources()) + 1  # of one process: objects, library

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import CORE_ALONE
 
 HERE = Path(__file__).parent
 
@@ -16,8 +17,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Compiles the kernels for a device that is not there, and prints what it would need. argv: compute capabilities.
-COMPILE = """
-import sys
+COMPILE = (
+    CORE_ALONE
+    + """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -50,6 +52,7 @@ for capability in map(int, sys.argv[1:]):
     print(decode.metadata.shared, product in decode.asm['ptx'], len(decode.asm['cubin']) > 0,
           len(route.asm['cubin']) > 0, 'mma' in render.asm['ptx'] and len(render.asm['cubin']) > 0)
 """
+)
 
 
 def run(args, tmp_path, interpret):

@@ -199,26 +199,7 @@ def leaves(value, keys=()):
             yield from leaves(child, (*keys, key))
 
 
-ODD = [
-    None,
-    3,
-    -1,
-    0.5,
-    float('nan'),
-    float('inf'),
-    10**30,
-    True,
-    '',
-    'x',
-    [],
-    [1],
-    ['a'],
-    [[]],
-    {},
-    {'type': 'x'},
-    {'type': [1]},
-    {'a': {'b': 1}},
-]
+ODD = [None, -1, 0.5, float('nan'), 10**30, True, 'x', [], [1], [[]], {}, {'type': [1]}, {'a': {'b': 1}}]
 
 
 @pytest.mark.parametrize('text', [GOOD, BASICSR], ids=['ours', 'basicsr'])

@@ -147,22 +147,29 @@ def mine(images_here):
     return images_here
 
 
-def basicsr(*arguments):
-    """The command in a process of its own: what it registers stays there."""
-    command = [sys.executable, '-m', 'moeisr_basicsr', *arguments, '--import', 'mine.py']
-    root = str(Path(__file__).resolve().parents[1])
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={'PYTHONPATH': root, 'PATH': '/usr/bin:/bin'}
-    )
+def basicsr(*lines):
+    """Command lines in a process of its own: what they register stays there. Exit codes and the two outputs."""
+    code = f"""
+from moeisr_basicsr.cli import main
+print([int(main([*line.split(), '--import', 'mine.py'])) for line in {lines}])
+"""
+    environment = {'PYTHONPATH': str(Path(__file__).resolve().parents[1]), 'PATH': '/usr/bin:/bin'}
+    command = [sys.executable, '-c', code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout, done.stderr
 
 
-@pytest.mark.parametrize('name', ['StripeDataset', 'FreeDataset'])
-def test_they_train(mine, name):
+def test_they_train(mine):
     """Without `Options` the keys of a dataset pass as they are."""
-    done = basicsr('train', '-opt', write(text(DATASET.replace('StripeDataset', name))), '--force_yml', 'val=none')
-    assert done.returncode == 0, done.stderr[-2000:]
-    records = [json.loads(line) for line in Path('experiments/run/metrics.jsonl').read_text().splitlines()]
-    assert any('l_pix' in str(record) for record in records)
+    names = 'StripeDataset', 'FreeDataset'
+    for name in names:
+        write(text(DATASET.replace('StripeDataset', name)).replace('name: run', f'name: {name}'), f'{name}.yml')
+    codes, _, errors = basicsr(*(f'train -opt {name}.yml --force_yml val=none' for name in names))
+    assert codes == [0, 0], errors[-2000:]
+    for name in names:
+        records = Path(f'experiments/{name}/metrics.jsonl').read_text().splitlines()
+        assert any('l_pix' in str(json.loads(record)) for record in records)
 
 
 def test_their_options_are_checked(mine):
@@ -172,7 +179,10 @@ def test_their_options_are_checked(mine):
         .replace('power: 1.5', 'power: 5')
         .replace('type: calculate_bias', 'type: calculate_bias\n      channel: 3')
     )
-    done = basicsr('train', '-opt', write(wrong))
+    write(wrong)
+    write(text(DATASET.replace('    colours: [2, 3]\n', '')).replace('width: 6', 'width: 5'), 'other.yml')
+    write(text().replace('  encoder:', '  decoder: point\n  gian: 3\n  encoder:'), 'point.yml')
+    codes, _, errors = basicsr(*(f'train -opt {name}.yml' for name in ('run', 'other', 'point')))
     expected = {
         'sise': "datasets: train: sise: unknown key. Did you mean 'size'?",
         'width': 'network_g: encoder: width: must be a whole number of at least 1; got 0.',
@@ -180,24 +190,22 @@ def test_their_options_are_checked(mine):
         'power': 'train: pixel_opt: power: must be a number above 0 and at most 4; got 5.',
         'channel': 'val: metrics: psnr: channel: must be one of 0, 1, 2; got 3.',
     }
-    found = [line.strip() for line in done.stderr.splitlines() if 'run.yml:' in line]
-    assert done.returncode == 2 and len(found) == len(expected), done.stderr
+    found = [line.strip() for line in errors.splitlines() if 'run.yml:' in line]
+    assert codes == [2, 2, 2] and len(found) == len(expected), errors
     for line, (key, message) in zip(found, expected.items()):
         assert line.endswith(f'run.yml:{line_of(wrong, key + ":")}: {message}')
-
-    done = basicsr(
-        'train', '-opt', write(text(DATASET.replace('    colours: [2, 3]\n', '')).replace('width: 6', 'width: 5'))
-    )
-    assert "datasets: train: the key 'colours' is missing (how many stripes)." in done.stderr
-    assert 'network_g: MoEISR cannot be built from these options: width must be even; got 5.' in done.stderr
+    for words in (
+        "datasets: train: the key 'colours' is missing (how many stripes).",
+        'network_g: MoEISR cannot be built from these options: width must be even; got 5.',
+        "network_g: gian: unknown key. Did you mean 'gain'?",
+        "network_g: the key 'gain' is missing (Factor on the relative coordinate",
+    ):
+        assert words in errors
 
 
 def test_a_decoder_family_goes_through_every_command(mine):
     """Named in an options file, its own option with it; the weights of the trained network are used by the others."""
     options = text().replace('  encoder:', '  decoder: point\n  gain: 3\n  encoder:')
-    wrong = basicsr('train', '-opt', write(options.replace('gain: 3', 'gian: 3')))
-    assert "network_g: gian: unknown key. Did you mean 'gain'?" in wrong.stderr
-    assert "network_g: the key 'gain' is missing (Factor on the relative coordinate" in wrong.stderr
     network = yaml.safe_load(options)['network_g']
     (image, *_) = sorted(mine.glob('*/*.png'))
     dataset = {'name': 'Set_x2', 'type': 'ArbitraryScaleImageDataset', 'dataroot_gt': str(image.parent), 'scale': 2}
@@ -206,15 +214,8 @@ def test_a_decoder_family_goes_through_every_command(mine):
     Path('test.yml').write_text(yaml.safe_dump({**head, **rest}))
     write(options)
     lines = COMMANDS.format(image=image).strip().splitlines()
-    code = f"""
-from moeisr_basicsr.cli import main
-for line in {lines}:
-    assert main(line.split() + ['--import', 'mine.py'] + ['--force_yml', 'val=none'] * ('run.yml' in line)) == 0, line
-"""
-    environment = {'PYTHONPATH': str(Path(__file__).resolve().parents[1]), 'PATH': '/usr/bin:/bin'}
-    command = [sys.executable, '-c', code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    codes, output, errors = basicsr(*(line + ' --force_yml val=none' * ('run.yml' in line) for line in lines))
+    assert not any(codes), (codes, output, errors)
     row = json.loads(Path('p.json').read_text())['rows'][0]
     with Image.open('large.png') as large, Image.open(image) as small:
         assert large.size == (2 * small.width, 2 * small.height)
@@ -231,16 +232,16 @@ def test_an_error_in_an_import_names_the_file(images_here, capsys):
 
 
 def test_they_are_listed(mine):
-    done = basicsr('train', '--keys', '--markdown')
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert '## network_g (PlainEncoder)' in done.stdout
-    assert '| `gain` | a whole number of at least 1 | required | Factor on the relative coordinate. |' in done.stdout
-    assert '| `width` | a whole number of at least 1 | 4 | Channels of the features. |' in done.stdout
-    assert (
-        '| `colours` | a list of entries, each a whole number of at least 1 | required | how many stripes |'
-        in done.stdout
-    )
-    assert '| `power` | a number above 0 and at most 4 | 2 |  |' in done.stdout
+    codes, output, errors = basicsr('train --keys --markdown')
+    assert codes == [0], errors[-2000:]
+    for row in (
+        '## network_g (PlainEncoder)',
+        '| `gain` | a whole number of at least 1 | required | Factor on the relative coordinate. |',
+        '| `width` | a whole number of at least 1 | 4 | Channels of the features. |',
+        '| `colours` | a list of entries, each a whole number of at least 1 | required | how many stripes |',
+        '| `power` | a number above 0 and at most 4 | 2 |  |',
+    ):
+        assert row in output
 
 
 def test_every_key_is_on_the_page_with_value_and_meaning(capsys):

@@ -57,10 +57,10 @@ def psnr(image, truth, factor):
     return calculate_psnr_sr(image, truth, scale=factor, rounded=True)
 
 
-def check_gain(net, path):
+def check_gain(net, path, factors):
     rgb = middle(path)
     truth = as_tensor(rgb)
-    for factor in FACTORS:
+    for factor in factors:
         lq = shrunk(rgb, factor)
         ours = psnr(upscale(net, lq, size=(PIECE, PIECE)).image, truth, factor)
         theirs = psnr(bicubic(lq[0], (PIECE, PIECE))[None], truth, factor)
@@ -69,12 +69,12 @@ def check_gain(net, path):
 
 @pytest.mark.parametrize('path', PHOTOGRAPHS, ids=lambda path: path.stem)
 def test_it_beats_bicubic_on_every_photograph_of_the_repository(net, path):
-    check_gain(net, path)
+    check_gain(net, path, FACTORS)
 
 
 @pytest.mark.parametrize('number', range(1, 25))
 def test_it_beats_bicubic_on_every_image_of_kodak(net, number):
-    check_gain(net, shared_data('Kodak24', f'{number:02}.png'))
+    check_gain(net, shared_data('Kodak24', f'{number:02}.png'), FACTORS[number % 4 :][:1])
 
 
 def test_every_expert_works_and_none_does_everything(net):
@@ -87,22 +87,21 @@ def test_every_expert_works_and_none_does_everything(net):
         assert by_image.std(dim=0).max() > 0.01, f'x{factor}: every photograph is routed alike'
 
 
-@pytest.mark.parametrize('factor', FACTORS)
-def test_bf16_gives_the_same_picture(net, factor):
+@pytest.mark.parametrize(('factor', 'path'), zip(FACTORS, PHOTOGRAPHS))
+def test_bf16_gives_the_same_picture(net, factor, path):
     """To two levels of 8 bits, where the routing agrees: rounded features let near ties of the mapper fall otherwise.
 
     Most of the difference comes from the encoder in bf16.
     """
-    for path in PHOTOGRAPHS[:3]:
-        lq = shrunk(middle(path), factor)
-        exact, fast = (upscale(net, lq, scale=factor, precision=precision) for precision in ('fp32', 'bf16'))
-        same = exact.expert_map == fast.expert_map
-        assert same.float().mean() > 0.98
-        difference = (exact.image.clamp(0, 1) - fast.image.clamp(0, 1)).abs().amax(dim=1)  # (1, R, S)
-        assert difference[same].max() < 2 / 255 and difference.mean() < 1e-3
+    lq = shrunk(middle(path), factor)
+    exact, fast = (upscale(net, lq, scale=factor, precision=precision) for precision in ('fp32', 'bf16'))
+    same = exact.expert_map == fast.expert_map
+    assert same.float().mean() > 0.98
+    difference = (exact.image.clamp(0, 1) - fast.image.clamp(0, 1)).abs().amax(dim=1)  # (1, R, S)
+    assert difference[same].max() < 2 / 255 and difference.mean() < 1e-3
 
 
-@pytest.mark.parametrize('factor', FACTORS)
+@pytest.mark.parametrize('factor', [2.5, 4])
 def test_the_decoder_in_bf16_from_the_same_features(net, factor):
     with torch.no_grad():
         lq = shrunk(middle(PHOTOGRAPHS[1]), factor)

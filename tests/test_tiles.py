@@ -14,7 +14,7 @@ from moeisr_basicsr.tools.profile.rendering import render_fixed
 ENCODERS = [
     {'type': 'EDSREncoder', 'num_feat': 8, 'num_block': 2},
     {'type': 'RDNEncoder', 'num_feat': 8, 'num_block': 2, 'num_conv': 2, 'growth': 4},
-    {'type': 'SwinIREncoder', 'embed_dim': 12, 'depths': [2, 2], 'num_heads': [2, 2]},
+    {'type': 'SwinIREncoder', 'embed_dim': 12, 'depths': [2], 'num_heads': [2]},
 ]
 TAIL = {'type': TailEncoder.__name__, 'scale': 4}
 
@@ -39,8 +39,8 @@ def test_tiled_equals_whole(encoder, budget):
     assert whole.expert_map.unique().numel() > 1
     for tile in (16, 40):
         tiled = upscale(net, lq, (2.3, 3), tile=tile, budget=budget)
-        assert len(list(upscale_strips(net, lq, tuple(whole.image.shape[-2:]), tile=tile))) > 1
         if budget is None:
+            assert len(list(upscale_strips(net, lq, tuple(whole.image.shape[-2:]), tile=tile))) > 1
             torch.testing.assert_close(tiled.image, whole.image, rtol=0, atol=1e-5)
             agreement = (tiled.expert_map == whole.expert_map).float().mean()
             assert agreement >= 0.999  # rounding may turn a near tie
@@ -55,7 +55,7 @@ def test_the_base_image_of_a_tile_is_the_wholes(skip, scale, dense):
     """The resampling's taps lie further out than the codes of a decoder without a mapper."""
     torch.manual_seed(0)
     net = LIIF(TAIL, [8], skip=skip) if dense else MoEISR(TAIL, experts=[[8], [8, 8]], skip=skip)
-    lq = torch.rand(1, 3, 71, 53)
+    lq = torch.rand(1, 3, 41, 37)
     whole = upscale(net, lq, scale, tile=0)
     tiled = upscale(net, lq, scale, tile=16)
     torch.testing.assert_close(tiled.image, whole.image, rtol=0, atol=1e-5)

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.core import MoEDecoder, reference
@@ -122,6 +121,8 @@ def encoder_macs(encoder: Any, lq_size: tuple[int, int], in_channels: int = 3, t
     Runs the encoder on tensors without data, so it takes no memory and no time whatever the size; the counter of
     `mmengine.analysis` would run it on the image. They claim to lie on the encoder's device: code for 16 bit asks.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     device = next(encoder.parameters()).device
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
         run = encoder.with_image if tail else encoder

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from moeisr_basicsr.core import MoEDecoder
@@ -77,6 +76,8 @@ def depth_correlation(expert_map: Tensor, image: Tensor, depths: Sequence[int], 
         depths: Hidden layers of each expert.
         window: See `gradient_energy`.
     """
+    from scipy.stats import spearmanr  # a second of imports, and only validation with routing statistics needs it
+
     depth = torch.tensor(depths)[expert_map.long().cpu()]
     energy = gradient_energy(image.cpu(), window)
     if depth.min() == depth.max() or energy.min() == energy.max():

@@ -84,10 +84,12 @@ class TrainedNetwork(nn.Module):
         assert image is not None
         return feat, image
 
-    @torch.compiler.disable(recursive=False)  # the pass ends by an exception
     def run(self, x: Tensor, tail: bool) -> tuple[Tensor, Tensor | None]:
         height, width = x.shape[-2:]
-        feat, image = features_and_image(self.network, padded((x + 1) / 2, *self.sides), self.cut, tail)
+        # The pass ends by an exception, which torch.compile cannot follow. As a decorator this would import all of
+        # torch's compiler with the package.
+        one_pass = torch.compiler.disable(features_and_image, recursive=False)
+        feat, image = one_pass(self.network, padded((x + 1) / 2, *self.sides), self.cut, tail)
         if image is not None:
             image = image[..., : height * self.scale, : width * self.scale]
         return feat[..., :height, :width], image

@@ -1,6 +1,7 @@
 """`basicsr profile`."""
 
 import argparse
+import gc
 import logging
 import os
 import re
@@ -150,6 +151,7 @@ def profile_data(args: argparse.Namespace, console: Console) -> tuple[list[dict]
 
 def profile_network(args: argparse.Namespace, console: Console) -> tuple[list[dict], dict, dict]:
     """The same of a network, upscaling or training."""
+    gc.freeze()  # else the collection before each stage looks through all that was imported
     device = choose_device(args.device)
     args.model = args.model and str(find_model(args.model))
     net, network_opt = network.load_network(args.model, args.opt)
