@@ -63,9 +63,7 @@ class MoEISRArch(Architecture[MoEISR]):
 
 
 def whole_scale(net: MoEISR) -> int:
-    """`scale` of its options where that is a whole number; else the factor of its base image if that is an encoder's
-    own; else `SCALE`.
-    """
+    """The options' `scale` if it is whole; else the factor of the base image that an encoder makes; else `SCALE`."""
     if isinstance(net.scale, (int, float)) and net.scale == int(net.scale):
         return int(net.scale)
     return net.encoder.scale if net.skip == 'network' else SCALE
