@@ -13,7 +13,6 @@ spandrel hands over tensors only, and knows no factor but a whole one. Importing
 import torch
 from spandrel import MAIN_REGISTRY, Architecture, ArchSupport, ImageModelDescriptor, ModelTiling, StateDict
 from spandrel.util import KeyCondition
-from torch import Tensor
 
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.checkpoint import OPTIONS, build, options_tensor, read_options
@@ -22,7 +21,6 @@ from moeisr_basicsr.inference import upscale
 
 SOURCE = 'the model file'  # spandrel does not say which
 SCALE = 4  # of a network that does not say one: what most networks in these programs have
-
 PRECISION = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
 
 
@@ -58,7 +56,8 @@ class MoEISRArch(Architecture[MoEISR]):
             output_channels=net.decoder.out_channels,
             # A network without a known receptive radius looks at the whole image.
             tiling=ModelTiling.DISCOURAGED if getattr(net.encoder, 'halo', None) is None else ModelTiling.SUPPORTED,
-            call_fn=call,
+            # positions and mapper are fp32 in all three
+            call_fn=lambda net, lq: upscale(net, lq, scale, precision=PRECISION[lq.dtype]).image.to(lq.dtype),
         )
 
 
@@ -67,11 +66,6 @@ def whole_scale(net: MoEISR) -> int:
     if isinstance(net.scale, (int, float)) and net.scale == int(net.scale):
         return int(net.scale)
     return net.encoder.scale if net.skip == 'network' else SCALE
-
-
-def call(net: MoEISR, lq: Tensor) -> Tensor:
-    """(1, C, H, W) of fp32, fp16 or bf16 to (1, C, s H, s W) of the same; positions and mapper are fp32 in all."""
-    return upscale(net, lq, net.scale, precision=PRECISION[lq.dtype]).image.to(lq.dtype)
 
 
 MAIN_REGISTRY.add(
