@@ -59,7 +59,7 @@ def make(options, seed=0):
     return net
 
 
-def image(rows=21, cols=17):
+def image(rows=7, cols=9):
     return torch.rand(1, 3, rows, cols, generator=torch.Generator().manual_seed(1))
 
 
@@ -106,10 +106,10 @@ def test_its_whole_factor(changes, scale):
 @pytest.mark.parametrize(('overlap', 'tolerance'), [(REACH, 1e-5), (0, None)])
 def test_overlapping_tiles_are_the_whole_image(overlap, tolerance):
     """As programs cut: each tile by itself, overlapping by `overlap` pixels per side, which are cut off again."""
-    found, lq, side, s = ModelLoader().load_from_file(saved()[0]), image(37, 30), 13, 4
-    whole, tiled = found(lq), torch.zeros(1, 3, 37 * s, 30 * s)
-    for top in range(0, 37, side):
-        for left in range(0, 30, side):
+    found, lq, side, s = ModelLoader().load_from_file(saved()[0]), image(25, 20), 9, 4
+    whole, tiled = found(lq), torch.zeros(1, 3, 25 * s, 20 * s)
+    for top in range(0, 25, side):
+        for left in range(0, 20, side):
             first, start = max(top - overlap, 0), max(left - overlap, 0)
             tile = found(lq[..., first : top + side + overlap, start : left + side + overlap])
             tile = tile[..., s * (top - first) :, s * (left - start) :][..., : s * side, : s * side]
@@ -234,15 +234,14 @@ def run(node, batch, **given):
 
 def test_the_node_of_comfyui(node):
     name, net = saved()
-    batch = torch.cat([image(), image().flip(-1)]).movedim(1, -1)  # (2, 21, 17, 3)
+    batch = torch.cat([image(21, 17), image(21, 17).flip(-1)]).movedim(1, -1)  # (2, 21, 17, 3)
     assert node.INPUT_TYPES()['required']['model_name'] == (['moeisr_edsr_light', name],)
     assert node.RETURN_TYPES == ('IMAGE', 'IMAGE')
     for given, size in (
         ({'factor': 2.7}, (57, 46)),
         ({'width': 40}, (49, 40)),
-        ({'height': 42}, (42, 34)),
         ({'width': 33, 'height': 60, 'factor': 9.0}, (60, 33)),
-        ({'cost_weight': 3.0, 'tile': 16}, (42, 34)),
+        ({'height': 42, 'cost_weight': 3.0, 'tile': 16}, (42, 34)),
     ):
         result, picture = run(node, batch, **given)
         expected = upscale(net, batch.movedim(-1, 1), size=size, cost_weight=given.get('cost_weight', 0.0))
@@ -252,7 +251,7 @@ def test_the_node_of_comfyui(node):
             known = ExpertMapPicture(size[1], net.expert_costs.tolist())
             known = np.concatenate([known.rows(expert_map), known.legend()])
             assert np.array_equal((drawn * 255).round().byte().numpy(), known)
-    cheap, plain = (run(node, batch, cost_weight=weight)[1] for weight in (30.0, 0.0))
+    cheap, plain = (run(node, batch[:1, :6, :5], cost_weight=weight)[1] for weight in (30.0, 0.0))
     assert not torch.equal(cheap, plain)
 
 
