@@ -1,7 +1,8 @@
 """Weights in files: model files, written and read, and the checkpoints that become one.
 
 A model file is safetensors with the metadata `format` and `network_g`, the network's options as JSON, so that nothing
-else is needed to use it. Reading a file never runs code from it.
+else is needed to use it. The options of a network of ours are among its tensors too: some programs keep nothing else.
+Reading a file never runs code from it.
 """
 
 import copy
@@ -31,6 +32,7 @@ from moeisr_basicsr.safe_reading import load_torch_file, plain_options
 
 FORMAT = 'moeisr_basicsr'
 RESERVED = ('format', 'network_g')  # metadata that `save_model` itself writes
+OPTIONS = 'network_g_json'  # the tensor with the options, a byte of JSON per element
 # Where a .pth has its weights, best first: averaged, plain, or the file is the state dict itself.
 PARAM_KEYS = ('params_ema', 'params', None)
 STORES = {'fp32': torch.float32, 'fp16': torch.float16}  # number formats of the weights in a model file
@@ -65,8 +67,32 @@ def save_model(
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     # A clone each: safetensors rejects tensors that share memory.
     state = {name: value.detach().to('cpu', copy=True).contiguous() for name, value in state.items()}
+    kind = registered('ARCH').get(str(network_opt.get('type')))
+    if isinstance(kind, type) and issubclass(kind, MoEISR):  # other networks are read elsewhere, by their weights alone
+        state[OPTIONS] = options_tensor(network_opt)
     content = save(state, {**notes, 'format': FORMAT, 'network_g': json.dumps(network_opt, sort_keys=True)})
     write_atomic(path, lambda file: file.write(content))
+
+
+def options_tensor(network_opt: Mapping[str, Any]) -> Tensor:
+    """The options as `OPTIONS` holds them: int32, since spandrel's reader of .pth files rejects bytes."""
+    return torch.tensor(list(json.dumps(network_opt, sort_keys=True).encode()), dtype=torch.int32)
+
+
+def read_options(stored: Tensor, source: str) -> dict[str, Any]:
+    """The options that `options_tensor` stored, whatever number format they were converted to since.
+
+    Raises:
+        UserError: They are damaged; `source` is named.
+    """
+    return plain_options(_parse(stored.double().round().to(torch.uint8).cpu().numpy().tobytes(), source), source)
+
+
+def _parse(text: str | bytes, source: str | PathLike) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # the former also for numbers of thousands of digits
+        raise UserError(f'{source} is damaged: the options of its network are not JSON ({error}).') from error
 
 
 def read_model(path: str | PathLike) -> Model:
@@ -183,7 +209,13 @@ def read_checkpoint(path: str | PathLike, param_keys: Sequence[str | None] = PAR
         model = model._replace(metadata={**source, **model.metadata} if model.network_opt else source)
     else:
         model = _read_torch(path, param_keys, source)
-    return Model(plain_options(model.network_opt, str(path)), plain_weights(model.weights, path), model.metadata)
+    network_opt, weights = plain_options(model.network_opt, str(path)), plain_weights(model.weights, path)
+    if OPTIONS in weights:
+        within = read_options(weights.pop(OPTIONS), str(path))
+        if network_opt and network_opt != within:
+            raise UserError(f'{path}: its metadata and its tensor {OPTIONS} hold the options of different networks.')
+        network_opt = within
+    return Model(network_opt, weights, model.metadata)
 
 
 def plain_weights(weights: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
@@ -312,8 +344,5 @@ def _read_safetensors(path: str | PathLike) -> Model:
         raise UserError(f'{path} is no whole safetensors file: it is damaged or was cut short ({error}).') from error
     if metadata.get('format') != FORMAT:
         return Model({}, weights, metadata)
-    try:
-        network_opt = json.loads(metadata.get('network_g', '{}'))
-    except (ValueError, RecursionError) as error:  # the former also for numbers of thousands of digits
-        raise UserError(f'{path} is damaged: the options of its network are not JSON ({error}).') from error
+    network_opt = _parse(metadata.get('network_g', '{}'), path)
     return Model(network_opt, weights, {key: value for key, value in metadata.items() if key not in RESERVED})

@@ -34,6 +34,7 @@ ALLOWED = {
     'engine': BELOW_MODELS | PARTS | {'models', ''},
     'tools': BELOW_MODELS | PARTS | {'models', 'engine', ''},
     'cli': BELOW_MODELS | PARTS | {'models', 'engine', 'tools', ''},
+    'integrations': BELOW_MODELS | PARTS | {'cli', ''},  # nothing may import them
     '__main__': {'cli'},
     '': {'compat'},  # it registers everything by file name
 }

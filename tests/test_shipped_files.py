@@ -44,7 +44,7 @@ def rewrite_card(old, new):
 
 DEFECTS = [
     (cut, 'one.safetensors is no whole safetensors file'),
-    (spoil(lambda weights, metadata: weights.popitem()), 'the weights do not fit'),
+    (spoil(lambda weights, metadata: weights.pop(next(iter(weights)))), 'the weights do not fit'),
     (spoil(lambda weights, metadata: metadata.pop('license')), 'metadata license is missing'),
     (spoil(lambda weights, metadata: metadata.update(param_key='params')), 'not the averaged weights'),
     (spoil(lambda weights, metadata: next(iter(weights.values())).fill_(torch.nan)), 'NaN or infinite'),

@@ -1,0 +1,1 @@
+"""Other programs: spandrel and with it chaiNNer, and ComfyUI. Nothing in the package imports what is here."""
