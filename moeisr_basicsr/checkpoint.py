@@ -28,11 +28,10 @@ from moeisr_basicsr.options import force
 from moeisr_basicsr.options.registered import registered
 from moeisr_basicsr.options.values import show
 from moeisr_basicsr.safe_building import build_bounded
-from moeisr_basicsr.safe_reading import load_torch_file, plain_options
+from moeisr_basicsr.safe_reading import OPTIONS, load_torch_file, plain_options
 
 FORMAT = 'moeisr_basicsr'
 RESERVED = ('format', 'network_g')  # metadata that `save_model` itself writes
-OPTIONS = 'network_g_json'  # the tensor with the options, a byte of JSON per element
 # Where a .pth has its weights, best first: averaged, plain, or the file is the state dict itself.
 PARAM_KEYS = ('params_ema', 'params', None)
 STORES = {'fp32': torch.float32, 'fp16': torch.float16}  # number formats of the weights in a model file

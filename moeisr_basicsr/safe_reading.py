@@ -15,6 +15,7 @@ import yaml
 
 from moeisr_basicsr.errors import UserError
 
+OPTIONS = 'network_g_json'  # in our model files, a tensor of the network's options, a byte of JSON per element
 SCALARS = tuple(f'tag:yaml.org,2002:{name}' for name in ('null', 'bool', 'int', 'float', 'str'))
 MERGE = 'tag:yaml.org,2002:merge'
 MAX_NODES = 20_000  # options have hundreds; aliases of aliases could unfold into more than memory holds

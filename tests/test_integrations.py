@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from spandrel import MAIN_REGISTRY, ImageModelDescriptor, ModelLoader, ModelTiling
 
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
-from moeisr_basicsr.checkpoint import OPTIONS, load_model, options_tensor, read_model, save_model
+from moeisr_basicsr.checkpoint import load_model, options_tensor, read_model, save_model
 from moeisr_basicsr.cli import main
 from moeisr_basicsr.cli.expert_map import ExpertMapPicture
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import upscale
 from moeisr_basicsr.integrations import spandrel
+from moeisr_basicsr.safe_reading import OPTIONS
 
 NETWORK = {
     'type': 'MoEISR',

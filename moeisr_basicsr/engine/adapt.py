@@ -15,7 +15,6 @@ from basicsr.models import build_model
 from basicsr.utils import get_root_logger
 
 from moeisr_basicsr.archs.encoders import build_encoder
-from moeisr_basicsr.checkpoint import read_checkpoint
 from moeisr_basicsr.data.image_source import ImageSource
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.options import read_yaml
@@ -116,7 +115,6 @@ def plan(job: Job) -> tuple[dict[str, Any], Names]:
     """
     opt = fill_recipe(job, *lists_of(job))
     names = split_images(job, opt['datasets']['train']['lq_size'])
-    refuse_any_factor(job.weights)
     build_encoder(job.encoder, 3, tail=True)  # says what is wrong with it
     return opt, names
 
@@ -151,23 +149,6 @@ def write_options(job: Job, opt: dict[str, Any], names: Names, started: float) -
         set_iterations(opt, max(int(SPARE * left / (RESTING * resting + (1 - RESTING) * training)), 20))
         write_text(path, digest + yaml.safe_dump(opt, sort_keys=False))
     return path, False
-
-
-def refuse_any_factor(checkpoint: str) -> None:
-    """Stop where there is nothing to adapt.
-
-    Raises:
-        UserError: The network takes every factor already.
-    """
-    try:
-        model = read_checkpoint(checkpoint)
-    except UserError:  # weights under other names than ours: `build_encoder` says
-        return
-    if 'encoder' in model.network_opt or any(name.startswith('decoder.pool.') for name in model.weights):
-        raise UserError(
-            f'{checkpoint} takes any factor already: use it with `basicsr upscale`, or train it on with '
-            '`basicsr train` and path: pretrain_network_g.'
-        )
 
 
 def has_state(run: str) -> bool:

@@ -15,9 +15,10 @@ from spandrel import MAIN_REGISTRY, Architecture, ArchSupport, ImageModelDescrip
 from spandrel.util import KeyCondition
 
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
-from moeisr_basicsr.checkpoint import OPTIONS, build, options_tensor, read_options
+from moeisr_basicsr.checkpoint import build, options_tensor, read_options
 from moeisr_basicsr.errors import UserError
 from moeisr_basicsr.inference import upscale
+from moeisr_basicsr.safe_reading import OPTIONS
 
 SOURCE = 'the model file'  # spandrel does not say which
 SCALE = 4  # of a network that does not say one: what most networks in these programs have

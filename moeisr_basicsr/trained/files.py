@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moeisr_basicsr.errors import UserError, did_you_mean, did_you_mean_file
 from moeisr_basicsr.options.registered import OWN_CLASS, registered
-from moeisr_basicsr.safe_reading import load_torch_file
+from moeisr_basicsr.safe_reading import OPTIONS, load_torch_file
 
 SPANDREL = 'spandrel.architectures.'
 # Where checkpoints of other code have their weights, best first.
@@ -24,7 +24,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     """The state dict in a .pth or .safetensors file, averaged weights first.
 
     Raises:
-        UserError: There is no such file, it is damaged, holds code, or no weights.
+        UserError: There is no such file, it is damaged, holds code, no weights, or those of a network of ours.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -51,6 +51,11 @@ def read_weights(path: str) -> dict[str, Tensor]:
     for prefix in PREFIXES:
         if all(str(name).startswith(prefix) for name in content):
             content = {str(name).removeprefix(prefix): value for name, value in content.items()}
+    if any(str(name).startswith('decoder.pool.') or name == OPTIONS for name in content):
+        raise UserError(
+            f'{path} takes any factor already: use it with `basicsr upscale`, or train it on with `basicsr train` and '
+            'path: pretrain_network_g.'
+        )
     return dict(content)
 
 
