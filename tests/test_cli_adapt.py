@@ -252,7 +252,7 @@ def test_images_for_the_comparison_below_folders_and_in_an_lmdb(workplace, monke
         job = adaptation.Job(encoder, 'data', Path(f'{number}.safetensors'), validation=folder)
         opt = yaml.safe_load(write_options(job, 0)[0].read_text())
         baseline = {'type': 'FixedScale', 'encoder': encoder}
-        psnr.append([row.psnr for row in adaptation.measure(opt, baseline, None, f'run{number}', 'resampled')])
+        psnr.append([row.psnr for row in adapt_result.measure(opt, baseline, None, f'run{number}', 'resampled')])
         rows = schema.load(Path('results', f'run{number}', 'results.json'))['rows']
         assert [row['count'] for row in rows if row['case'] == 'mean'] == [2, 2, 2, 2]
     assert psnr[0] == psnr[1]

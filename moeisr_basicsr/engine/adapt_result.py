@@ -19,7 +19,7 @@ from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.archs.encoders import resolve_network
 from moeisr_basicsr.archs.moeisr_arch import MoEISR
 from moeisr_basicsr.atomic_file import write_atomic
-from moeisr_basicsr.checkpoint import convert, load_model, read_model, save_model
+from moeisr_basicsr.checkpoint import convert, load_any, read_model, save_model
 from moeisr_basicsr.errors import ExitCode, UserError
 from moeisr_basicsr.options import parse_options
 
@@ -58,7 +58,7 @@ def write_better(opt: dict[str, Any], out: Path) -> tuple[list[Compared], float]
     files = {share: models / f'share_{share:g}.safetensors' for share in SHARES}
     rows, best = [bicubic, resampled], (fmean(resampled.psnr.values()), 0.0)
     for share, file in files.items():
-        net = load_model(trained)
+        net = load_any(trained)
         go_back(net, start, share)
         save_model(file, net, read_model(trained).network_opt)
         label = f'{out.stem}, {share:.0%}'
