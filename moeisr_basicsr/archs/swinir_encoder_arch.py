@@ -6,7 +6,7 @@ Shapes: B images, C_in channels in [-1, 1], (H, W) LR size.
 from collections.abc import Sequence
 from typing import Literal
 
-import torch.nn.functional as F
+import torch
 from basicsr.archs.swinir_arch import SwinIR
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
@@ -102,11 +102,12 @@ def padded(x: Tensor, multiple: int, minimum: int = 1) -> Tensor:
     `minimum`, such a multiple, is the smallest size. An image smaller than the padding is mirrored several times.
     """
     for axis in (-2, -1):
-        missing = max(-x.shape[axis] % multiple, minimum - x.shape[axis])
-        while missing > 0:
-            size = x.shape[axis]
-            step = min(missing, size - 1) or missing  # one pixel has no mirror image: it is repeated
-            mode = 'reflect' if size > 1 else 'replicate'
-            x = F.pad(x, (0, 0, 0, step) if axis == -2 else (0, step, 0, 0), mode)
-            missing -= step
+        size = x.shape[axis]
+        if not torch.jit.is_tracing() and size % multiple == 0 and size >= minimum:
+            continue
+        wanted = size + -size % multiple
+        wanted = wanted.clamp(min=minimum) if isinstance(wanted, Tensor) else max(wanted, minimum)  # the former traced
+        period = 2 * size - 2 + (size == 1)  # one pixel has no mirror image: it is repeated
+        index = torch.arange(wanted, device=x.device) % period
+        x = x.index_select(axis, torch.minimum(index, period - index))
     return x

@@ -21,6 +21,7 @@ COMMANDS = {
     'upscale': 'upscale images by any factor, or to any size',
     'adapt': 'make a network of any factor out of a trained fixed-scale one',
     'convert': 'make one self-describing model file of a checkpoint',
+    'export': 'make one ONNX file of a network, for any image and output size',
     'models': 'list the models that come with the package, or show one',
     'report': 'make one page of tables, charts and pictures of what tests and profiles measured',
     'profile': 'measure multiply-adds, time and memory of a network, stage by stage',

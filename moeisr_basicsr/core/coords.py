@@ -81,7 +81,7 @@ def nearest_index(coord: Tensor, n: int) -> Tensor:
 
     The same as `F.grid_sample(mode='nearest', align_corners=False)` picks.
     """
-    return torch.round(((coord + 1) * n - 1) / 2).long().clamp_(0, n - 1)
+    return torch.round(((coord + 1) * n - 1) / 2).clamp_(0, n - 1).long()
 
 
 def near_axis(coord: Tensor, n: int) -> Near:

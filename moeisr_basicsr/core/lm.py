@@ -104,9 +104,12 @@ class LMExperts(ExpertPool):
             x = F.conv2d(feat.contiguous(memory_format=torch.channels_last), kernel, padding=padding)
             return rest(rearrange(x, 'b d h w -> b (h w) d') + local[:, None])
         codes = F.pad(feat, (padding,) * 4).permute(0, 2, 3, 1)  # (B, H + 2, W + 2, C)
-        patches = codes.unfold(1, 3, 1).unfold(2, 3, 1)  # (B, H, W, C, 3, 3), a view
-        image, row, col = reads.unflatten(1, patches.shape[1:3]).nonzero(as_tuple=True)
-        rows = rest(F.linear(patches[image, row, col].flatten(1), w_feat) + local[image])
+        height, width = (n - 2 for n in codes.shape[1:3])
+        image, row, col = reads.unflatten(1, (height, width)).nonzero(as_tuple=True)
+        side = torch.arange(3, device=row.device)
+        near = codes[image[:, None, None], row[:, None, None] + side[:, None], col[:, None, None] + side]
+        w_feat = rearrange(w_feat, 'd (c k) -> d (k c)', k=9)
+        rows = rest(F.linear(near.flatten(1), w_feat) + local[image])  # near is (N, 3, 3, C)
         table = rows.new_zeros(*reads.shape, rows.shape[1])
         table[reads] = rows
         return table

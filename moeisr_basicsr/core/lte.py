@@ -63,9 +63,9 @@ class LTEExperts(ExpertPool):
         coef, freq = (queries.gather(table) for table in tables)  # (4 N, 2 K)
         rel = queries.rel.flatten(0, 1).to(freq)  # (4 N, 2)
         phase = self.phase(queries.cell_lr)  # (N, K) or (1, K)
-        freq = freq.unflatten(-1, (-1, 2))  # (4 N, K, 2), row part and column part of each frequency
-        angle = freq[..., 0] * rel[:, :1] + freq[..., 1] * rel[:, 1:]  # (4 N, K)
-        angle = math.pi * (angle.unflatten(0, (-1, 4)) + phase.unsqueeze(1)).flatten(0, 1)
+        # (4 N, K); row part and column part of each frequency stand side by side
+        angle = freq[:, 0::2] * rel[:, :1] + freq[:, 1::2] * rel[:, 1:]
+        angle = math.pi * (angle.view(-1, 4, phase.shape[-1]) + phase.unsqueeze(1)).flatten(0, 1)
         return coef * torch.cat([angle.cos(), angle.sin()], dim=-1)
 
     def enter(self, j: int, tables: list[Tensor], queries: Queries) -> tuple[int, Tensor]:

@@ -12,8 +12,7 @@ Shapes: B images, C channels, (H, W) size of the whole base image, (h, w) of a p
 columns, Q queries, P positions on one axis, K kernel taps.
 """
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +59,8 @@ def axis_taps(position: Tensor, cell: Tensor, n: int, mode: str) -> tuple[Tensor
     stretch = torch.ones_like(cell) if mode == 'bilinear' else cell.clamp(min=1)
     radius = stretch * (1 if mode == 'bilinear' else 2)
     first = (position - radius).floor() + 1
-    taps = torch.arange(math.ceil(2 * float(radius.max())), device=position.device)
+    count: Any = (2 * radius).max().ceil()  # a tensor, so that a traced graph computes it too
+    taps = torch.arange(count, device=position.device)
     index = first[:, None] + taps  # (P, K)
     distance = (position[:, None] - index) / stretch[:, None]
     if mode == 'bilinear':
@@ -139,8 +139,8 @@ def grid_taps(
     weight 1 is left.
     """
     position = (torch.arange(*span, dtype=torch.float64) + 0.5) * n / n_out - 0.5
-    index, weight = axis_taps(position, position.new_tensor([n / n_out]), n, mode)
-    used = weight.any(dim=0)
+    index, weight = axis_taps(position, position.new_ones(1) * n / n_out, n, mode)
+    used = weight.ne(0).any(dim=0)
     return (index[:, used] - origin).to(device), weight[:, used].to(device)
 
 
