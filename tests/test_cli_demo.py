@@ -94,6 +94,16 @@ def test_sliders_do_not_run_the_encoder(net, tmp_path):
     assert counts == [1, 1, 1, 2, 3]  # the last picture only is kept
 
 
+def test_pictures_get_new_addresses_and_do_not_pile_up(net, tmp_path):
+    write_image(tmp_path / 'a.png', noise((20, 24, 3)))
+    page, shown = demo.Page(net, tmp_path, 'fp32'), []
+    for call in range(demo.KEPT_CALLS + 3):
+        shown += page.show(str(tmp_path / 'a.png'), 2, call / 4, None)[0]
+    assert len(set(shown)) == len(shown)
+    assert [Path(path).exists() for path in shown] == [False] * 6 + [True] * 2 * demo.KEPT_CALLS
+    assert (tmp_path / '0').is_dir()  # of the example
+
+
 def test_codes_of_the_whole_image_serve_as_the_tiles_do(net):
     lq = demo.as_tensor(noise((40, 36, 3)))[None]
     encoded = encode_whole(net, lq)

@@ -5,8 +5,11 @@ A picture is encoded once; the sliders only render it anew, at any size and cost
 Shapes: (H, W) input, (R, S) output, J experts; pictures are (R, S, 3) RGB uint8.
 """
 
+import contextlib
 import math
 import os
+import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +36,7 @@ from moeisr_basicsr.metrics.psnr_ssim_sr_metric import calculate_psnr_sr
 
 MAX_INPUT, MAX_OUTPUT = 2**20, 2**23  # pixels: seconds on a CPU, and what a browser still moves smoothly
 MAX_FACTOR, FIRST_FACTOR = 12.0, 3.0
+KEPT_CALLS = 8  # whose pictures are not deleted yet: another tab may show them
 INSTEAD = '`basicsr upscale` has no such limit.'
 
 
@@ -245,18 +249,26 @@ class Page:
 
     Args:
         net: In eval mode.
-        folder: For pictures; gradio's own copies lie there too.
+        folder: For pictures; gradio's folder, which it serves.
         precision: Of encoder and experts.
     """
 
     def __init__(self, net: MoEISR, folder: Path, precision: str):
-        self.net, self.folder, self.precision = net, folder, precision
+        self.net, self.folder, self.precision, self.calls = net, folder, precision, 0
+        (folder / '0').mkdir()
         # The last picture only: features of a large one take hundreds of megabytes.
         self.source = lru_cache(maxsize=1)(lambda path: encode(net, read_picture(path), precision))
 
+    def begin(self) -> None:
+        """A folder of its own for the pictures of one call, since browsers keep what an address once was."""
+        self.calls += 1
+        if self.calls > KEPT_CALLS:  # the example, 0, stays
+            shutil.rmtree(self.folder / str(self.calls - KEPT_CALLS))
+        (self.folder / str(self.calls)).mkdir()
+
     def save(self, name: str, picture: np.ndarray) -> str:
         """A PNG that is written fast; where a browser finds the file."""
-        path = str(self.folder / name)
+        path = str(self.folder / str(self.calls) / name)
         cv2.imwrite(path, picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
         return path
 
@@ -266,6 +278,7 @@ class Page:
             return None, '', None, '', None
         original = None if truth is None else read_image(truth, Path(truth).name).rgb
         view = render(self.net, self.source(picture), factor, cost_weight, original, self.precision)
+        self.begin()
         result = self.save(f'{Path(picture).stem}_x{factor:g}.png', view.image)
         pair = (self.save('bicubic.png', view.bicubic), result)
         experts = None if view.overlay is None else self.save('experts.png', view.overlay)
@@ -277,6 +290,7 @@ class Page:
         if path is None:
             raise UserError('Put a picture in first.')
         small, original = shrink(to_unsigned(read_image(path, Path(path).name).rgb), factor)
+        self.begin()
         return self.save('small.png', small), self.save('original.png', original)
 
     def layout(self, name: str) -> Any:
@@ -294,7 +308,8 @@ class Page:
 
         small, original = shrink(example(), FIRST_FACTOR)
         has_experts = self.net.num_experts > 1
-        with gr.Blocks(title='MoEISR', analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+        with gr.Blocks(title='MoEISR', analytics_enabled=False) as blocks:
+            blocks.queue(max_size=8)
             gr.Markdown(INTRODUCTION)
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
@@ -362,19 +377,28 @@ def serve(net: MoEISR, name: str, host: str, port: int, precision: str) -> None:
     Raises:
         UserError: The address is in use, or not of this machine.
     """
-    with tempfile.TemporaryDirectory(prefix='basicsr_demo_') as folder:
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        raise UserError(f'--host {host} --port {port} cannot be used: {error}') from error
+    with listening, tempfile.TemporaryDirectory(prefix='basicsr_demo_') as folder:
         os.environ['GRADIO_TEMP_DIR'] = folder  # read when gradio is imported
+        import fastapi
         import gradio as gr
+        import uvicorn
 
-        blocks = Page(net, Path(folder), precision).layout(name)
-        system = ['system-ui', 'sans-serif']  # gradio's own fonts would come from the network
-        theme = gr.themes.Default(font=system, font_mono=['monospace'])
-        try:
-            blocks.queue(max_size=8).launch(
-                server_name=host, server_port=port, share=False, quiet=True, show_error=True, prevent_thread_lock=True,
-                max_file_size='64mb', footer_links=[], ssr_mode=False, theme=theme, css=CSS,
-            )  # fmt: skip
-        except OSError as error:
-            raise UserError(f'--host {host} --port {port} cannot be used: {error}') from error
-        print(f'The page is at {blocks.local_url} until Ctrl-C.', flush=True)
-        blocks.block_thread()
+        # Not `launch`, which gives up where its own request to the page takes seconds, as on a busy machine.
+        app = gr.mount_gradio_app(
+            fastapi.FastAPI(),
+            Page(net, Path(folder), precision).layout(name),
+            path='/',
+            theme=gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']),  # no web fonts
+            css=CSS,
+            footer_links=[],
+            max_file_size='64mb',
+            ssr_mode=False,
+        )
+        print(f'The page is at http://{host}:{listening.getsockname()[1]} until Ctrl-C.', flush=True)
+        server = uvicorn.Server(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=1))
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listening])
