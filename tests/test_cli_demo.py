@@ -97,11 +97,12 @@ def test_sliders_do_not_run_the_encoder(net, tmp_path):
 def test_pictures_get_new_addresses_and_do_not_pile_up(net, tmp_path):
     write_image(tmp_path / 'a.png', noise((20, 24, 3)))
     page, shown = demo.Page(net, tmp_path, 'fp32'), []
-    for call in range(demo.KEPT_CALLS + 3):
-        shown += page.show(str(tmp_path / 'a.png'), 2, call / 4, None)[0]
+    picture, truth = page.shrink(str(tmp_path / 'a.png'), 1.2, None)
+    for call in range(demo.KEPT_VIEWS + 3):
+        shown += page.show(picture, 1.2, call / 4, truth)[0]
     assert len(set(shown)) == len(shown)
-    assert [Path(path).exists() for path in shown] == [False] * 6 + [True] * 2 * demo.KEPT_CALLS
-    assert (tmp_path / '0').is_dir()  # of the example
+    assert [Path(path).exists() for path in shown] == [False] * 6 + [True] * 2 * demo.KEPT_VIEWS
+    assert Path(picture).exists() and Path(truth).exists()  # what it shows is made of these
 
 
 def test_codes_of_the_whole_image_serve_as_the_tiles_do(net):
@@ -156,6 +157,7 @@ def test_a_picture_is_shrunk_as_the_benchmarks_do(tmp_path, net):
 
 def test_limits_say_what_is_allowed(tmp_path, net):
     Image.new('L', (1100, 1000)).save(tmp_path / 'big.png')
+    Image.new('L', (3000, 3000)).save(tmp_path / 'huge.png')
     with pytest.raises(
         UserError, match=r'^big.png has 1100 x 1000 pixels; this page takes 1 million.*`basicsr upscale`'
     ):
@@ -164,6 +166,8 @@ def test_limits_say_what_is_allowed(tmp_path, net):
         demo.output_size((512, 768), 12, None)
     rows, cols = demo.output_size((512, 768), 4.6, None)
     assert rows * cols <= demo.MAX_OUTPUT < round(512 * 4.7) * round(768 * 4.7)
+    with pytest.raises(UserError, match='this page takes 8 million'):
+        demo.Page(net, tmp_path, 'fp32').show(str(tmp_path / 'a.png'), 2, 0, str(tmp_path / 'huge.png'))
     (tmp_path / 'text.png').write_bytes(b'no image')
     with pytest.raises(UserError, match=r'^text.png: not an image'):
         demo.Page(net, tmp_path, 'fp32').show(str(tmp_path / 'text.png'), 2, 0, None)

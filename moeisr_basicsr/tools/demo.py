@@ -12,6 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -36,8 +37,22 @@ from moeisr_basicsr.metrics.psnr_ssim_sr_metric import calculate_psnr_sr
 
 MAX_INPUT, MAX_OUTPUT = 2**20, 2**23  # pixels: seconds on a CPU, and what a browser still moves smoothly
 MAX_FACTOR, FIRST_FACTOR = 12.0, 3.0
-KEPT_CALLS = 8  # whose pictures are not deleted yet: another tab may show them
+KEPT_VIEWS = 8  # whose pictures are not deleted yet: another tab may show them
 INSTEAD = '`basicsr upscale` has no such limit.'
+CSS = """
+.plain, .plain tr, .plain td { border: 0 !important }
+.plain td { padding: 2px 16px 2px 0 !important }
+.plain tr:first-child { opacity: 0.7 }
+.swatch { display: inline-block; width: 1em; height: 1em; border-radius: 2px; vertical-align: middle }
+"""
+INTRODUCTION = """\
+# Enlarge a picture by any factor
+Put in a small picture, move the factor, and drag the handle to compare. The astronaut is an example."""
+ABOUT_MAP = (
+    'Several decoders, the experts, share the pixels: cheap ones take flat areas, expensive ones edges and detail.'
+)
+ABOUT_COST = 'To the right, more pixels go to cheaper experts (cost weight).'
+ABOUT_TRUTH = 'Give the large original of your picture, or shrink one here.'
 
 
 class Source(NamedTuple):
@@ -61,17 +76,17 @@ class View(NamedTuple):
     truth_factor: str  # of a truth of another size
 
 
-def read_picture(path: str | Path) -> np.ndarray:
+def read_picture(path: str | Path, most: int = MAX_INPUT) -> np.ndarray:
     """A file that is not too large for the page: (H, W, 3) uint8 or uint16, without its transparency.
 
     Raises:
-        UserError: See `read_image`; there are more than `MAX_INPUT` pixels.
+        UserError: See `read_image`; there are more than `most` pixels.
     """
     name = Path(path).name
     header = read_header(path, name)
-    if header.height * header.width > MAX_INPUT:
+    if header.height * header.width > most:
         raise UserError(
-            f'{name} has {header.width} x {header.height} pixels; this page takes {MAX_INPUT / 2**20:g} million. '
+            f'{name} has {header.width} x {header.height} pixels; this page takes {most / 2**20:g} million. '
             f'Shrink or crop it first; {INSTEAD}'
         )
     return read_image(path, name).rgb
@@ -194,9 +209,8 @@ def facts(net: MoEISR, view: View) -> str:
     rows = [('', 'bicubic', 'network')]
     if view.psnr is not None:
         gain = view.psnr[1] - view.psnr[0]
-        rows.append(
-            ('PSNR (higher is closer)', f'{view.psnr[0]:.2f} dB', f'<b>{view.psnr[1]:.2f} dB</b> ({gain:+.2f})')
-        )
+        better = f'<b>{view.psnr[1]:.2f} dB</b> ({gain:+.2f})'
+        rows.append(('PSNR (higher is closer)', f'{view.psnr[0]:.2f} dB', better))
     elif view.truth_factor:
         rows.append(('PSNR', '', f'only at the size of the original, {view.truth_factor}'))
     rows.append(('time', f'{took["bicubic"]:.0f} ms', f'{rest:.0f} ms; once per picture {took["encode"]:.0f} ms more'))
@@ -213,11 +227,7 @@ def percent(share: float) -> str:
 
 def table(rows: list[tuple[str, ...]]) -> str:
     """An HTML table; the first row is its head."""
-    head, *body = rows
-    lines = [
-        ''.join(f'<th>{cell}</th>' for cell in head),
-        *(''.join(f'<td>{cell}</td>' for cell in row) for row in body),
-    ]
+    lines = (''.join(f'<td>{cell}</td>' for cell in row) for row in rows)
     return f'<table class="plain">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
 
 
@@ -226,22 +236,6 @@ def example() -> np.ndarray:
     from skimage import data
 
     return data.astronaut()[:330, 60:420]
-
-
-CSS = """
-.plain, .plain tr, .plain td, .plain th { border: 0 !important }
-.plain td, .plain th { padding: 2px 16px 2px 0 !important; text-align: left; font-weight: normal }
-.plain th { opacity: 0.7 }
-.swatch { display: inline-block; width: 1em; height: 1em; border-radius: 2px; vertical-align: middle }
-"""
-INTRODUCTION = """\
-# Enlarge a picture by any factor
-Put in a small picture, move the factor, and drag the handle on the picture to compare."""
-ABOUT_MAP = (
-    'Several decoders, the experts, share the pixels: cheap ones take flat areas, expensive ones edges and texture.'
-)
-ABOUT_COST = 'To the right, more pixels go to cheaper experts (cost weight).'
-ABOUT_TRUTH = 'Give the large original of your picture, or shrink one here.'
 
 
 class Page:
@@ -254,44 +248,40 @@ class Page:
     """
 
     def __init__(self, net: MoEISR, folder: Path, precision: str):
-        self.net, self.folder, self.precision, self.calls = net, folder, precision, 0
-        (folder / '0').mkdir()
+        self.net, self.folder, self.precision = net, folder, precision
+        self.views: deque[Path] = deque()  # folders
         # The last picture only: features of a large one take hundreds of megabytes.
         self.source = lru_cache(maxsize=1)(lambda path: encode(net, read_picture(path), precision))
 
-    def begin(self) -> None:
-        """A folder of its own for the pictures of one call, since browsers keep what an address once was."""
-        self.calls += 1
-        if self.calls > KEPT_CALLS:  # the example, 0, stays
-            shutil.rmtree(self.folder / str(self.calls - KEPT_CALLS))
-        (self.folder / str(self.calls)).mkdir()
-
-    def save(self, name: str, picture: np.ndarray) -> str:
-        """A PNG that is written fast; where a browser finds the file."""
-        path = str(self.folder / str(self.calls) / name)
-        cv2.imwrite(path, picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
-        return path
+    def save(self, **pictures: np.ndarray) -> list[str]:
+        """PNGs, written fast, in a folder of their own: browsers keep what an address once was."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        paths = [str(folder / f'{name}.png') for name in pictures]
+        for path, picture in zip(paths, pictures.values()):
+            cv2.imwrite(path, picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        return paths
 
     def show(self, picture: str | None, factor: float, cost_weight: float, truth: str | None) -> tuple:
         """The values of comparison, facts, expert map, legend and download."""
         if picture is None:
             return None, '', None, '', None
-        original = None if truth is None else read_image(truth, Path(truth).name).rgb
+        original = None if truth is None else read_picture(truth, MAX_OUTPUT)
         view = render(self.net, self.source(picture), factor, cost_weight, original, self.precision)
-        self.begin()
-        result = self.save(f'{Path(picture).stem}_x{factor:g}.png', view.image)
-        pair = (self.save('bicubic.png', view.bicubic), result)
-        experts = None if view.overlay is None else self.save('experts.png', view.overlay)
-        return pair, facts(self.net, view), experts, legend(self.net, view), result
+        result = f'{Path(picture).stem}_x{factor:g}'
+        experts = {} if view.overlay is None else {'experts': view.overlay}
+        before, after, *overlay = self.save(**{'bicubic': view.bicubic, result: view.image, **experts})
+        self.views.append(Path(after).parent)
+        if len(self.views) > KEPT_VIEWS:
+            shutil.rmtree(self.views.popleft())
+        return (before, after), facts(self.net, view), (overlay or [None])[0], legend(self.net, view), after
 
-    def shrink(self, picture: str | None, factor: float, truth: str | None) -> tuple:
+    def shrink(self, picture: str | None, factor: float, truth: str | None) -> list[str]:
         """The values of picture and original: the original, or else the picture, and what is left of it."""
         path = truth or picture
         if path is None:
             raise UserError('Put a picture in first.')
-        small, original = shrink(to_unsigned(read_image(path, Path(path).name).rgb), factor)
-        self.begin()
-        return self.save('small.png', small), self.save('original.png', original)
+        small, original = shrink(to_unsigned(read_picture(path, MAX_OUTPUT)), factor)
+        return self.save(small=small, original=original)
 
     def layout(self, name: str) -> Any:
         """The page as gradio's Blocks; it opens with the example, shrunk, so that there is something to see."""
@@ -307,47 +297,37 @@ class Page:
             return wrapped
 
         small, original = shrink(example(), FIRST_FACTOR)
-        has_experts = self.net.num_experts > 1
+        render(self.net, encode(self.net, small), FIRST_FACTOR)  # builds the kernels, so that no visitor waits for them
+        first = self.save(astronaut=small, original=original)
+        if_experts: dict[str, Any] = {'visible': self.net.num_experts > 1}
+        kind: dict[str, Any] = {
+            'type': 'filepath',
+            'image_mode': None,
+            'sources': ['upload', 'clipboard'],
+            'buttons': [],
+        }
         with gr.Blocks(title='MoEISR', analytics_enabled=False) as blocks:
             blocks.queue(max_size=8)
             gr.Markdown(INTRODUCTION)
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
-                    kind = {'type': 'filepath', 'image_mode': None, 'sources': ['upload', 'clipboard'], 'buttons': []}
-                    picture = gr.Image(
-                        self.save('astronaut.png', small), label='Your picture', height=220, elem_id='picture', **kind
-                    )
+                    picture = gr.Image(first[0], label='Your picture', height=220, elem_id='picture', **kind)
                     factor = gr.Slider(1, MAX_FACTOR, FIRST_FACTOR, step=0.1, label='Factor', elem_id='factor')
-                    cost = gr.Slider(
-                        0,
-                        4,
-                        0,
-                        step=0.1,
-                        label='Save computation',
-                        info=ABOUT_COST,
-                        visible=has_experts,
-                        elem_id='cost',
-                    )
+                    label = 'Save computation'
+                    cost = gr.Slider(0, 4, 0, step=0.1, label=label, info=ABOUT_COST, elem_id='cost', **if_experts)
                     with gr.Accordion('How close is it to the original?', open=False):
                         gr.Markdown(ABOUT_TRUTH)
-                        truth = gr.Image(
-                            self.save('astronaut_original.png', original), label='Original', height=160, **kind
-                        )
+                        truth = gr.Image(first[1], label='Original', height=160, **kind)
                         button = gr.Button('Shrink the original by the factor', size='sm')
                 with gr.Column(scale=5, min_width=300):
+                    shown: dict[str, Any] = {'interactive': False, 'buttons': ['fullscreen']}
                     label = f'Left: bicubic interpolation. Right: {name}'
-                    comparison = gr.ImageSlider(
-                        label=label, interactive=False, buttons=['fullscreen'], elem_id='comparison'
-                    )
+                    comparison = gr.ImageSlider(label=label, elem_id='comparison', **shown)
                     numbers = gr.HTML(elem_id='numbers')
                     download = gr.DownloadButton('Download the enlarged picture (PNG)', size='sm', elem_id='download')
-                    experts = gr.Image(
-                        label='Which expert made which pixel',
-                        buttons=['fullscreen'],
-                        visible=has_experts,
-                        elem_id='experts',
-                    )
-                    key = gr.HTML(visible=has_experts)
+                    label = 'Which expert made which pixel'
+                    experts = gr.Image(label=label, elem_id='experts', **shown, **if_experts)
+                    key = gr.HTML(**if_experts)
             inputs, alone = [picture, factor, cost, truth], {'concurrency_id': 'network', 'concurrency_limit': 1}
             gr.on(
                 [blocks.load, *(part.change for part in inputs)],
