@@ -38,7 +38,7 @@ from moeisr_basicsr.metrics.psnr_ssim_sr_metric import calculate_psnr_sr
 MAX_INPUT, MAX_OUTPUT = 2**20, 2**23  # pixels: seconds on a CPU, and what a browser still moves smoothly
 MAX_FACTOR, FIRST_FACTOR = 12.0, 3.0
 KEPT_VIEWS = 8  # whose pictures are not deleted yet: another tab may show them
-INSTEAD = '`basicsr upscale` has no such limit.'
+INSTEAD = 'the command basicsr upscale has no such limit.'
 CSS = """
 .plain, .plain tr, .plain td { border: 0 !important }
 .plain td { padding: 2px 16px 2px 0 !important }
@@ -288,11 +288,14 @@ class Page:
         import gradio as gr
 
         def told(function: Callable) -> Callable:
+            """What was there stays, under a line that says why."""
+
             def wrapped(*args: Any) -> Any:
                 try:
                     return function(*args)
                 except UserError as error:
-                    raise gr.Error(str(error), title='This does not work', print_exception=False) from error
+                    gr.Warning(str(error), duration=20, title='Not on this page')
+                    return gr.skip()
 
             return wrapped
 
@@ -326,7 +329,7 @@ class Page:
                     numbers = gr.HTML(elem_id='numbers')
                     download = gr.DownloadButton('Download the enlarged picture (PNG)', size='sm', elem_id='download')
                     label = 'Which expert made which pixel'
-                    experts = gr.Image(label=label, elem_id='experts', **shown, **if_experts)
+                    experts = gr.Image(label=label, height=400, elem_id='experts', **shown, **if_experts)
                     key = gr.HTML(**if_experts)
             inputs, alone = [picture, factor, cost, truth], {'concurrency_id': 'network', 'concurrency_limit': 1}
             gr.on(
