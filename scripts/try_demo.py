@@ -76,7 +76,7 @@ def visit(page: Page, out: Path, device: str) -> None:
     page.screenshot(path=out / f'{device}_4_too_large.png')
     assert sources(page) == uploaded, 'what was there stays'
     move(page, 'factor', 2)
-    settled = settle(page)
+    settled = settle(page, uploaded)
     page.get_by_text('How close is it to the original?').click()
     page.get_by_role('button', name='Shrink').click()
     settle(page, settled)
@@ -102,7 +102,7 @@ def main() -> int:
         wait_for(server)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
-            for device, width, height in (('desktop', 1280, 900), ('phone', 390, 844)):
+            for device, width, height in (('phone', 390, 844), ('desktop', 1280, 900)):
                 page = browser.new_page(viewport={'width': width, 'height': height})
                 page.set_default_timeout(PATIENCE_MS)
                 page.on('request', lambda request: asked.add(request.url))

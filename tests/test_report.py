@@ -299,7 +299,8 @@ def test_from_test_to_report(tested, tmp_path, capsys, monkeypatch):
     assert main(['report', *inputs, '-o', 'report.html', '--csv', 'rows.csv', '--images', '2']) == 0
     text = (tmp_path / 'report.html').read_text()
     page = Page(text)
-    assert page.headings == ['Quality', 'Cost', 'Quality against cost', 'Routing', 'Pictures']
+    ends = ['Routing', 'Pictures', 'Where the figures come from']
+    assert page.headings == ['Quality', 'Quality against cost', 'Cost', *ends]
     rows = page.table("tiny: psnr in dB. div2k: RGB, shave 1. LR by MATLAB's bicubic; 3 images.")
     assert [row[0] for row in rows[2:]] == ['bicubic', 'dense', 'moe, budget 0.7']
     document = schema.load(tested / 'moe' / 'results.json')
