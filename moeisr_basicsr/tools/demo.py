@@ -324,7 +324,7 @@ class Page:
                         button = gr.Button('Shrink the original by the factor', size='sm')
                 with gr.Column(scale=5, min_width=300):
                     shown: dict[str, Any] = {'interactive': False, 'buttons': ['fullscreen']}
-                    label = f'Left: bicubic interpolation. Right: {name}'
+                    label = f'Left: bicubic. Right: {name}'
                     comparison = gr.ImageSlider(label=label, elem_id='comparison', **shown)
                     numbers = gr.HTML(elem_id='numbers')
                     download = gr.DownloadButton('Download the enlarged picture (PNG)', size='sm', elem_id='download')
