@@ -338,6 +338,7 @@ class Page:
                 inputs,
                 [comparison, numbers, experts, key, download],
                 trigger_mode='always_last',
+                show_progress='minimal',  # the pictures stay until the new ones are there
                 **alone,
             )
             picture.input(lambda: None, None, truth)  # the original of another picture
