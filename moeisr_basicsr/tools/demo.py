@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,9 +138,9 @@ def render(
     height, width = source.lq.shape[-2:]
     size = output_size((height, width), factor, None if truth is None else (truth.shape[0], truth.shape[1]))
     clock = StageClock(source.lq.device)
-    routing = {'cost_weight': cost_weight} if net.num_experts > 1 else {}
+    cost_weight = cost_weight if net.num_experts > 1 else 0.0
     strips = list(
-        upscale_strips(net, source.lq, size, precision=precision, clock=clock, encoded=source.encoded, **routing)
+        upscale_strips(net, source.lq, size, cost_weight, precision=precision, clock=clock, encoded=source.encoded)
     )
     image = torch.cat([strip.image for strip in strips], dim=1).cpu()  # (3, R, S)
     start = time.perf_counter()
@@ -225,7 +225,7 @@ def percent(share: float) -> str:
     return f'{100 * share:.2g} %' if share < 0.1 else f'{share:.0%}'.replace('%', ' %')
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
     """An HTML table; the first row is its head."""
     lines = (''.join(f'<td>{cell}</td>' for cell in row) for row in rows)
     return f'<table class="plain">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
@@ -273,7 +273,7 @@ class Page:
         self.views.append(Path(after).parent)
         if len(self.views) > KEPT_VIEWS:
             shutil.rmtree(self.views.popleft())
-        return (before, after), facts(self.net, view), (overlay or [None])[0], legend(self.net, view), after
+        return (before, after), facts(self.net, view), overlay[0] if overlay else None, legend(self.net, view), after
 
     def shrink(self, picture: str | None, factor: float, truth: str | None) -> list[str]:
         """The values of picture and original: the original, or else the picture, and what is left of it."""
