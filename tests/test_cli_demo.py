@@ -30,7 +30,7 @@ NETWORK = {
     'skip': 'bicubic',
 }
 needs_gradio = pytest.mark.skipif(
-    importlib.util.find_spec('gradio') is None, reason='the page itself needs the extra [demo], 350 MB of packages'
+    importlib.util.find_spec('gradio') is None, reason='the page itself needs the extra [demo], 220 MB of packages'
 )
 
 
