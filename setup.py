@@ -57,6 +57,7 @@ setup(
     extras_require={
         'test': ['pytest>=8.0', 'pytest-timeout>=2.2', 'pytest-xdist>=3.5', 'hypothesis>=6.90'],
         'onnx': ['onnx>=1.16', 'onnxruntime>=1.18'],
+        'demo': ['gradio>=6.0'],  # the page of `basicsr demo`; takes theme and style at launch from 6.0 on
         'docs': ['mkdocs>=1.6'],
         'dev': ['ruff>=0.12', 'mypy>=1.15', 'types-PyYAML', 'pre-commit>=4.0'],
     },

@@ -153,6 +153,16 @@ def encode_window(net: MoEISR, lq: Tensor, bounds: tuple[int, int, int, int]) ->
     return Window(features, ImageWindow(image, s * top, s * left, (s * height, s * width)))
 
 
+def encode_whole(net: MoEISR, lq: Tensor, precision: str = 'fp32') -> Window:
+    """A whole image's codes, for `upscale_strips(encoded=...)`: encode once, render many sizes and cost weights.
+
+    Args:
+        lq: (1, C, H, W) RGB in [0, 1] on the network's device.
+    """
+    with evaluation(net, lq.device.type, precision):
+        return encode_window(in_single(net), lq.float(), (0, lq.shape[-2], 0, lq.shape[-1]))
+
+
 def aligned(start: int, stop: int, size: int, multiple: int) -> tuple[int, int]:
     """The span widened to multiples of `multiple` (attention windows) and clipped to the image."""
     return max(start // multiple * multiple, 0), min(-(-stop // multiple) * multiple, size)
@@ -194,6 +204,7 @@ def upscale_strips(
     precision: str = 'fp32',
     shuffle_seed: int | None = None,
     clock: Clock = nullcontext,
+    encoded: Window | None = None,
 ) -> Iterator[Strip]:
     """Upscale one image, strip by strip from top to bottom, in memory that does not grow with the output.
 
@@ -207,6 +218,7 @@ def upscale_strips(
         precision: 'fp32', 'bf16' or 'fp16' for encoder and experts; the mapper is always fp32.
         shuffle_seed: Permutes the chosen experts over the pixels of the image, a control experiment (see `Shuffle`).
         clock: Told of the stages 'encode', 'map' and 'decode'.
+        encoded: What `encode_whole` made of `lq`, in place of encoding it.
 
     Raises:
         UserError: See `make_control`, `make_shuffle` and `encoder_tiles`; an unknown MOEISR_KERNELS.
@@ -215,7 +227,7 @@ def upscale_strips(
     lq_size = lq.shape[-2], lq.shape[-1]
     control = make_control(net, cost_weight, budget)
     shuffle = make_shuffle(net, size, shuffle_seed, lq.device)
-    row_spans, col_spans = encoder_tiles(net, lq_size, size, tile)
+    row_spans, col_spans = encoder_tiles(net, lq_size, size, tile if encoded is None else 0)
     with evaluation(net, lq.device.type, precision):
         try:
             backend = fused_backend(net.decoder, lq.device, precision) or TORCH
@@ -232,7 +244,7 @@ def upscale_strips(
             shuffle=shuffle,
             clock=clock,
         )
-    strips = render_tiles(net, lq, renderer, row_spans, col_spans)
+    strips = render_tiles(net, lq, renderer, row_spans, col_spans, encoded)
     while True:
         # Entered anew for each strip: between strips the caller runs, and keeps its own modes.
         with evaluation(net, lq.device.type, precision):
@@ -243,13 +255,20 @@ def upscale_strips(
 
 
 def render_tiles(
-    net: MoEISR, lq: Tensor, renderer: Renderer, row_spans: list[tuple[int, int]], col_spans: list[tuple[int, int]]
+    net: MoEISR,
+    lq: Tensor,
+    renderer: Renderer,
+    row_spans: list[tuple[int, int]],
+    col_spans: list[tuple[int, int]],
+    encoded: Window | None = None,
 ) -> Iterator[Strip]:
     """The strips of `upscale_strips`; each step must run under `evaluation`."""
     size = renderer.size
     windows: dict[tuple, Window] = {}
 
     def window(rows: tuple[int, int], cols: tuple[int, int]) -> Window:
+        if encoded is not None:
+            return encoded
         if (rows, cols) not in windows:
             windows.clear()  # one tile's features at a time
             with renderer.clock('encode'):

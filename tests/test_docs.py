@@ -20,7 +20,10 @@ from moeisr_basicsr.core import decoder, render_image
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob('*.md')), *sorted((ROOT / 'docs').glob('*.md'))]
 FOLDERS = 'assets|docs|examples|moeisr_basicsr|options|scripts|tests'
-COMMANDS = ('train', 'test', 'check', 'upscale', 'models', 'profile', 'report', 'convert', 'adapt', 'export')
+COMMANDS = (
+    *('train', 'test', 'check', 'upscale', 'models', 'profile', 'report'),
+    *('convert', 'adapt', 'export', 'demo'),
+)
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

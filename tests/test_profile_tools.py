@@ -12,7 +12,7 @@ from moeisr_basicsr.analysis import schema
 from moeisr_basicsr.archs.moeisr_arch import LIIF, MoEISR
 from moeisr_basicsr.core import MoEDecoder, make_cell
 from moeisr_basicsr.tools.profile import training
-from moeisr_basicsr.tools.profile.chart import COLOURS, Bar, Panel, draw_chart, nice_step
+from moeisr_basicsr.tools.profile.chart import COLOURS, Bar, Panel, draw_chart, nice_step, panels_of
 from moeisr_basicsr.tools.profile.rendering import clustered_map, plain_image, render_fixed
 from moeisr_basicsr.tools.profile.stages import measure_stages
 
@@ -100,3 +100,16 @@ def test_chart_bars_have_their_lengths():
     assert lengths['b'] == [pytest.approx(10 * unit, abs=2), pytest.approx(20 * unit, abs=2)]
     assert [nice_step(value) for value in (1, 4.9, 1000, 0.003)] == pytest.approx([0.2, 1, 200, 0.001])
     assert draw_chart([Panel('nothing', [Bar('zero', {'a': 0.0})])]).size[0] == image.size[0]
+
+
+def test_chart_of_shares_has_the_colours_of_expert_maps():
+    """By cost, not by number."""
+    macs = dict.fromkeys(('encoder', 'mapper', 'tables', 'experts'), 1e3) | {'each_expert': [900, 0, 40]}
+    row = {'case': 'upscale', 'scale': [2, 2], 'macs': macs, 'routing': {'shares': [0.5, 0.3, 0.2]}}
+    panels = panels_of([row])
+    cheapest, most_expensive = ImageColor.getrgb('#ffdc00'), ImageColor.getrgb('#dc2828')
+    found = [ImageColor.getrgb(colour) for colour in panels[1].colours]
+    assert (found[0], found[1]) == (most_expensive, cheapest) and len(set(found)) == 3
+    pixels = np.asarray(draw_chart(panels))
+    lengths = [int((pixels == colour).all(-1).sum(1).max()) for colour in (most_expensive, cheapest)]
+    assert lengths[0] * 3 == pytest.approx(lengths[1] * 5, abs=10)

@@ -24,6 +24,7 @@ COMMANDS = {
     'export': 'make one ONNX file of a network, for any image and output size',
     'models': 'list the models that come with the package, or show one',
     'report': 'make one page of tables, charts and pictures of what tests and profiles measured',
+    'demo': 'show a page in the browser to try a network on pictures of yours',
     'profile': 'measure multiply-adds, time and memory of a network, stage by stage',
 }
 BUG = 1  # what Python itself returns after a traceback

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from moeisr_basicsr.analysis.pictures import expert_colours
 from moeisr_basicsr.analysis.schema import scale_label
 
 # Okabe and Ito's palette: told apart with every kind of colour vision
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000')
+SHARES = 'Share of the pixels, %: yellow is the cheapest expert, red the most expensive'
 INK, GRID, PAPER = '#222222', '#dddddd', '#ffffff'
 WIDTH, BAR, GAP, MARGIN = 1000, 26, 14, 24  # pixels
 LEGEND, FIRST_BAR, AXIS = 34, 66, 30  # below a panel's top, below its top, below its last bar
@@ -33,11 +35,13 @@ class Panel(NamedTuple):
 
     title: str  # with the unit
     bars: Sequence[Bar]
+    colours: Sequence[str] = COLOURS  # of the parts
 
 
 def panels_of(rows: Sequence[dict]) -> list[Panel]:
     """What the rows of one profile have: times, multiply-adds, shares of the experts, speeds of the loader."""
     times, macs, shares, speeds = [], [], [], []
+    of_experts: list[str] = []
     for row in rows:
         label = scale_label(row['scale']) if 'scale' in row else row['case']
         if 'time_ms' in row:
@@ -50,12 +54,15 @@ def panels_of(rows: Sequence[dict]) -> list[Panel]:
                 parts = {'encoder': counts['encoder'], 'dense decoder': counts[name]}
                 macs.append(Bar(f'{label} {name.replace("_", " ")}', parts))
             routed = row['routing']['shares']
-            if len(routed) > 1:
+            if len(routed) > 1:  # in the colours of expert maps
+                colours = expert_colours(len(routed), row['macs']['each_expert'])
+                of_experts = ['#{2:02x}{1:02x}{0:02x}'.format(*colour) for colour in colours]
                 shares.append(Bar(label, {f'expert {j}': 100 * share for j, share in enumerate(routed, 1)}))
         if 'data' in row:
             speeds.append(Bar(label, {'items/s': row['data']['items_per_second']}))
-    titles = ('Time, ms', 'Thousand multiply-adds per output pixel', 'Share of the pixels, %', 'Items per second')
-    return [Panel(title, bars) for title, bars in zip(titles, (times, macs, shares, speeds)) if bars]
+    titles = ('Time, ms', 'Thousand multiply-adds per output pixel', SHARES, 'Items per second')
+    palettes = (COLOURS, COLOURS, of_experts, COLOURS)
+    return [Panel(*panel) for panel in zip(titles, (times, macs, shares, speeds), palettes) if panel[1]]
 
 
 def nice_step(largest: float, count: int = 5) -> float:
@@ -77,7 +84,8 @@ def draw_chart(panels: Sequence[Panel]) -> Image.Image:
 
 def _draw_panel(draw: ImageDraw.ImageDraw, panel: Panel, top: int, left: int) -> None:
     draw.text((MARGIN, top), panel.title, INK, TITLE_FONT)
-    colours = dict(zip(dict.fromkeys(name for bar in panel.bars for name in bar.parts), COLOURS * len(panel.bars)))
+    names = dict.fromkeys(name for bar in panel.bars for name in bar.parts)
+    colours = dict(zip(names, [*panel.colours] * len(names)))
     at = float(MARGIN)
     for name, colour in colours.items():
         draw.rectangle((at, top + LEGEND + 3, at + 13, top + LEGEND + 16), colour)
