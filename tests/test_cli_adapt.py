@@ -73,7 +73,7 @@ def test_a_fixed_scale_network_gets_every_factor(workplace, monkeypatch, capsys)
     assert run() == 0
     out = capsys.readouterr().out
     values = {}
-    for name in ('bicubic', 'resampled', 'out, 25%', 'out, 50%', 'out, 100%'):
+    for name in ('bicubic', 'resampled', 'adapted 25%', 'adapted 50%', 'adapted 100%'):
         line = next(line for line in out.splitlines() if re.search(rf'{name} *│', line))
         values[name] = [float(value) for value in re.findall(r'(\d\d\.\d\d)(?= |$)', line)]
     assert [len(of) for of in values.values()] == [4] * 5  # x2, x3, x3.3, x4

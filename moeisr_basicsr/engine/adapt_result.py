@@ -61,7 +61,7 @@ def write_better(opt: dict[str, Any], out: Path) -> tuple[list[Compared], float]
         net = load_any(trained)
         go_back(net, start, share)
         save_model(file, net, read_model(trained).network_opt)
-        label = f'{out.stem}, {share:.0%}'
+        label = f'adapted {share:.0%}'
         (row,) = measure(opt, opt['network_g'], file, f'{opt["name"]}_share_{share:g}', label)
         rows.append(row)
         losses = [own - value for own, value in zip(resampled.psnr.values(), row.psnr.values())]
