@@ -213,5 +213,5 @@ def test_without_the_extra(package, folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     assert main(['export', 'm.safetensors', '-o', 'm.onnx']) == 2
     assert capsys.readouterr().err == (
-        "basicsr: error: basicsr export needs the packages onnx and onnxruntime: pip install 'moeisr_basicsr[onnx]'.\n"
+        'basicsr: error: basicsr export needs the packages onnx and onnxruntime: pip install onnx onnxruntime\n'
     )

@@ -16,7 +16,7 @@ examples:
 MODEL is what `basicsr upscale --model` takes. The file has the whole network: an image of any size, the output size
 and the cost weight go in; each output pixel is computed by its own expert only. Before the file is written, onnxruntime
 upscales one image with it, and the largest difference from PyTorch's result is printed. Needs
-`pip install 'moeisr_basicsr[onnx]'`."""
+`pip install onnx onnxruntime`."""
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:

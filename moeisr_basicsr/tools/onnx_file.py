@@ -50,7 +50,7 @@ def export(path: str | PathLike, out: str | PathLike) -> Difference:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "basicsr export needs the packages onnx and onnxruntime: pip install 'moeisr_basicsr[onnx]'."
+            'basicsr export needs the packages onnx and onnxruntime: pip install onnx onnxruntime'
         ) from error
     net = load_any(path).requires_grad_(False)
     try:
