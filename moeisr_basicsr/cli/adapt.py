@@ -71,12 +71,11 @@ def run(args: argparse.Namespace) -> int:
     if code == ExitCode.OK:
         print_comparison(rows)
         if share:
-            print(
-                f'Percentages: of the way from the weights it came with to the trained ones; {share:.0%} are written.'
-            )
+            print(f'adapted: so far from its own weights to the trained ones. The file holds those at {share:.0%}.')
         else:
             print('Training has not improved on the resampled image: the file holds the network with that image.')
-        command = shlex.join(['basicsr', 'upscale', 'PHOTO', '--model', str(job.out), '--scale', '3.3'])
+        imports = [word for module in args.modules for word in ('--import', module)]
+        command = shlex.join(['basicsr', 'upscale', 'PHOTO', '--model', str(job.out), *imports, '--scale', '3.3'])
         print(f'{job.out}: {job.out.stat().st_size / 2**20:.1f} MiB; {command}')
     return code
 
